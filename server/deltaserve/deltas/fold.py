@@ -1,0 +1,128 @@
+"""Fold a checked adapter with the base into runtime terms, once, at admission; and the dense oracle of the same delta.
+
+Low rank (Hu et al., LoRA, arXiv:2106.09685; rank-stabilised scaling, arXiv:2312.03732): ``dW = scaling * B A``; the
+file's reader has already turned alpha and rank into ``scaling``. It is multiplied into ``B`` in float32 before the one
+cast to the serving dtype. Sparse (SHiRA, arXiv:2406.13175, and our own format): coordinates become compressed rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from deltaserve_store.parsed import LoraDelta, ParsedAdapter, SparseDelta
+from deltaserve_store.spec import BaseSpec, LinearSpec
+from torch import Tensor
+
+from deltaserve.deltas.folded import FOLD_VERSION, FoldedAdapter, LowRankTerm, SparseTerm, Term, dtype_name
+from deltaserve.errors import AdapterRefused, Reason
+
+
+def fold_key(fingerprint: str, dtype: torch.dtype) -> str:
+    """Name of the derived folder that holds the folded form for one base, dtype and fold version."""
+    return f"{fingerprint}-{dtype_name(dtype)}-fold{FOLD_VERSION}"
+
+
+def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype) -> FoldedAdapter:
+    """Turn every delta of ``parsed`` into a term in ``dtype``, in the base's order of linears.
+
+    Raises ``AdapterRefused`` naming each delta that the base has no linear for, that is given twice, that does not
+    fit its linear, or whose values leave the range of ``dtype``. Nothing is dropped.
+    """
+    reasons: list[Reason] = []
+    terms: dict[str, tuple[Term, ...]] = {}
+    for delta in sorted(parsed.deltas, key=lambda delta: delta.module):
+        linear = spec.linears.get(delta.module)
+        if linear is None:
+            reasons.append(Reason("unknown_module", delta.module, "a delta", "a linear of the base"))
+        elif delta.module in terms:
+            reasons.append(Reason("duplicate_module", delta.module, "two deltas", "one delta per linear"))
+        elif misfit := _misfit(delta, linear):
+            reasons.append(misfit)
+        else:
+            term = _fold_low_rank(delta, dtype) if isinstance(delta, LoraDelta) else _fold_sparse(delta, linear, dtype)
+            reasons.extend(_overflow(delta.module, term, dtype))
+            terms[delta.module] = (term,)
+    if reasons:
+        raise AdapterRefused(
+            f"The adapter cannot be folded with this base: {len(reasons)} finding(s), first {reasons[0].where!r}.",
+            reasons=reasons,
+        )
+    order = {name: index for index, name in enumerate(spec.linears)}
+    ordered = {name: terms[name] for name in sorted(terms, key=order.__getitem__)}
+    return FoldedAdapter(terms=ordered, base_fingerprint=spec.fingerprint, dtype=dtype)
+
+
+def dense_delta(adapter: ParsedAdapter | FoldedAdapter, linear: str, spec: BaseSpec) -> Tensor:
+    """The delta of one linear as a float32 matrix ``[out, in]``: what the runtime must be equivalent to.
+
+    From a ``ParsedAdapter`` it is computed from the file's own tensors, independently of ``fold``; zeros where the
+    adapter leaves the linear alone.
+    """
+    shape = spec.linears[linear]
+    dense = torch.zeros(shape.out_features, shape.in_features)
+    if isinstance(adapter, FoldedAdapter):
+        for term in adapter.terms.get(linear, ()):
+            if isinstance(term, LowRankTerm):
+                dense += term.b_t.float().t() @ term.a.float()
+            else:
+                rows = torch.repeat_interleave(torch.arange(shape.out_features), term.indptr.long().diff())
+                dense.index_put_((rows, term.cols.long()), term.values.float(), accumulate=True)
+        return dense
+    for delta in adapter.deltas:
+        if delta.module != linear:
+            continue
+        if isinstance(delta, LoraDelta):
+            dense += delta.scaling * (delta.b.float() @ delta.a.float())
+        else:
+            dense.index_put_((delta.rows.long(), delta.cols.long()), delta.values.float(), accumulate=True)
+    return dense
+
+
+def dense_deltas(adapter: ParsedAdapter | FoldedAdapter, spec: BaseSpec) -> Mapping[str, Callable[[], Tensor]]:
+    """Lazy ``dense_delta`` of every linear the adapter changes: one dense matrix lives at a time."""
+    names = adapter.terms if isinstance(adapter, FoldedAdapter) else [delta.module for delta in adapter.deltas]
+    return {name: (lambda name=name: dense_delta(adapter, name, spec)) for name in names}
+
+
+def _misfit(delta: LoraDelta | SparseDelta, linear: LinearSpec) -> Reason | None:
+    if isinstance(delta, LoraDelta):
+        found, rank = (tuple(delta.a.shape), tuple(delta.b.shape)), delta.a.shape[0]
+        allowed = ((rank, linear.in_features), (linear.out_features, rank))
+        return None if found == allowed else Reason("shape_mismatch", delta.module, str(found), str(allowed))
+    count = delta.values.numel()
+    if not delta.rows.numel() == delta.cols.numel() == count:
+        found_lengths = f"{delta.rows.numel()} rows, {delta.cols.numel()} columns, {count} values"
+        return Reason("shape_mismatch", delta.module, found_lengths, "as many of each")
+    for what, index, size in (("row", delta.rows, linear.out_features), ("column", delta.cols, linear.in_features)):
+        if count and not (int(index.min()) >= 0 and int(index.max()) < size):
+            found_range = f"{int(index.min())}..{int(index.max())}"
+            return Reason("index_out_of_range", delta.module, f"{what} {found_range}", f"0..{size - 1}")
+    return None
+
+
+def _fold_low_rank(delta: LoraDelta, dtype: torch.dtype) -> LowRankTerm:
+    b_t = (delta.b.float() * delta.scaling).t().contiguous()
+    return LowRankTerm(a=delta.a.to(dtype).contiguous(), b_t=b_t.to(dtype))
+
+
+def _fold_sparse(delta: SparseDelta, linear: LinearSpec, dtype: torch.dtype) -> SparseTerm:
+    flat = delta.rows.long() * linear.in_features + delta.cols.long()
+    order = torch.argsort(flat)
+    flat = flat[order]
+    counts = torch.bincount(flat // linear.in_features, minlength=linear.out_features)
+    indptr = torch.zeros(linear.out_features + 1, dtype=torch.int32)
+    indptr[1:] = counts.cumsum(0)
+    cols = (flat % linear.in_features).to(torch.int32)
+    return SparseTerm(indptr=indptr, cols=cols, values=delta.values[order].float().to(dtype).contiguous())
+
+
+def _overflow(module: str, term: Term, dtype: torch.dtype) -> list[Reason]:
+    """A finite file can still overflow where scaling is multiplied in or the dtype is narrower."""
+    parts = {"A": term.a, "scaling * B": term.b_t} if isinstance(term, LowRankTerm) else {"values": term.values}
+    allowed = f"magnitudes up to {torch.finfo(dtype).max:g} ({dtype_name(dtype)})"
+    return [
+        Reason("out_of_range", f"{module} ({part})", "values that overflow the serving dtype", allowed)
+        for part, tensor in parts.items()
+        if not bool(torch.isfinite(tensor).all())
+    ]

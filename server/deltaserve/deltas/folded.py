@@ -1,0 +1,199 @@
+"""The runtime form of an adapter: per base linear, the terms that are added to its output, in the serving dtype.
+
+Of the delta algebra ``y = W x + b + B (A x) + S x`` a folded adapter holds the low-rank and the sparse terms, each
+with its own scaling already inside (``b_t``, ``values``): loading is then read and copy. Names are the base's linears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deltaserve.deltas.folded_file import FileDamaged, read_tensors, write_tensors
+from deltaserve.errors import AdapterUnavailable
+
+if TYPE_CHECKING:
+    from deltaserve_store.spec import BaseSpec, LinearSpec
+
+FOLD_VERSION = 1
+"""Version of the maths and layout of folding. Raising it makes every stored folded file stale: it is folded again."""
+
+FOLDED_FILE_NAME = "folded.safetensors"
+"""Name of the file inside the version's derived folder (``AdapterStore.derived_dir(version, fold_key(...))``)."""
+
+
+class FoldedFileInvalid(AdapterUnavailable):
+    """A folded file is damaged, or was folded for another base, dtype or fold version. Fold again from the version."""
+
+    code = "folded_file_invalid"
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankTerm:
+    """``y += b_t.T @ (a @ x)``: ``a [rank, in]`` and ``b_t [rank, out]`` in the serving dtype, scaling in ``b_t``."""
+
+    a: Tensor
+    b_t: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.b_t.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class SparseTerm:
+    """``y += S x`` with S in compressed rows: ``indptr`` int32 ``[out+1]``, ``cols`` int32 ``[nnz]``, ``values``
+    ``[nnz]`` in the serving dtype; columns ascend inside a row."""
+
+    indptr: Tensor
+    cols: Tensor
+    values: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.indptr.nbytes + self.cols.nbytes + self.values.nbytes
+
+
+Term = LowRankTerm | SparseTerm
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedAdapter:
+    """All terms of one adapter version for one base and dtype. At most one term of each class per linear.
+
+    ``kinds`` names the term families present, sorted ("lora", "sparse"); ``rank`` is the largest, None without
+    low-rank terms.
+    """
+
+    terms: Mapping[str, tuple[Term, ...]]
+    base_fingerprint: str
+    dtype: torch.dtype
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        found = {"lora" if isinstance(term, LowRankTerm) else "sparse" for part in self.terms.values() for term in part}
+        return tuple(sorted(found))
+
+    @property
+    def rank(self) -> int | None:
+        ranks = [term.rank for part in self.terms.values() for term in part if isinstance(term, LowRankTerm)]
+        return max(ranks, default=None)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(term.nbytes for part in self.terms.values() for term in part)
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file (``folded_file``), atomically and durably. Raises ``OSError``."""
+        tensors: dict[str, Tensor] = {}
+        for linear, part in self.terms.items():
+            for term in part:
+                if isinstance(term, LowRankTerm):
+                    tensors[f"{linear}:a"] = term.a
+                    tensors[f"{linear}:b_t"] = term.b_t
+                else:
+                    tensors[f"{linear}:indptr"] = term.indptr
+                    tensors[f"{linear}:cols"] = term.cols
+                    tensors[f"{linear}:values"] = term.values
+        write_tensors(path, tensors, {**_identity(self.base_fingerprint, self.dtype), **_content(self)})
+
+    @classmethod
+    def load(cls, path: Path, spec: BaseSpec, dtype: torch.dtype, *, mmap: bool = False) -> FoldedAdapter:
+        """Read a file that ``save`` wrote, and verify digest, metadata, shapes and dtypes against the base.
+
+        The tensors are views of one 16-byte aligned buffer. Raises ``FoldedFileInvalid``, or ``OSError`` when the
+        file is missing or unreadable.
+        """
+        try:
+            tensors, metadata = read_tensors(path, mmap=mmap)
+            _require(metadata, _identity(spec.fingerprint, dtype))
+            folded = cls(terms=_terms(tensors, spec, dtype), base_fingerprint=spec.fingerprint, dtype=dtype)
+            _require(metadata, _content(folded))
+        except FileDamaged as error:
+            raise FoldedFileInvalid(f"The folded adapter file is damaged: {error}. Fold the version again.") from error
+        return folded
+
+
+def _require(metadata: Mapping[str, str], allowed: Mapping[str, str]) -> None:
+    for field, value in allowed.items():
+        if metadata.get(field) != value:
+            raise FoldedFileInvalid(
+                f"The folded adapter file has {field} {metadata.get(field)!r}, this server needs {value!r}. "
+                "Fold the version again."
+            )
+
+
+def _identity(fingerprint: str, dtype: torch.dtype) -> dict[str, str]:
+    """What the file was folded for."""
+    return {
+        "format": "deltaserve-folded",
+        "fold_version": str(FOLD_VERSION),
+        "base_fingerprint": fingerprint,
+        "dtype": dtype_name(dtype),
+    }
+
+
+def _content(folded: FoldedAdapter) -> dict[str, str]:
+    return {"kinds": ",".join(folded.kinds), "rank": str(folded.rank or 0)}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.bfloat16`` -> ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _terms(tensors: dict[str, Tensor], spec: BaseSpec, dtype: torch.dtype) -> dict[str, tuple[Term, ...]]:
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        linear, _, role = name.rpartition(":")
+        grouped.setdefault(linear, {})[role] = tensor
+    return {linear: _linear_terms(linear, roles, spec, dtype) for linear, roles in grouped.items()}
+
+
+def _linear_terms(linear: str, roles: dict[str, Tensor], spec: BaseSpec, dtype: torch.dtype) -> tuple[Term, ...]:
+    known = spec.linears.get(linear)
+    if known is None:
+        raise FileDamaged(f"the base has no linear {linear!r}")
+    terms: list[Term] = []
+    if "a" in roles and "b_t" in roles:
+        terms.append(_low_rank(linear, roles.pop("a"), roles.pop("b_t"), known, dtype))
+    if "indptr" in roles and "cols" in roles and "values" in roles:
+        terms.append(_sparse(linear, roles.pop("indptr"), roles.pop("cols"), roles.pop("values"), known, dtype))
+    if roles or not terms:
+        raise FileDamaged(f"{linear!r} has the unexpected parts {sorted(roles)}")
+    return tuple(terms)
+
+
+def _low_rank(linear: str, a: Tensor, b_t: Tensor, known: LinearSpec, dtype: torch.dtype) -> LowRankTerm:
+    rank = a.shape[0] if a.dim() == 2 else 0
+    if tuple(a.shape) != (rank, known.in_features) or tuple(b_t.shape) != (rank, known.out_features) or rank < 1:
+        raise FileDamaged(f"{linear!r} has factors {tuple(a.shape)} and {tuple(b_t.shape)}")
+    if a.dtype != dtype or b_t.dtype != dtype:
+        raise FileDamaged(f"{linear!r} has dtypes {a.dtype} and {b_t.dtype}, not {dtype}")
+    return LowRankTerm(a=a, b_t=b_t)
+
+
+def _sparse(
+    linear: str, indptr: Tensor, cols: Tensor, values: Tensor, known: LinearSpec, dtype: torch.dtype
+) -> SparseTerm:
+    """An index outside the base would make an operator read foreign memory, so every one is checked."""
+    count = values.numel()
+    if tuple(indptr.shape) != (known.out_features + 1,) or tuple(cols.shape) != (count,) or values.dim() != 1:
+        raise FileDamaged(f"{linear!r} has row pointers {tuple(indptr.shape)} and {count} values")
+    if (indptr.dtype, cols.dtype, values.dtype) != (torch.int32, torch.int32, dtype):
+        raise FileDamaged(f"{linear!r} has dtypes {indptr.dtype}, {cols.dtype} and {values.dtype}")
+    steps_down = bool((indptr[1:] < indptr[:-1]).any())
+    if int(indptr[0]) != 0 or int(indptr[-1]) != count or steps_down:
+        raise FileDamaged(f"{linear!r} has row pointers that do not span its {count} values")
+    if count and not (int(cols.min()) >= 0 and int(cols.max()) < known.in_features):
+        raise FileDamaged(f"{linear!r} has column indices outside 0..{known.in_features - 1}")
+    return SparseTerm(indptr=indptr, cols=cols, values=values)

@@ -1,0 +1,163 @@
+"""Makers of random, real adapter folders for a Hugging Face model, and PEFT's own answer as the oracle.
+
+Folders are written by PEFT itself (LoRA, SHiRA), so that what the server reads is what users bring. Every tensor is
+random and non-zero: PEFT's default starts B at zero, which would make any test of an adapter's effect pass by chance.
+``model`` is never changed: PEFT injects into a deep copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def make_peft_lora(
+    model: torch.nn.Module,
+    folder: Path,
+    *,
+    rank: int = 8,
+    alpha: float = 16,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    use_rslora: bool = False,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+    layers: Sequence[int] | None = None,
+    fan_in_fan_out: bool = False,
+    seed: int = 0,
+    std: float = 0.05,
+    dtype: torch.dtype = torch.float32,
+    base_name: str = "tests/tiny-base",
+    **config: Any,
+) -> Path:
+    """Write a PEFT LoRA folder with normal(0, ``std``) A and B in ``dtype``; further ``config`` goes to LoraConfig."""
+    from peft import LoraConfig
+
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=list(targets),
+        use_rslora=use_rslora,
+        rank_pattern=rank_pattern or {},
+        alpha_pattern=alpha_pattern or {},
+        layers_to_transform=list(layers) if layers is not None else None,
+        fan_in_fan_out=fan_in_fan_out,
+        task_type="CAUSAL_LM",
+        **config,
+    )
+    return _write_peft(model, lora, folder, seed, std, dtype, base_name)
+
+
+def make_peft_shira(
+    model: torch.nn.Module,
+    folder: Path,
+    *,
+    rank: int = 2,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    seed: int = 0,
+    std: float = 0.05,
+    dtype: torch.dtype = torch.float32,
+    base_name: str = "tests/tiny-base",
+) -> Path:
+    """Write a PEFT SHiRA folder: ``rank * (in + out)`` random positions a linear, values normal(0, ``std``)."""
+    from peft import ShiraConfig
+
+    shira = ShiraConfig(r=rank, target_modules=list(targets), random_seed=seed, task_type="CAUSAL_LM")
+    return _write_peft(model, shira, folder, seed, std, dtype, base_name)
+
+
+def _write_peft(
+    model: torch.nn.Module, config: Any, folder: Path, seed: int, std: float, dtype: torch.dtype, base_name: str
+) -> Path:
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = get_peft_model(copy.deepcopy(model), config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_" in name or "shira_" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        # "auto" would ask the hub whether the base's vocabulary was resized.
+        wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    edit_config(folder, base_model_name_or_path=base_name)
+    (folder / "README.md").unlink(missing_ok=True)
+    return folder
+
+
+def edit_config(folder: Path, **changes: Any) -> Path:
+    """Change fields of ``adapter_config.json``; the value ``...`` removes a field."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is ...:
+            config.pop(key, None)
+        else:
+            config[key] = value
+    path.write_text(json.dumps(config, indent=2))
+    return folder
+
+
+def edit_tensors(folder: Path, changes: Mapping[str, torch.Tensor | None]) -> Path:
+    """Add or replace tensors of ``adapter_model.safetensors`` by name; None removes one."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in changes.items():
+        if tensor is None:
+            tensors.pop(name)
+        else:
+            tensors[name] = tensor
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def peft_logits(model: torch.nn.Module, folder: Path, ids: Sequence[int]) -> torch.Tensor:
+    """Oracle: float32 logits ``[T, vocab]`` of ``model`` with the folder loaded by PEFT (unmerged)."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
+    with torch.no_grad():
+        return wrapped(torch.tensor([list(ids)])).logits[0].float()
+
+
+def base_logits(model: torch.nn.Module, ids: Sequence[int]) -> torch.Tensor:
+    """Oracle: float32 logits ``[T, vocab]`` of the plain model."""
+    with torch.no_grad():
+        return model(torch.tensor([list(ids)])).logits[0].float()
+
+
+def peft_greedy(model: torch.nn.Module, folder: Path | None, ids: Sequence[int], max_tokens: int) -> list[int]:
+    """Oracle: greedy completion ids through ``generate`` (end-of-sequence ignored), with or without an adapter."""
+    from peft import PeftModel
+
+    subject: Any = copy.deepcopy(model)
+    if folder is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            subject = PeftModel.from_pretrained(subject, str(folder))
+    subject.eval()
+    prompt = torch.tensor([list(ids)])
+    with torch.no_grad():
+        output = subject.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            min_new_tokens=max_tokens,
+            max_new_tokens=max_tokens,
+            pad_token_id=0,
+        )
+    return output[0, len(ids) :].tolist()
