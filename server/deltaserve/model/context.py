@@ -1,0 +1,85 @@
+"""What a forward pass knows beyond its input ids, held thread-locally while the pass runs.
+
+Modules carry weights only; how they are used (paged with adapters, or folded in fp32) and everything that lives for one
+pass is in the context. So the engine thread and a proof in another thread can run the same modules at the same time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from deltaserve.model.kv_cache import KVCache
+    from deltaserve_kernels import LoraTables, SparseTables, WorkList
+
+
+@dataclass(slots=True)
+class ForwardContext:
+    """A paged step over T token rows of S sequences, flattened sequence after sequence.
+
+    ``positions`` int64 [T]; ``cu_seqlens_q`` int32 [S+1], row ranges of the sequences; ``kv_lens`` int32 [S], positions
+    valid after this step; ``block_tables`` int32 [S, B]; ``kv_index`` int64 [T] = block * 16 + offset, where each row's
+    K and V go. ``work`` groups rows by binding; None or empty means base only. ``kv_regimes`` int64 [T] is set only
+    for bases whose rope depends on the sequence's length (see ``BaseModel.kv_regime``).
+    """
+
+    positions: Tensor
+    cu_seqlens_q: Tensor
+    kv_lens: Tensor
+    block_tables: Tensor
+    kv_index: Tensor
+    kv: KVCache
+    work: WorkList | None = None
+    lora: LoraTables | None = None
+    sparse: SparseTables | None = None
+    kv_regimes: Tensor | None = None
+    # Results of a projection group waiting for its other members: linear index -> (input rows, output slice).
+    pending: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # Set while the head alone runs: the rows that stand in for the decoder's output.
+    head_rows: Tensor | None = None
+
+
+@dataclass(slots=True)
+class FoldedContext:
+    """A proof's pass over one short sequence: fp32 activations, dense causal attention, no KV cache.
+
+    ``deltas`` maps a linear's name to a function giving its fp32 ``[out, in]`` difference; called once per pass.
+    """
+
+    deltas: Mapping[str, Callable[[], Tensor]]
+    kv_regimes: Tensor | None = None
+    head_rows: Tensor | None = None
+
+
+_local = threading.local()
+
+
+def current() -> ForwardContext | FoldedContext:
+    """The context of the pass running on this thread; an error outside of one."""
+    context = getattr(_local, "context", None)
+    if context is None:
+        raise RuntimeError("base model called outside a forward pass; go through BaseModel.forward or folded_logits")
+    return context
+
+
+def current_or_none() -> ForwardContext | FoldedContext | None:
+    """The context of the pass running on this thread, if there is one."""
+    return getattr(_local, "context", None)
+
+
+@contextmanager
+def use(context: ForwardContext | FoldedContext) -> Iterator[None]:
+    """Run a pass under ``context`` on this thread; passes do not nest."""
+    if getattr(_local, "context", None) is not None:
+        raise RuntimeError("a forward pass is already running on this thread")
+    _local.context = context
+    try:
+        yield
+    finally:
+        _local.context = None
