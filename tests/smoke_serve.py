@@ -61,7 +61,8 @@ def main() -> None:
     try:
         say(client, "no-such-model", prompt)
     except openai.NotFoundError as error:
-        assert error.code == "model_not_found", error.code
+        if error.code != "model_not_found":
+            raise SystemExit(f"an unknown model answered with code {error.code!r}") from error
     else:
         raise SystemExit("an unknown model was answered")
     if given.log:
