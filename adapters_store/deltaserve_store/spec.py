@@ -1,0 +1,53 @@
+"""What an adapter must fit: the base model's linears, by name and shape, and the identity of its bytes.
+
+A ``BaseSpec`` is plain data: whoever loads the base makes one, everything that checks adapters reads it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_FIRST_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """One linear of the base: ``y = x W^T + b`` with ``W`` of ``[out_features, in_features]``.
+
+    ``name`` is the module path in the transformers model, e.g. ``model.layers.0.self_attn.q_proj``. ``transposed`` is
+    True where the checkpoint holds the weight as ``[in_features, out_features]`` (GPT-2's Conv1D).
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    has_bias: bool = False
+    transposed: bool = False
+
+    @property
+    def layer(self) -> int | None:
+        """Index of the decoder layer: the first number in the path; None outside the layers (``lm_head``)."""
+        found = _FIRST_NUMBER.search(self.name)
+        return int(found.group(1)) if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSpec:
+    """The base model as adapters see it.
+
+    ``fingerprint`` identifies config, weights, tokenizer and template by content. ``names`` are the names under which
+    this base is known, the served id first. ``vocab_size`` is the number of rows of the embedding; ``num_tokens`` the
+    number of tokens the tokenizer knows, where that is known (checkpoints pad the embedding).
+    """
+
+    fingerprint: str
+    names: tuple[str, ...]
+    model_type: str
+    linears: Mapping[str, LinearSpec]
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    tied_embeddings: bool = False
+    num_tokens: int | None = None
