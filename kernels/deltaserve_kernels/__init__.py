@@ -1,0 +1,46 @@
+"""Multi-adapter operators: a plain PyTorch definition of each, and fast twins that are held to it.
+
+Imports torch only; the C++ library is built at its first use.
+"""
+
+from __future__ import annotations
+
+from deltaserve_kernels.backend import BACKENDS, select, use_backend
+from deltaserve_kernels.checks import BLOCK_SIZE
+from deltaserve_kernels.errors import (
+    BackendUnavailable,
+    DeviceMismatch,
+    DtypeMismatch,
+    KernelError,
+    Misaligned,
+    NotContiguous,
+    OutOfRange,
+    ShapeMismatch,
+)
+from deltaserve_kernels.operators import lora_linear, paged_attention, sparse_linear, write_kv
+from deltaserve_kernels.tables import LoraTables, SparseTables
+from deltaserve_kernels.worklist import WorkList, build_work_list, build_work_list_runs
+
+__all__ = [
+    "BACKENDS",
+    "BLOCK_SIZE",
+    "BackendUnavailable",
+    "DeviceMismatch",
+    "DtypeMismatch",
+    "KernelError",
+    "LoraTables",
+    "Misaligned",
+    "NotContiguous",
+    "OutOfRange",
+    "ShapeMismatch",
+    "SparseTables",
+    "WorkList",
+    "build_work_list",
+    "build_work_list_runs",
+    "lora_linear",
+    "paged_attention",
+    "select",
+    "sparse_linear",
+    "use_backend",
+    "write_kv",
+]

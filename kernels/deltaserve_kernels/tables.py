@@ -1,0 +1,200 @@
+"""Tables from (linear, slot) to the device addresses of adapter matrices. Adapters are data: loading or evicting one
+rewrites table rows and nothing else, so a captured graph stays valid.
+
+The tables own no memory of matrices; they keep a reference to each tensor, so that an address is valid as long as its
+entry stands. Only the engine thread changes them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deltaserve_kernels.errors import (
+    DeviceMismatch,
+    DtypeMismatch,
+    Misaligned,
+    NotContiguous,
+    OutOfRange,
+    ShapeMismatch,
+)
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALIGNMENT_BYTES = 16
+_MAX_INT32 = 2**31 - 1
+
+
+class _Tables:
+    """What both kinds share: sizes, the one dtype, references, the count of filled slots per linear."""
+
+    def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
+        if num_linears < 0 or num_slots < 0:
+            raise OutOfRange(f"num_linears {num_linears} and num_slots {num_slots} must not be negative")
+        self.num_linears = num_linears
+        self.num_slots = num_slots
+        self.device = torch.device(device)
+        self.dtype: torch.dtype | None = None
+        self._tensors: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        self._filled = [0] * num_linears
+        # int32 [num_linears, 2], always on the host: (in_features or 0 while unknown, out_features or 0).
+        self.dims = torch.zeros(num_linears, 2, dtype=torch.int32)
+
+    def has_any(self, linear: int) -> bool:
+        """True when some slot has an entry for this linear; False lets a caller skip the operator."""
+        return self._filled[linear] > 0
+
+    def get(self, linear: int, slot: int) -> tuple[Tensor, ...] | None:
+        """The tensors of an entry, in the order ``set`` took them, or None."""
+        return self._tensors.get((linear, slot))
+
+    def grow(self, num_slots: int) -> None:
+        """Enlarge to ``num_slots`` slots; entries keep their places. Tables are reallocated, so captured graphs die."""
+        if num_slots < self.num_slots:
+            raise OutOfRange(f"cannot shrink from {self.num_slots} to {num_slots} slots")
+        self._grow_tables(num_slots - self.num_slots)
+        self.num_slots = num_slots
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot in every linear and let go of its tensors. Emptying an empty slot is fine."""
+        self._check_slot(slot)
+        for linear in range(self.num_linears):
+            if self._tensors.pop((linear, slot), None) is not None:
+                self._filled[linear] -= 1
+        self._clear_tables(slot)
+
+    def _grow_tables(self, extra: int) -> None:
+        raise NotImplementedError
+
+    def _clear_tables(self, slot: int) -> None:
+        raise NotImplementedError
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.num_slots:
+            raise OutOfRange(f"slot {slot} is not in 0..{self.num_slots - 1}")
+
+    def _check_linear(self, linear: int) -> None:
+        if not 0 <= linear < self.num_linears:
+            raise OutOfRange(f"linear {linear} is not in 0..{self.num_linears - 1}")
+
+    def _check_tensor(self, name: str, tensor: Tensor, dims: int, dtypes: tuple[torch.dtype, ...]) -> None:
+        if tensor.dtype not in dtypes:
+            raise DtypeMismatch(f"{name} is {tensor.dtype}; allowed: {', '.join(map(str, dtypes))}")
+        if tensor.dim() != dims:
+            raise ShapeMismatch(f"{name} has shape {list(tensor.shape)}; {dims} dimension(s) are needed")
+        if tensor.device.type != self.device.type:
+            raise DeviceMismatch(f"{name} is on {tensor.device}; the table is on {self.device}")
+        if not tensor.is_contiguous():
+            raise NotContiguous(f"{name} {list(tensor.shape)} has strides {tensor.stride()}; make it contiguous")
+        if tensor.numel() and tensor.data_ptr() % ALIGNMENT_BYTES:
+            raise Misaligned(f"{name} starts at {tensor.data_ptr():#x}, not on a 16-byte border; copy it")
+
+    def _check_value_dtype(self, name: str, dtype: torch.dtype) -> None:
+        if self.dtype is not None and dtype != self.dtype:
+            raise DtypeMismatch(f"{name} is {dtype}; this table holds {self.dtype}")
+
+    def _check_dim(self, linear: int, axis: int, size: int) -> None:
+        known = int(self.dims[linear, axis])
+        if known and known != size:
+            side = ("in", "out")[axis]
+            raise ShapeMismatch(f"linear {linear}: {side}_features {size} differs from the {known} of earlier entries")
+
+    def _keep(self, linear: int, slot: int, tensors: tuple[Tensor, ...]) -> None:
+        if (linear, slot) not in self._tensors:
+            self._filled[linear] += 1
+        self._tensors[(linear, slot)] = tensors
+        self.dtype = tensors[-1].dtype
+
+
+class LoraTables(_Tables):
+    """Low-rank terms: ``delta = b_t^T (a x)`` at true rank, scaling already folded into ``b_t``.
+
+    pointers: int64 [num_linears, 2, num_slots]  address of A [r, K], of B transposed [r, N]; 0 where empty
+    ranks:    int32 [num_linears, num_slots]     0 where empty
+    """
+
+    def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(num_linears, num_slots, device)
+        self.pointers = torch.zeros(num_linears, 2, num_slots, dtype=torch.int64, device=self.device)
+        self.ranks = torch.zeros(num_linears, num_slots, dtype=torch.int32, device=self.device)
+
+    def set(self, linear: int, slot: int, a: Tensor, b_t: Tensor) -> None:
+        """Point (linear, slot) at ``a`` [r, K] and ``b_t`` [r, N], replacing what was there.
+
+        Same float dtype as every other entry, contiguous, 16-byte aligned, r >= 1. The caller must not change the
+        tensors while the entry stands. Raises a KernelError and leaves the table as it was.
+        """
+        self._check_linear(linear)
+        self._check_slot(slot)
+        for name, tensor in (("a", a), ("b_t", b_t)):
+            self._check_tensor(name, tensor, 2, FLOAT_DTYPES)
+            self._check_value_dtype(name, tensor.dtype)
+        if a.dtype != b_t.dtype:
+            raise DtypeMismatch(f"a is {a.dtype} and b_t {b_t.dtype}; both must be the same")
+        if a.shape[0] != b_t.shape[0] or a.shape[0] < 1 or not a.shape[1] or not b_t.shape[1]:
+            raise ShapeMismatch(f"a {list(a.shape)} and b_t {list(b_t.shape)} must be [r, K] and [r, N], r >= 1")
+        self._check_dim(linear, 0, a.shape[1])
+        self._check_dim(linear, 1, b_t.shape[1])
+        self._keep(linear, slot, (a, b_t))
+        self.dims[linear, 0], self.dims[linear, 1] = a.shape[1], b_t.shape[1]
+        self.pointers[linear, :, slot] = torch.tensor([a.data_ptr(), b_t.data_ptr()], device=self.device)
+        self.ranks[linear, slot] = a.shape[0]
+
+    def _grow_tables(self, extra: int) -> None:
+        self.pointers = torch.nn.functional.pad(self.pointers, (0, extra))
+        self.ranks = torch.nn.functional.pad(self.ranks, (0, extra))
+
+    def _clear_tables(self, slot: int) -> None:
+        self.pointers[:, :, slot] = 0
+        self.ranks[:, slot] = 0
+
+
+class SparseTables(_Tables):
+    """Unstructured sparse terms in CSR over output features: ``delta[n] = sum_j values[j] * x[cols[j]]`` for
+    ``indptr[n] <= j < indptr[n+1]``, scaling already folded into ``values``.
+
+    pointers: int64 [num_linears, 3, num_slots]  addresses of indptr int32 [N+1], cols int32 [nnz], values [nnz]
+    extents:  int32 [num_linears, 2, num_slots]  (nnz, largest column + 1); 0 where empty
+    """
+
+    def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(num_linears, num_slots, device)
+        self.pointers = torch.zeros(num_linears, 3, num_slots, dtype=torch.int64, device=self.device)
+        self.extents = torch.zeros(num_linears, 2, num_slots, dtype=torch.int32, device=self.device)
+
+    def set(self, linear: int, slot: int, indptr: Tensor, cols: Tensor, values: Tensor) -> None:
+        """Point (linear, slot) at a CSR delta, replacing what was there.
+
+        Contiguous, 16-byte aligned; ``indptr`` rises from 0 to nnz; columns are not negative (that they are below K
+        is checked when the operator meets ``x``). Contents are scanned once here and must not change while the entry
+        stands. Raises a KernelError and leaves the table as it was.
+        """
+        self._check_linear(linear)
+        self._check_slot(slot)
+        self._check_tensor("indptr", indptr, 1, (torch.int32,))
+        self._check_tensor("cols", cols, 1, (torch.int32,))
+        self._check_tensor("values", values, 1, FLOAT_DTYPES)
+        self._check_value_dtype("values", values.dtype)
+        nnz = values.numel()
+        if indptr.numel() < 2 or cols.numel() != nnz or nnz > _MAX_INT32:
+            raise ShapeMismatch(
+                f"indptr [{indptr.numel()}], cols [{cols.numel()}], values [{nnz}] must be [N+1], [nnz], [nnz], N >= 1"
+            )
+        self._check_dim(linear, 1, indptr.numel() - 1)
+        if int(indptr[0]) != 0 or int(indptr[-1]) != nnz or bool((indptr[1:] < indptr[:-1]).any()):
+            raise OutOfRange(f"indptr must rise from 0 to nnz = {nnz}; it runs {int(indptr[0])}..{int(indptr[-1])}")
+        low, high = (int(cols.min()), int(cols.max())) if nnz else (0, -1)
+        if low < 0 or high == _MAX_INT32:
+            raise OutOfRange(f"cols run {low}..{high}; they must be in 0..K-1")
+        self._keep(linear, slot, (indptr, cols, values))
+        self.dims[linear, 1] = indptr.numel() - 1
+        addresses = [indptr.data_ptr(), cols.data_ptr(), values.data_ptr()]
+        self.pointers[linear, :, slot] = torch.tensor(addresses, dtype=torch.int64, device=self.device)
+        self.extents[linear, :, slot] = torch.tensor([nnz, high + 1], dtype=torch.int32, device=self.device)
+
+    def _grow_tables(self, extra: int) -> None:
+        self.pointers = torch.nn.functional.pad(self.pointers, (0, extra))
+        self.extents = torch.nn.functional.pad(self.extents, (0, extra))
+
+    def _clear_tables(self, slot: int) -> None:
+        self.pointers[:, :, slot] = 0
+        self.extents[:, :, slot] = 0
