@@ -16,8 +16,8 @@ GIB = 1 << 30
 BLOCK_SIZE = 16
 """Token positions in a KV block."""
 
-DTypeName = Literal["float32", "bfloat16", "float16"]
-DTYPE_NAMES: tuple[DTypeName, ...] = ("float32", "bfloat16", "float16")
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPE_NAMES: tuple[DTypeName, ...] = ("auto", "float32", "bfloat16", "float16")
 
 
 def default_store() -> Path:
@@ -64,6 +64,7 @@ class EngineConfig:
 class ServeConfig:
     """Everything ``deltaserve serve`` can be told. ``model`` None means the embedded base.
 
+    ``dtype`` auto is the checkpoint's own dtype, float32 for the embedded base (small enough to be served exactly).
     ``base_names`` are further names under which adapters may know the base. ``chat_templates`` maps operator-chosen
     names to template files. ``preload`` lists adapter names made resident before the server reports ready.
     """
@@ -72,7 +73,7 @@ class ServeConfig:
     store: Path = field(default_factory=default_store)
     host: str = "127.0.0.1"
     port: int = 8000
-    dtype: DTypeName = "float32"
+    dtype: DTypeName = "auto"
     device: str = "cpu"
     load_format: Literal["auto", "dummy"] = "auto"
     allow_hub: bool = False
@@ -93,6 +94,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_NAMES:
             raise ConfigError(f"--dtype is {self.dtype!r}; it must be one of {', '.join(DTYPE_NAMES)}.")
+        if self.load_format not in ("auto", "dummy"):
+            raise ConfigError(f"--load-format is {self.load_format!r}; it must be auto or dummy.")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}; it must be between 0 and 65535.")
         if self.device != "cpu" and not self.device.startswith("cuda"):

@@ -1,0 +1,86 @@
+"""``deltaserve serve``: options to a frozen config, then the server until a signal drains it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated
+
+import typer
+
+from deltaserve.config import EngineConfig, ServeConfig, default_store, parse_bytes
+from deltaserve.errors import ConfigError
+
+MODEL, LIMITS, ADAPTERS, HTTP = "Base model", "Limits", "Adapters", "HTTP"
+
+
+def serve(
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder; default: the embedded base.", rich_help_panel=MODEL)] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=MODEL)] = "cpu",
+    load_format: Annotated[str, typer.Option(help="auto, or dummy (random weights).", rich_help_panel=MODEL)] = "auto",
+    allow_hub: Annotated[bool, typer.Option("--allow-hub", help="--model may be a hub id.", rich_help_panel=MODEL)] = False,
+    served_model_name: Annotated[str | None, typer.Option(help="The base's name in requests.")] = None,
+    base_names: Annotated[list[str] | None, typer.Option(help="Another name adapters know the base by (repeatable).")] = None,
+    chat_template: Annotated[list[str] | None, typer.Option(help="NAME=FILE, a template you vouch for (repeatable).")] = None,
+    store: Annotated[Path, typer.Option(help="Folder of the adapters.")] = default_store(),
+    store_quota: Annotated[str | None, typer.Option(help="Most bytes at rest, e.g. 20GB.")] = None,
+    preload: Annotated[list[str] | None, typer.Option(help="Adapter to load before ready (repeatable).")] = None,
+    demo_adapters: Annotated[bool, typer.Option(help="Put the demo adapters into an empty store.")] = True,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt plus completion.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences running at once.")] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Token budget of a step.")] = 512,
+    max_queue: Annotated[int, typer.Option(help="Requests waiting before 429.")] = 1024,
+    kv_cache_bytes: Annotated[str, typer.Option(help="Memory of the KV cache.")] = "256MB",
+    adapter_device_bytes: Annotated[str, typer.Option(help="Memory of resident adapters.")] = "1GB",
+    adapter_host_bytes: Annotated[str, typer.Option(help="Host cache of adapters.")] = "2GB",
+    adapter_slots: Annotated[int, typer.Option(help="Adapters resident at once, at most.")] = 1024,
+    host: Annotated[str, typer.Option(help="Other than loopback needs --api-keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8000,
+    api_keys: Annotated[Path | None, typer.Option(help="Key file (deltaserve keys add).")] = None,
+    request_timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = 600.0,
+    drain_seconds: Annotated[float, typer.Option(help="Grace after SIGTERM.")] = 30.0,
+) -> None:
+    """Serve the base and its adapters over OpenAI-style HTTP."""
+    config = ServeConfig(
+        model=model,
+        dtype=dtype,  # type: ignore[arg-type]  # checked by ServeConfig
+        device=device,
+        load_format=load_format,  # type: ignore[arg-type]  # checked by ServeConfig
+        allow_hub=allow_hub,
+        served_model_name=served_model_name,
+        base_names=tuple(base_names or ()),
+        chat_templates=MappingProxyType(dict(_template(item) for item in chat_template or ())),
+        store=store,
+        store_quota_bytes=parse_bytes(store_quota) if store_quota else None,
+        preload=tuple(preload or ()),
+        demo_adapters=demo_adapters,
+        host=host,
+        port=port,
+        api_keys=api_keys,
+        request_timeout_seconds=request_timeout,
+        drain_seconds=drain_seconds,
+        engine=EngineConfig(
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_queue=max_queue,
+            kv_cache_bytes=parse_bytes(kv_cache_bytes),
+            adapter_device_bytes=parse_bytes(adapter_device_bytes),
+            adapter_host_bytes=parse_bytes(adapter_host_bytes),
+            adapter_slots=adapter_slots,
+        ),
+    )
+    from deltaserve.cli.server_process import run_server
+
+    raise typer.Exit(run_server(config))
+
+
+def _template(item: str) -> tuple[str, Path]:
+    name, separator, file = item.partition("=")
+    if not (name and separator and file):
+        raise ConfigError(f"--chat-template is {item!r}; write NAME=FILE.")
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"--chat-template {name}: {file} is not a file.")
+    return name, path
