@@ -144,3 +144,23 @@ class ConfigError(DeltaserveError):
     """A setting is wrong or two settings contradict each other. Raised at start."""
 
     code = "invalid_config"
+
+
+_BY_STATUS: dict[int, type[DeltaserveError]] = {
+    400: InvalidRequest,
+    401: AuthenticationFailed,
+    403: PermissionDenied,
+    404: NotFound,
+    408: RequestTimeout,
+    409: Conflict,
+    413: BodyTooLarge,
+    422: AdapterRefused,
+    429: QueueFull,
+    503: Unavailable,
+    507: StorageFull,
+}
+
+
+def error_class(status: int) -> type[DeltaserveError]:
+    """The error class for an HTTP status: how errors of the store and of a remote server become ours."""
+    return _BY_STATUS.get(status, DeltaserveError)

@@ -8,14 +8,15 @@ cast to the serving dtype. Sparse (SHiRA, arXiv:2406.13175, and our own format):
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
-from deltaserve_store.parsed import LoraDelta, ParsedAdapter, SparseDelta
-from deltaserve_store.spec import BaseSpec, LinearSpec
 from torch import Tensor
 
 from deltaserve.deltas.folded import FOLD_VERSION, FoldedAdapter, LowRankTerm, SparseTerm, Term, dtype_name
 from deltaserve.errors import AdapterRefused, Reason
+from deltaserve_store.parsed import LoraDelta, ParsedAdapter, SparseDelta
+from deltaserve_store.spec import BaseSpec, LinearSpec
 
 
 def fold_key(fingerprint: str, dtype: torch.dtype) -> str:
@@ -82,7 +83,7 @@ def dense_delta(adapter: ParsedAdapter | FoldedAdapter, linear: str, spec: BaseS
 def dense_deltas(adapter: ParsedAdapter | FoldedAdapter, spec: BaseSpec) -> Mapping[str, Callable[[], Tensor]]:
     """Lazy ``dense_delta`` of every linear the adapter changes: one dense matrix lives at a time."""
     names = adapter.terms if isinstance(adapter, FoldedAdapter) else [delta.module for delta in adapter.deltas]
-    return {name: (lambda name=name: dense_delta(adapter, name, spec)) for name in names}
+    return {name: partial(dense_delta, adapter, name, spec) for name in names}
 
 
 def _misfit(delta: LoraDelta | SparseDelta, linear: LinearSpec) -> Reason | None:

@@ -3,7 +3,8 @@
 Layout (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header, the data. The
 header is padded with spaces, and ``U8`` tensors named ``pad.<n>`` fill the gaps, so that every tensor's file offset is
 a multiple of ``ALIGNMENT`` and a loaded view can be handed to vector code or copied to a device without a repack.
-The header's metadata carries the SHA-256 of the data, so that a damaged file is found before it is served.
+The header's metadata carries the SHA-256 of everything else in header and data, so that a damaged file is found before
+it is served.
 """
 
 from __future__ import annotations
@@ -36,10 +37,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     """
     header: dict[str, Any] = {}
     chunks: list[bytes | memoryview] = []
-    digest = hashlib.sha256()
     offset = 0
     for name, tensor in tensors.items():
-        data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
         header[name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -55,10 +55,12 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             }
             chunks.append(bytes(padding))
             offset += padding
+    header["__metadata__"] = dict(metadata)
+    digest = hashlib.sha256(_encode(header))
     for chunk in chunks:
         digest.update(chunk)
-    header["__metadata__"] = {**metadata, "data_sha256": digest.hexdigest()}
-    encoded = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+    header["__metadata__"]["sha256"] = digest.hexdigest()
+    encoded = _encode(header)
     encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -94,18 +96,21 @@ def read_tensors(path: Path, *, mmap: bool = False) -> tuple[dict[str, torch.Ten
     else:
         buffer = torch.empty(size, dtype=torch.uint8)
         with path.open("rb") as file:
-            if file.readinto(memoryview(buffer.numpy())) != size:
+            if file.readinto(buffer.numpy().data) != size:
                 raise FileDamaged("the file shrank while it was read")
-    raw = memoryview(buffer.numpy())
+    raw = buffer.numpy().data
     (header_bytes,) = struct.unpack("<Q", raw[:8])
     if header_bytes > min(MAX_HEADER_BYTES, size - 8):
         raise FileDamaged(f"the header claims {header_bytes} bytes in a file of {size}")
     try:
         header = json.loads(bytes(raw[8 : 8 + header_bytes]))
-        metadata = dict(header.pop("__metadata__"))
+        expected = header["__metadata__"].pop("sha256")
+        digest = hashlib.sha256(_encode(header))
+        digest.update(raw[8 + header_bytes :])
+        if digest.hexdigest() != expected:
+            raise FileDamaged("the content does not match its SHA-256")
+        metadata = header.pop("__metadata__")
         data = buffer[8 + header_bytes :]
-        if hashlib.sha256(raw[8 + header_bytes :]).hexdigest() != metadata["data_sha256"]:
-            raise FileDamaged("the data does not match its SHA-256")
         tensors = {
             name: _view(data, entry["dtype"], entry["shape"], *entry["data_offsets"])
             for name, entry in header.items()
@@ -114,6 +119,10 @@ def read_tensors(path: Path, *, mmap: bool = False) -> tuple[dict[str, torch.Ten
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise FileDamaged(f"the header is not readable ({type(error).__name__})") from error
     return tensors, metadata
+
+
+def _encode(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
 
 
 def _view(data: torch.Tensor, dtype_name: str, shape: list[int], start: int, stop: int) -> torch.Tensor:
