@@ -1,0 +1,55 @@
+"""Every code a refusal may carry, with one line for a reader. ``docs/adapter-format.md`` lists exactly these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+REASON_CODES: Mapping[str, str] = MappingProxyType(
+    {
+        # files and archives
+        "missing_file": "A file that the format needs is not there.",
+        "unexpected_file": "A file that is no part of an adapter; only the documented names are taken.",
+        "duplicate_file": "The same name twice (also when only upper and lower case differ).",
+        "pickle_refused": "A pickle; it is never opened. Convert the weights to safetensors.",
+        "file_too_large": "A file, or the sum of all files, exceeds its cap.",
+        "not_a_regular_file": "A link, device, sparse file or the like.",
+        "ambiguous_format": "Files of two formats in one upload.",
+        "bad_archive": "The archive is damaged, encrypted, or of another type than .zip, .tar, .tar.gz.",
+        "archive_path": "An absolute path, a `..`, a path of more than one folder, or an unprintable name.",
+        "archive_bomb": "Too many entries, too high a compression ratio, or sizes that lie.",
+        "nested_archive": "An archive inside the archive.",
+        # safetensors
+        "bad_header": "The safetensors header is damaged or contradicts the file.",
+        "header_too_large": "The safetensors header exceeds 4 MB or 20,000 tensors.",
+        "bad_tensor_name": "A tensor name with characters that no module path has.",
+        "bad_offsets": "Tensor offsets overlap, leave holes, or do not fill the file.",
+        "unsupported_dtype": "A dtype that this tensor may not have.",
+        "bad_shape": "A tensor of no dimension, more than three, or with a dimension of zero.",
+        # config
+        "bad_json": "A JSON file is malformed: syntax, encoding, duplicate keys, NaN, or too deep.",
+        "missing_field": "A field of the config that must be there is not.",
+        "unknown_field": "A field of the config that this version does not know.",
+        "invalid_value": "A field has the wrong type or is out of range.",
+        "rank_out_of_range": "A rank below 1 or above 1024.",
+        "unsupported_kind": "A kind of adapter that is not served yet; the kind is named.",
+        "unsupported_feature": "A feature that is not served yet; the field or tensor is named.",
+        "unsupported_target": "The adapter changes the embedding or the output head; not served yet.",
+        "regex_target": "A regular expression where a list of module names is required.",
+        "target_not_found": "The targets match no linear layer of the base.",
+        "fan_in_fan_out_mismatch": "`fan_in_fan_out` contradicts how the base stores its weights.",
+        "added_tokens": "The adapter comes with tokens that the base does not have.",
+        # tensors against the base
+        "base_mismatch": "The adapter was made for another base.",
+        "unknown_module": "The base has no linear layer of that name.",
+        "missing_tensor": "A targeted layer lacks a tensor.",
+        "unexpected_tensor": "A tensor that the config does not account for.",
+        "shape_mismatch": "A tensor's shape contradicts the base, the config or its partner.",
+        "non_finite": "NaN or infinity.",
+        "value_out_of_range": "An absolute value above 65504.",
+        "index_out_of_range": "A row or column outside the layer.",
+        "duplicate_index": "The same position twice in a sparse delta.",
+        "unsorted_index": "Positions not sorted by row, then column.",
+        "too_many_findings": "More findings than are listed; their number is given.",
+    }
+)
