@@ -1,0 +1,80 @@
+"""One version as residency knows it. Only ``residency.py`` writes to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deltaserve.adapters.host_cache import HostedAdapter
+from deltaserve.core import AdapterState, AdapterStatus
+from deltaserve.errors import AdapterUnavailable
+
+UNUSABLE = (AdapterState.FAILED, AdapterState.INCOMPATIBLE, AdapterState.RETIRED)
+ON_HOST = (AdapterState.HOST, AdapterState.READY)
+
+
+@dataclass(slots=True, eq=False)
+class Resident:
+    """``slot`` is -1 without a place on the device; ``nbytes`` 0 until the first load has told it.
+
+    ``num_pins`` counts running sequences, ``num_holds`` running and waiting ones. ``hosted`` holds the adapter while it is on a device that shares the host's memory: it then is in no other tier.
+    """
+
+    version: str
+    state: AdapterState = AdapterState.STORED
+    reason: str | None = None
+    nbytes: int = 0
+    slot: int = -1
+    num_pins: int = 0
+    num_holds: int = 0
+    hosted: HostedAdapter | None = None
+    last_used: float | None = None
+    failed_at: float = 0.0
+    was_prepared: bool = False
+    is_retiring: bool = False
+    is_unloading: bool = False
+    is_forgotten: bool = False
+
+    @property
+    def is_unwanted(self) -> bool:
+        """It leaves memory as soon as nothing pins it."""
+        return self.is_unloading or (self.is_retiring and not self.num_holds)
+
+    def status(self, now: float, *, is_hosted: bool) -> AdapterStatus:
+        return AdapterStatus(
+            version=self.version,
+            state=self.state,
+            reason=self.reason,
+            host_bytes=self.nbytes if is_hosted else 0,
+            device_bytes=self.nbytes if self.slot >= 0 else 0,
+            num_pins=self.num_pins,
+            last_used_seconds_ago=None if self.last_used is None else max(0.0, now - self.last_used),
+        )
+
+    def unavailable(self, retry_in: float) -> AdapterUnavailable:
+        """What a request for this unusable version is told."""
+        name = self.version[:12]
+        if self.state is AdapterState.FAILED:
+            text = f"The adapter version {name} could not be loaded: {self.reason}"
+            return AdapterUnavailable(text, param="model", retry_after_seconds=max(1.0, round(retry_in, 1)))
+        if self.state is AdapterState.INCOMPATIBLE:
+            text = f"The adapter version {name} belongs to another base model: {self.reason}"
+            return AdapterUnavailable(text, param="model")
+        return AdapterUnavailable(f"The adapter version {name} is no longer served.", param="model")
+
+    def problem(self, *, is_hosted: bool, is_idle: bool) -> str | None:
+        """What is wrong with this entry's books, if anything."""
+        if self.num_pins < 0:
+            return f"{self.num_pins} pins"
+        if (self.state is AdapterState.READY) != (self.slot >= 0) and self.state is not AdapterState.LOADING:
+            return f"slot {self.slot}"
+        if is_idle != (self.state is AdapterState.READY and self.num_pins == 0):
+            return f"idle {is_idle} with {self.num_pins} pins"
+        if self.num_pins and self.state is not AdapterState.READY:
+            return f"{self.num_pins} pins"
+        if self.state is AdapterState.HOST and not is_hosted:
+            return "missing from the host cache"
+        if is_hosted and self.state not in (*ON_HOST, AdapterState.LOADING):
+            return "still in the host cache"
+        if self.hosted is not None and (self.slot < 0 or is_hosted):
+            return "booked in two tiers"
+        return None

@@ -1,0 +1,67 @@
+"""The two tiers of memory and who is in them: what fits, what must go first, and taking a version out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from deltaserve.adapters.device_pool import DevicePool
+from deltaserve.adapters.host_cache import HostCache
+from deltaserve.adapters.idle import IdleAdapters
+from deltaserve.adapters.resident import Resident
+
+Level = Literal["host", "device"]
+
+
+class Tiers:
+    """Host cache, device pool, and the device's idle adapters. Knows no states: those are residency's."""
+
+    def __init__(self, pool: DevicePool, cache: HostCache) -> None:
+        self.pool = pool
+        self.cache = cache
+        self.idle = IdleAdapters()
+
+    def shortfall(self, needed: Mapping[str, Resident]) -> tuple[int, int]:
+        """Slots and bytes that ``needed`` lack after every other idle version is evicted; <= 0 when nothing is lacking."""
+        missing = [resident for resident in needed.values() if resident.slot < 0]
+        if not missing:
+            return 0, 0
+        spared = [resident for version, resident in needed.items() if version in self.idle]
+        slots = len(missing) - self.pool.num_free_slots - (len(self.idle) - len(spared))
+        idle_bytes = self.idle.nbytes - sum(resident.nbytes for resident in spared)
+        return slots, sum(resident.nbytes for resident in missing) - self.pool.free_bytes - idle_bytes
+
+    def to_drain(
+        self, needed: Mapping[str, Resident], residents: Mapping[str, Resident], remaining: Mapping[str, int]
+    ) -> frozenset[str]:
+        """Pinned versions whose end would make ``needed`` fit, those with least ``remaining`` work first."""
+        slots, nbytes = self.shortfall(needed)
+        pinned = [r for v in self.pool.versions() if (r := residents[v]).num_pins and v not in needed]
+        drained: list[str] = []
+        for resident in sorted(pinned, key=lambda r: (remaining.get(r.version, 0), r.version)):
+            if slots <= 0 and nbytes <= 0:
+                break
+            drained.append(resident.version)
+            slots, nbytes = slots - 1, nbytes - resident.nbytes
+        return frozenset(drained)
+
+    def has_room_for(self, nbytes: int) -> bool:
+        """Whether one more adapter fits on the device without evicting anything."""
+        return self.pool.num_free_slots > 0 and self.pool.free_bytes >= nbytes
+
+    def take_out(self, resident: Resident) -> Level | None:
+        """Out of both tiers; returns the highest one it was in."""
+        level: Level | None = None
+        if resident.version in self.cache:
+            self.cache.pop(resident.version)
+            level = "host"
+        if resident.slot >= 0:
+            self.leave_device(resident)
+            level = "device"
+        return level
+
+    def leave_device(self, resident: Resident) -> None:
+        self.idle.discard(resident)
+        self.pool.release(resident.slot)
+        resident.slot = -1
+        resident.hosted = None
