@@ -14,7 +14,8 @@ from deltaserve_store.findings import refuse
 MAX_DEPTH = 32
 MAX_NODES = 500_000
 
-_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# Possessive, and an unterminated string runs to the end: linear in the text whatever it holds.
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _BRACKET = re.compile(r"[\[\]{}]")
 
 

@@ -1,0 +1,215 @@
+"""The project's own sparse format: ``adapter.json`` and ``adapter.safetensors``. See ``docs/adapter-format.md``.
+
+Per linear ``<module>.rows`` and ``<module>.cols`` (int32 ``[k]``) and ``<module>.values`` (``[k]``), sorted by row and
+then column, each position once, in ``[out, in]`` orientation: ``W[rows[i], cols[i]] += values[i]``. The JSON carries
+the base's fingerprint, so these files cannot be served on another base, with or without a waiver.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from deltaserve_store.file_names import SPARSE_CONFIG, SPARSE_TENSORS
+from deltaserve_store.findings import Findings
+from deltaserve_store.formats.module_match import is_head
+from deltaserve_store.formats.sparse_entries import check_positions, keys_of, sort_entries
+from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, check_dtype, check_shape, check_values
+from deltaserve_store.formats.tensor_file import TensorFile
+from deltaserve_store.names import NAME
+from deltaserve_store.parsed import ParsedAdapter, SparseDelta
+from deltaserve_store.spec import BaseSpec, LinearSpec
+
+FORMAT = "deltaserve-sparse"
+FORMAT_VERSION = 1
+MAX_STOP_TOKENS = 16
+FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+PARTS = ("rows", "cols", "values")
+FIELDS: Mapping[str, str] = {
+    "format": f'"{FORMAT}"',
+    "format_version": str(FORMAT_VERSION),
+    "base_fingerprint": "64 lowercase hex digits, equal to the base's fingerprint",
+    "modules": "object: module path to its number of entries (at least 1)",
+    "base_name": "optional: null or a string; descriptive",
+    "method": "optional: null or a string, how the entries were chosen; descriptive",
+    "chat_template": "optional: null or the name of a template that the operator registered",
+    "stop_token_ids": f"optional: at most {MAX_STOP_TOKENS} token ids of the base",
+}
+"""Every field of ``adapter.json`` with what is allowed; others are refused."""
+REQUIRED = ("format", "format_version", "base_fingerprint", "modules")
+
+
+def write_sparse_adapter(
+    folder: Path,
+    deltas: Iterable[SparseDelta],
+    base_fingerprint: str,
+    *,
+    base_name: str | None = None,
+    method: str | None = None,
+    chat_template: str | None = None,
+    stop_token_ids: Sequence[int] = (),
+) -> None:
+    """Writes both files into ``folder`` (made if missing). Deltas without entries are left out.
+
+    Entries may come in any order; they are sorted. Raises ``ValueError`` for a position that occurs twice, tensors of
+    unequal length, or when nothing is left to write.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    modules: dict[str, int] = {}
+    for delta in sorted(deltas, key=lambda delta: delta.module):
+        if not delta.rows.shape == delta.cols.shape == delta.values.shape or delta.rows.ndim != 1:
+            raise ValueError(f"rows, cols and values of {delta.module} must be of one length")
+        if not delta.num_entries:
+            continue
+        if delta.module in modules:
+            raise ValueError(f"two deltas for {delta.module}")
+        width = int(delta.cols.max()) + 1
+        rows, cols, values, num_duplicates = sort_entries(delta.rows, delta.cols, delta.values, width)
+        if num_duplicates:
+            raise ValueError(f"{num_duplicates} positions of {delta.module} occur twice")
+        tensors |= {f"{delta.module}.{part}": item for part, item in zip(PARTS, (rows, cols, values), strict=True)}
+        modules[delta.module] = delta.num_entries
+    if not modules:
+        raise ValueError("no delta has an entry; there is nothing to write")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / SPARSE_TENSORS)
+    config: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base_fingerprint": base_fingerprint,
+        "base_name": base_name,
+        "method": method,
+        "modules": modules,
+        "chat_template": chat_template,
+        "stop_token_ids": list(stop_token_ids),
+    }
+    (folder / SPARSE_CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def parse_deltaserve_sparse(
+    config: Mapping[str, Any], tensors: TensorFile, base: BaseSpec, findings: Findings
+) -> ParsedAdapter | None:
+    """None when ``findings`` got a reason."""
+    modules = _check_config(config, base, findings)
+    _check_layout(modules, tensors, base, findings)
+    if findings:
+        return None
+    deltas = tuple(
+        delta
+        for module in base.linears
+        if module in modules and (delta := _read_delta(base.linears[module], tensors, findings)) is not None
+    )
+    if findings:
+        return None
+    return ParsedAdapter(
+        kind="sparse",
+        file_format="deltaserve-sparse",
+        deltas=deltas,
+        config=config,
+        base_name=config.get("base_name"),
+        base_fingerprint=config["base_fingerprint"],
+        rank=None,
+        num_parameters=sum(delta.num_entries for delta in deltas),
+        chat_template=config.get("chat_template"),
+        stop_token_ids=tuple(config.get("stop_token_ids") or ()),
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_config(config: Mapping[str, Any], base: BaseSpec, findings: Findings) -> dict[str, int]:
+    """The ``modules`` object; empty when it cannot be used."""
+
+    def refuse(code: str, field: str) -> None:
+        found = config.get(field, "nothing")
+        findings.add(code, f"{SPARSE_CONFIG}:{field}", found, FIELDS.get(field, "only documented fields"))
+
+    for field in config:
+        if field not in FIELDS:
+            refuse("unknown_field", field)
+    for field in REQUIRED:
+        if field not in config:
+            refuse("missing_field", field)
+    if config.get("format", FORMAT) != FORMAT:
+        refuse("unsupported_kind", "format")
+    version = config.get("format_version", FORMAT_VERSION)
+    if type(version) is not int or version != FORMAT_VERSION:
+        refuse("invalid_value", "format_version")
+    fingerprint = config.get("base_fingerprint", base.fingerprint)
+    if not isinstance(fingerprint, str) or FINGERPRINT.fullmatch(fingerprint) is None:
+        refuse("invalid_value", "base_fingerprint")
+    elif fingerprint != base.fingerprint:
+        findings.add("base_mismatch", f"{SPARSE_CONFIG}:base_fingerprint", fingerprint, base.fingerprint)
+    for field in ("base_name", "method"):
+        value = config.get(field)
+        if value is not None and not (isinstance(value, str) and len(value) <= 1024):
+            refuse("invalid_value", field)
+    template = config.get("chat_template")
+    if template is not None and not (isinstance(template, str) and NAME.fullmatch(template)):
+        refuse("invalid_value", "chat_template")
+    stops = config.get("stop_token_ids")
+    if stops is not None and not (
+        isinstance(stops, list)
+        and len(stops) <= MAX_STOP_TOKENS
+        and all(type(stop) is int and 0 <= stop < base.vocab_size for stop in stops)
+    ):
+        refuse("invalid_value", "stop_token_ids")
+    modules = config.get("modules", {})
+    if not isinstance(modules, dict) or not all(_is_count(count) for count in modules.values()):
+        refuse("invalid_value", "modules")
+        return {}
+    if not modules and "modules" in config:
+        refuse("target_not_found", "modules")
+    return modules
+
+
+def _check_layout(modules: Mapping[str, int], tensors: TensorFile, base: BaseSpec, findings: Findings) -> None:
+    expected: set[str] = set()
+    for module, count in modules.items():
+        where = f"{SPARSE_CONFIG}:modules:{module}"
+        expected.update(f"{module}.{part}" for part in PARTS)
+        linear = base.linears.get(module)
+        if is_head(module):
+            findings.add("unsupported_target", where, module, "linears of the decoder layers")
+            continue
+        if linear is None:
+            findings.add("unknown_module", where, module, "names of linears of the base")
+            continue
+        if count > linear.out_features * linear.in_features:
+            size = f"{linear.out_features} x {linear.in_features}"
+            findings.add("shape_mismatch", where, f"{count} entries", f"at most {size}")
+            continue
+        for part in PARTS:
+            info = tensors.header.tensors.get(f"{module}.{part}")
+            if info is None:
+                findings.add("missing_tensor", f"{module}.{part}", "nothing", f"[{count}] by {SPARSE_CONFIG}")
+                continue
+            check_dtype(info, FLOAT_DTYPES if part == "values" else ("I32",), findings)
+            check_shape(info, (count,), f"by {SPARSE_CONFIG}", findings)
+    for name in tensors.header.tensors:
+        if name not in expected:
+            findings.add("unexpected_tensor", name, "a tensor of no listed module", "rows, cols, values of modules")
+
+
+def _read_delta(linear: LinearSpec, tensors: TensorFile, findings: Findings) -> SparseDelta | None:
+    rows, cols, values = (tensors.read(f"{linear.name}.{part}") for part in PARTS)
+    check_values(f"{linear.name}.values", values, findings)
+    if not check_positions(linear.name, rows, cols, linear, findings):
+        return None
+    keys = keys_of(rows, cols, linear.in_features)
+    steps = keys[1:] - keys[:-1]
+    if bool((steps == 0).any()):
+        findings.add("duplicate_index", linear.name, "a position twice in a row", "each position once")
+        return None
+    if bool((steps < 0).any()):
+        findings.add("unsorted_index", linear.name, "positions out of order", "sorted by row, then column")
+        return None
+    return SparseDelta(linear.name, rows, cols, values)

@@ -1,0 +1,89 @@
+"""PEFT LoRA: ``base_model.model.<module>.lora_A.weight [r, in]`` and ``...lora_B.weight [out, r]``.
+
+The delta of a linear is ``scaling * B @ A`` in ``[out, in]`` orientation also where the base stores ``[in, out]``:
+PEFT keeps A and B in linear layout and transposes their product (``fan_in_fan_out``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deltaserve_store.findings import Findings
+from deltaserve_store.formats.peft_config import PeftLoraConfig, parse_lora_config
+from deltaserve_store.formats.tensor_checks import (
+    FLOAT_DTYPES,
+    PEFT_PREFIX,
+    check_dtype,
+    check_shape,
+    check_values,
+    name_stray_tensor,
+)
+from deltaserve_store.formats.tensor_file import TensorFile
+from deltaserve_store.parsed import LoraDelta, ParsedAdapter
+from deltaserve_store.spec import BaseSpec
+
+
+def parse_peft_lora(
+    config: Mapping[str, Any], config_name: str, tensors: TensorFile, base: BaseSpec, findings: Findings
+) -> ParsedAdapter | None:
+    """None when ``findings`` got a reason. Shapes are settled from the header before a tensor is read."""
+    lora = parse_lora_config(config, base, config_name, findings)
+    if lora is None:
+        _name_strays_without_config(tensors, base, findings)
+        return None
+    modules = lora.targets.select(base)
+    _check_layout(lora, modules, tensors, base, findings)
+    if findings:
+        return None
+    deltas = []
+    for module in modules:
+        name_a, name_b = _names(module)
+        a, b = tensors.read(name_a), tensors.read(name_b)
+        check_values(name_a, a, findings)
+        check_values(name_b, b, findings)
+        deltas.append(LoraDelta(module, a, b, lora.scaling_of(module)))
+    if findings:
+        return None
+    return ParsedAdapter(
+        kind="lora",
+        file_format="peft-lora",
+        deltas=tuple(deltas),
+        config=config,
+        base_name=lora.base_name,
+        base_fingerprint=None,
+        rank=max(delta.rank for delta in deltas),
+        num_parameters=sum(delta.a.numel() + delta.b.numel() for delta in deltas),
+    )
+
+
+def _names(module: str) -> tuple[str, str]:
+    return f"{PEFT_PREFIX}{module}.lora_A.weight", f"{PEFT_PREFIX}{module}.lora_B.weight"
+
+
+def _check_layout(
+    lora: PeftLoraConfig, modules: tuple[str, ...], tensors: TensorFile, base: BaseSpec, findings: Findings
+) -> None:
+    """Exactly A and B of every targeted linear, in the shapes that base and config give."""
+    expected: set[str] = set()
+    for module in modules:
+        linear, rank = base.linears[module], lora.rank_of(module)
+        for name, shape in zip(_names(module), ((rank, linear.in_features), (linear.out_features, rank)), strict=True):
+            expected.add(name)
+            info = tensors.header.tensors.get(name)
+            if info is None:
+                findings.add("missing_tensor", name, "nothing", f"{list(shape)} (targeted, rank {rank})")
+                continue
+            check_dtype(info, FLOAT_DTYPES, findings)
+            check_shape(info, shape, f"rank {rank} by the config, the rest by the base", findings)
+    for name in tensors.header.tensors:
+        if name not in expected:
+            name_stray_tensor(name, base, findings)
+
+
+def _name_strays_without_config(tensors: TensorFile, base: BaseSpec, findings: Findings) -> None:
+    """With a refused config, name at least the tensors that no LoRA config could account for."""
+    possible = {name for module in base.linears for name in _names(module)}
+    for name in tensors.header.tensors:
+        if name not in possible:
+            name_stray_tensor(name, base, findings)

@@ -1,0 +1,150 @@
+"""From a folder of files to a ``ParsedAdapter``, or to every reason why not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deltaserve_store.errors import AdapterInvalid
+from deltaserve_store.file_names import (
+    ADDED_TOKENS,
+    MAX_TENSOR_FILE_BYTES,
+    PEFT_CONFIG,
+    PEFT_TENSORS,
+    REFUSALS,
+    SPARSE_CONFIG,
+    SPARSE_TENSORS,
+    TOKENIZER_CONFIG,
+    FileRole,
+    cap_of,
+    role_of,
+)
+from deltaserve_store.findings import Findings, refuse
+from deltaserve_store.formats.deltaserve_sparse import parse_deltaserve_sparse
+from deltaserve_store.formats.json_file import read_json_object
+from deltaserve_store.formats.peft_config import peft_type_of
+from deltaserve_store.formats.peft_lora import parse_peft_lora
+from deltaserve_store.formats.peft_shira import parse_peft_shira
+from deltaserve_store.formats.tensor_file import TensorFile
+from deltaserve_store.parsed import ParsedAdapter
+from deltaserve_store.spec import BaseSpec
+
+MAX_FILES = 256
+
+
+def read_adapter(folder: Path, base: BaseSpec) -> ParsedAdapter:
+    """Checks and reads the adapter in ``folder``: PEFT LoRA, PEFT SHiRA or the project's sparse format.
+
+    Every tensor is accounted for, every config field understood, every value finite, or ``AdapterInvalid`` (its
+    subclass ``BaseMismatch`` for another base) is raised with all reasons. Whether a PEFT file's ``base_name`` is a
+    name of this base is the caller's to decide.
+    """
+    findings = Findings()
+    names, skipped = _list_files(folder, findings)
+    _check_added_tokens(folder, names, base, findings)
+    peft, sparse = PEFT_CONFIG in names or PEFT_TENSORS in names, SPARSE_CONFIG in names or SPARSE_TENSORS in names
+    if peft and sparse:
+        found = ", ".join(sorted(names & {PEFT_CONFIG, PEFT_TENSORS, SPARSE_CONFIG, SPARSE_TENSORS}))
+        findings.add("ambiguous_format", "files", found, "the two files of one format")
+        findings.raise_if_any()
+    config_name, tensors_name = (SPARSE_CONFIG, SPARSE_TENSORS) if sparse else (PEFT_CONFIG, PEFT_TENSORS)
+    for name in (config_name, tensors_name):
+        if name not in names:
+            found = ", ".join(sorted(names | set(skipped))) or "no files"
+            wanted = f"{PEFT_CONFIG} and {PEFT_TENSORS}, or {SPARSE_CONFIG} and {SPARSE_TENSORS}"
+            findings.add("missing_file", name, found, wanted)
+    parsed = _parse(folder, config_name, tensors_name, names, base, findings)
+    findings.raise_if_any()
+    if parsed is None:
+        raise refuse("missing_file", "files", "no adapter", "an adapter")
+    return replace(parsed, skipped=skipped)
+
+
+def _parse(
+    folder: Path, config_name: str, tensors_name: str, names: set[str], base: BaseSpec, findings: Findings
+) -> ParsedAdapter | None:
+    """Reads what is there even when something is missing, so that one answer tells of both files."""
+    config: dict[str, Any] | None = None
+    kind = ""
+    if config_name in names:
+        try:
+            config = read_json_object(folder / config_name, max_bytes=cap_of(config_name))
+            kind = "" if config_name == SPARSE_CONFIG else peft_type_of(config, config_name)
+        except AdapterInvalid as error:
+            findings.extend(error)
+            config = None
+    if tensors_name not in names:
+        return None
+    try:
+        with TensorFile(folder / tensors_name, max_bytes=MAX_TENSOR_FILE_BYTES) as tensors:
+            if config is None:
+                return None
+            own = Findings()
+            parsed = _parse_kind(kind, config, tensors, base, own)
+            own.raise_if_any()
+            return parsed
+    except AdapterInvalid as error:
+        findings.extend(error)
+        return None
+
+
+def _parse_kind(
+    kind: str, config: Mapping[str, Any], tensors: TensorFile, base: BaseSpec, findings: Findings
+) -> ParsedAdapter | None:
+    if kind == "LORA":
+        return parse_peft_lora(config, PEFT_CONFIG, tensors, base, findings)
+    if kind == "SHIRA":
+        return parse_peft_shira(config, PEFT_CONFIG, tensors, base, findings)
+    return parse_deltaserve_sparse(config, tensors, base, findings)
+
+
+def _list_files(folder: Path, findings: Findings) -> tuple[set[str], tuple[str, ...]]:
+    """Names that will be read, and names that are skipped; whatever else lies there is a reason."""
+    names: set[str] = set()
+    skipped: list[str] = []
+    with os.scandir(folder) as entries:
+        for count, entry in enumerate(entries):
+            if count >= MAX_FILES:
+                findings.add("unexpected_file", "files", f"more than {MAX_FILES}", f"at most {MAX_FILES} files")
+                break
+            role = role_of(entry.name)
+            if not entry.is_file(follow_symlinks=False):
+                findings.add("not_a_regular_file", entry.name, "a folder, link or device", "regular files")
+            elif role in REFUSALS:
+                code, allowed = REFUSALS[role]
+                findings.add(code, entry.name, entry.name, allowed)
+            elif role is FileRole.SKIPPED:
+                skipped.append(entry.name)
+            else:
+                names.add(entry.name)
+    return names, tuple(sorted(skipped))
+
+
+def _check_added_tokens(folder: Path, names: set[str], base: BaseSpec, findings: Findings) -> None:
+    """Tokenizer files may tell of tokens that the base does not have; the adapter then needs rows it cannot get."""
+    limit = base.num_tokens or base.vocab_size
+    for name in sorted(names & {ADDED_TOKENS, TOKENIZER_CONFIG}):
+        try:
+            data = read_json_object(folder / name, max_bytes=cap_of(name))
+        except AdapterInvalid as error:
+            findings.extend(error)
+            continue
+        tokens = data if name == ADDED_TOKENS else data.get("added_tokens_decoder", {})
+        for token, index in _token_ids(tokens):
+            if index >= limit:
+                findings.add("added_tokens", f"{name}:{token[:80]}", f"token id {index}", f"ids below {limit}")
+
+
+def _token_ids(tokens: Any) -> list[tuple[str, int]]:
+    """``{token: id}`` of ``added_tokens.json`` or ``{id: {"content": token}}`` of ``tokenizer_config.json``."""
+    pairs: list[tuple[str, int]] = []
+    for key, value in tokens.items() if isinstance(tokens, dict) else ():
+        if type(value) is int:
+            pairs.append((key, value))
+        elif key.isascii() and key.isdecimal() and len(key) < 12:
+            content = value.get("content") if isinstance(value, dict) else None
+            pairs.append((str(content), int(key)))
+    return pairs
