@@ -21,8 +21,8 @@ class ScheduledPart(NamedTuple):
 class ScheduledSequence:
     """The tokens of one sequence that a step computes.
 
-    ``token_ids`` are the tokens at positions ``start .. start + len(token_ids)``; ``block_table`` covers all positions up
-    to there, and K and V of positions before ``start`` are already in it. ``logits``: "none", "last" (one row) or
+    ``token_ids`` are the tokens at positions ``start .. start + len(token_ids)``; ``block_table`` covers all positions
+    up to there, and K and V of positions before ``start`` are already in it. ``logits``: "none", "last" (one row) or
     "all" (one row per token). ``length`` is the number of tokens of the sequence known by now (prompt and completion),
     which a prefill chunk cannot tell; 0 means ``start + len(token_ids)``. It picks the KV regime
     (``BaseModel.kv_regime``).

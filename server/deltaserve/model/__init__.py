@@ -1,0 +1,1 @@
+"""The base model: transformers' architectures, our attention, adapters on every linear."""

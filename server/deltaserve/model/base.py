@@ -2,32 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import huggingface_hub.constants
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from deltaserve.model.context import ForwardContext
+from deltaserve.errors import ConfigError, UnsupportedBase
+from deltaserve.model import checkpoint, identity
+from deltaserve.model.attention import ATTENTION_NAME, attach_spec
+from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, use
+from deltaserve.model.folded import widen_in_folded_mode
+from deltaserve.model.head import cut_before_head
 from deltaserve.model.kv_cache import KVLayout
+from deltaserve.model.linear import BaseLinear
+from deltaserve.model.packing import find_linears, pack, wrap_head
+from deltaserve.model.rope import check_rope, choose_longrope_per_row
+from deltaserve.model.support import find_layers
+from deltaserve.model.trace import Trace, trace
+from deltaserve.model.verify import probe_sequences, reference_logits, verify
+from deltaserve_store.spec import BaseSpec, LinearSpec
 
-if TYPE_CHECKING:
-    from deltaserve_store.spec import BaseSpec
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_FOLDED_TOKENS = 64
 
 
 class BaseModel:
-    """A loaded base. ``linears[i]`` is the name of the linear that tables call i; ``lm_head`` is not among them."""
+    """A loaded base. ``linears[i]`` is the name of the linear that tables call i; the head is not among them.
 
-    spec: BaseSpec
-    linears: tuple[str, ...]
-    kv_layout: KVLayout
-    max_context: int
-    vocab_size: int
-    hidden_size: int
-    dtype: torch.dtype
-    device: torch.device
-    eos_token_ids: tuple[int, ...]
+    Passes on different threads do not disturb each other: all state of a pass is in its context.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        linears: Mapping[str, BaseLinear],
+        spec: BaseSpec,
+        kv_layout: KVLayout,
+        *,
+        longrope_limit: int | None,
+        eos_token_ids: tuple[int, ...],
+        max_context: int,
+    ) -> None:
+        self.spec = spec
+        self.kv_layout = kv_layout
+        self.max_context = max_context
+        self.eos_token_ids = eos_token_ids
+        self.linears = tuple(linears)
+        self.dtype = kv_layout.dtype
+        self.device = model.device
+        self._model = model
+        self._linears = dict(linears)
+        self._longrope_limit = longrope_limit
+        self._decoder = cut_before_head(model)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.spec.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.spec.hidden_size
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """transformers' configuration of the base, to be read only."""
+        return self._model.config
+
+    @property
+    def has_kv_regimes(self) -> bool:
+        """Whether ``kv_regime`` ever differs from 0."""
+        return self._longrope_limit is not None
+
+    def linear(self, name: str) -> BaseLinear:
+        """The base weights behind a name of ``linears``; raises KeyError."""
+        return self._linears[name]
+
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the linears that share an input, group after group in order of execution."""
+        names = dict.fromkeys(tuple(self.linears[m.linear] for m in x.group.members) for x in self._linears.values())
+        return tuple(names)
 
     def kv_regime(self, length: int) -> int:
         """Which rope frequencies a sequence of ``length`` tokens uses; 0 for all lengths of most bases.
@@ -35,23 +92,150 @@ class BaseModel:
         K of one regime cannot be read under another: when a growing sequence changes its regime its blocks must be
         computed again, and the regime belongs into a prefix cache's key.
         """
-        raise NotImplementedError
+        return int(self._longrope_limit is not None and length > self._longrope_limit)
 
     def forward(self, input_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """``input_ids`` int64 [T] of a step -> final hidden rows [T, hidden] in the serving dtype; writes K and V."""
-        raise NotImplementedError
+        return self._decode(input_ids, ctx.positions, ctx)
 
-    def logits(self, hidden_rows: Tensor, ctx: ForwardContext) -> Tensor:
+    def logits(self, hidden_rows: Tensor, ctx: PassContext) -> Tensor:
         """Hidden rows [R, hidden] -> float32 [R, vocab], through the model's own head (soft-capping, scaling)."""
-        raise NotImplementedError
+        ctx.head_rows = hidden_rows[None]
+        try:
+            with use(ctx):
+                output = self._model(inputs_embeds=ctx.head_rows, use_cache=False)
+        finally:
+            ctx.head_rows = None
+        return output.logits[0].float()
 
+    @torch.inference_mode()
     def folded_logits(self, ids: Tensor, deltas: Mapping[str, Callable[[], Tensor]]) -> Tensor:
-        """The proof's half: ids [T <= 64] -> float32 [T, vocab] with every linear at ``W + dW`` in fp32."""
-        raise NotImplementedError
+        """The proof's half: ``ids`` int64 [T <= 64] -> float32 [T, vocab] with every linear at ``W + dW`` in fp32.
+
+        ``deltas`` maps names of ``linears`` to functions that make the fp32 [out, in] difference; one exists at a time.
+        """
+        if not 1 <= len(ids) <= MAX_FOLDED_TOKENS:
+            raise ValueError(f"{len(ids)} ids; folded mode takes 1 to {MAX_FOLDED_TOKENS}")
+        unknown = sorted(set(deltas) - set(self._linears))
+        if unknown:
+            raise ValueError(f"the base has no linear {unknown[0]!r} to fold a delta into")
+        ids = ids.to(self.device)
+        regime = self.kv_regime(len(ids))
+        ctx = FoldedContext(deltas=deltas, kv_regimes=torch.full_like(ids, regime) if regime else None)
+        hidden = self._decode(ids, torch.arange(len(ids), device=self.device), ctx)
+        return self.logits(hidden, ctx)
+
+    def _decode(self, ids: Tensor, positions: Tensor, ctx: PassContext) -> Tensor:
+        with use(ctx):
+            output = self._decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+        return output.last_hidden_state[0]
 
 
 def load_base(
-    path: Path, *, dtype: torch.dtype, device: torch.device | str, load_format: str = "auto", allow_hub: bool = False
+    path: Path | str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    load_format: str = "auto",
+    allow_hub: bool = False,
+    extra_names: Sequence[str] = (),
+    cache_dir: Path | None = None,
 ) -> BaseModel:
-    """Load a base from a local folder; raises ``UnsupportedBase`` naming the component that cannot be served."""
-    raise NotImplementedError
+    """Load a base from a local folder (or, with ``allow_hub``, a hub id).
+
+    ``load_format`` "auto" reads safetensors, "dummy" fills the configuration with random weights. ``extra_names`` are
+    further names that adapters may call this base by. ``cache_dir`` keeps digests of weight files (default: in the
+    user's cache). Raises ``UnsupportedBase`` naming the component that cannot be served, ``ConfigError`` for settings.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype} is not served; allowed: float32, bfloat16, float16")
+    if load_format not in ("auto", "dummy"):
+        raise ConfigError(f"load format {load_format!r} is unknown; allowed: auto, dummy")
+    device = torch.device(device)
+    if not allow_hub:
+        # transformers looks files up on the hub in corners that no argument reaches.
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+    folder = checkpoint.locate(path, allow_hub=allow_hub)
+    raw = checkpoint.read_raw_config(folder)
+    config = checkpoint.read_config(folder, raw)
+    longrope_limit = check_rope(config)
+    weights = () if load_format == "dummy" else checkpoint.weight_files(folder)
+    model = checkpoint.read_model(folder, config, dtype=dtype, device=device, load_format=load_format)
+    max_context = _max_context(config)
+    probes = probe_sequences(config.vocab_size, max_context, device)
+    references = reference_logits(model, probes)
+    linears, seen = _take_over(model, probes[0], longrope_limit)
+    kv_heads, head_dim = _uniform(seen)
+    spec = BaseSpec(
+        fingerprint=identity.fingerprint(folder, raw, weights, cache_dir),
+        names=tuple(dict.fromkeys([*identity.known_names(folder, raw), *extra_names])),
+        model_type=config.model_type,
+        linears={name: _linear_spec(linear) for name, linear in linears.items()},
+        vocab_size=config.vocab_size,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        tied_embeddings=bool(config.tie_word_embeddings),
+        num_tokens=identity.count_tokens(folder),
+    )
+    base = BaseModel(
+        model,
+        linears,
+        spec,
+        KVLayout(config.num_hidden_layers, kv_heads, head_dim, dtype),
+        longrope_limit=longrope_limit,
+        eos_token_ids=_eos_token_ids(model, config),
+        max_context=max_context,
+    )
+    verify(base, probes, references)
+    return base
+
+
+def _take_over(
+    model: PreTrainedModel, probe: Tensor, longrope_limit: int | None
+) -> tuple[dict[str, BaseLinear], Trace]:
+    """Trace the unmodified model, then put our linears, attention and rope in their places."""
+    path, layers = find_layers(model.base_model, model.config.num_hidden_layers)
+    prefix = f"{model.base_model_prefix}.{path}"
+    seen = trace(model, find_linears(prefix, layers), probe)
+    linears = pack(model, prefix, len(layers), seen.groups())
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is head and type(module) is torch.nn.Linear:
+            wrap_head(model, name)
+    for module, spec in seen.specs.items():
+        attach_spec(module, spec)
+    model.set_attn_implementation(ATTENTION_NAME)
+    if longrope_limit is not None:
+        choose_longrope_per_row(model, longrope_limit)
+    widen_in_folded_mode(model)
+    return linears, seen
+
+
+def _uniform(seen: Trace) -> tuple[int, int]:
+    layers = sorted(spec.layer for spec in seen.specs.values())
+    if layers != list(range(len(layers))):
+        raise UnsupportedBase(f"attention layers are numbered {layers}; layers without attention are not served")
+    if len(seen.kv_shapes) != 1:
+        shapes = ", ".join(f"{heads} x {size}" for heads, size in sorted(seen.kv_shapes))
+        raise UnsupportedBase(f"layers have different KV heads ({shapes}); one shape for all layers is served")
+    return next(iter(seen.kv_shapes))
+
+
+def _linear_spec(linear: BaseLinear) -> LinearSpec:
+    return LinearSpec(linear.name, linear.out_features, linear.in_features, linear.bias is not None, linear.transposed)
+
+
+def _max_context(config: PreTrainedConfig) -> int:
+    limit: Any = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        raise UnsupportedBase(f"{config.model_type} states no max_position_embeddings; its context length is unknown")
+    return limit
+
+
+def _eos_token_ids(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[int, ...]:
+    generation = getattr(model, "generation_config", None)
+    for source in (generation, config):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+    return ()

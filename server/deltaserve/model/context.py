@@ -19,14 +19,26 @@ if TYPE_CHECKING:
     from deltaserve_kernels import LoraTables, SparseTables, WorkList
 
 
+@dataclass(slots=True, kw_only=True)
+class PassContext:
+    """What every kind of pass has.
+
+    ``kv_regimes`` int64 [T] is set only for bases whose rope depends on the sequence's length
+    (``BaseModel.kv_regime``); None means regime 0 for every row. ``head_rows`` [1, R, hidden] is set while the head
+    runs alone: the rows that stand in for the decoder's output.
+    """
+
+    kv_regimes: Tensor | None = None
+    head_rows: Tensor | None = None
+
+
 @dataclass(slots=True)
-class ForwardContext:
+class ForwardContext(PassContext):
     """A paged step over T token rows of S sequences, flattened sequence after sequence.
 
     ``positions`` int64 [T]; ``cu_seqlens_q`` int32 [S+1], row ranges of the sequences; ``kv_lens`` int32 [S], positions
     valid after this step; ``block_tables`` int32 [S, B]; ``kv_index`` int64 [T] = block * 16 + offset, where each row's
-    K and V go. ``work`` groups rows by binding; None or empty means base only. ``kv_regimes`` int64 [T] is set only
-    for bases whose rope depends on the sequence's length (see ``BaseModel.kv_regime``).
+    K and V go. ``work`` groups rows by binding; None or empty means base only.
     """
 
     positions: Tensor
@@ -38,45 +50,40 @@ class ForwardContext:
     work: WorkList | None = None
     lora: LoraTables | None = None
     sparse: SparseTables | None = None
-    kv_regimes: Tensor | None = None
     # Results of a projection group waiting for its other members: linear index -> (input rows, output slice).
     pending: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    # Set while the head alone runs: the rows that stand in for the decoder's output.
-    head_rows: Tensor | None = None
 
 
 @dataclass(slots=True)
-class FoldedContext:
+class FoldedContext(PassContext):
     """A proof's pass over one short sequence: fp32 activations, dense causal attention, no KV cache.
 
     ``deltas`` maps a linear's name to a function giving its fp32 ``[out, in]`` difference; called once per pass.
     """
 
     deltas: Mapping[str, Callable[[], Tensor]]
-    kv_regimes: Tensor | None = None
-    head_rows: Tensor | None = None
 
 
 _local = threading.local()
 
 
-def current() -> ForwardContext | FoldedContext:
+def current_or_none() -> PassContext | None:
+    """The context of the pass running on this thread, if there is one."""
+    return getattr(_local, "context", None)
+
+
+def current() -> PassContext:
     """The context of the pass running on this thread; an error outside of one."""
-    context = getattr(_local, "context", None)
+    context = current_or_none()
     if context is None:
         raise RuntimeError("base model called outside a forward pass; go through BaseModel.forward or folded_logits")
     return context
 
 
-def current_or_none() -> ForwardContext | FoldedContext | None:
-    """The context of the pass running on this thread, if there is one."""
-    return getattr(_local, "context", None)
-
-
 @contextmanager
-def use(context: ForwardContext | FoldedContext) -> Iterator[None]:
+def use(context: PassContext) -> Iterator[None]:
     """Run a pass under ``context`` on this thread; passes do not nest."""
-    if getattr(_local, "context", None) is not None:
+    if current_or_none() is not None:
         raise RuntimeError("a forward pass is already running on this thread")
     _local.context = context
     try:

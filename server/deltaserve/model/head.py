@@ -1,0 +1,37 @@
+"""The seam between decoder and head, so that logits are computed for the rows that need them and by the model itself.
+
+The head path of an architecture (final soft-capping, logit scaling) is whatever its ``ForCausalLM`` class does after
+calling its decoder. While ``head_rows`` is set in the context, the decoder returns those rows instead of running.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from deltaserve.errors import UnsupportedBase
+from deltaserve.model.context import current_or_none
+
+
+def cut_before_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Let ``model``'s decoder stand aside when the head runs alone; returns the decoder."""
+    decoder = model.base_model
+    if decoder is model or not isinstance(decoder, PreTrainedModel):
+        raise UnsupportedBase(f"{type(model).__name__} has no separate decoder below its head; not served")
+    decoder.__dict__["forward"] = _Seam(decoder)
+    return decoder
+
+
+class _Seam:
+    """The forward of a decoder: the given rows while the head runs alone, else the decoder's own."""
+
+    def __init__(self, decoder: PreTrainedModel) -> None:
+        self.run = decoder.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        context = current_or_none()
+        if context is not None and context.head_rows is not None:
+            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=context.head_rows)
+        return self.run(*args, **kwargs)

@@ -1,0 +1,138 @@
+"""BaseLinear, the only way to base weights, and ProjectionGroup, linears that are fed the same tensor.
+
+A group owns one packed weight ``[sum of out, in]`` (Conv1D's file layout, ``[in, out]``, is turned at load). The member
+called first computes the slices of all members, adapter terms included; the others return theirs. Order inside a group
+is fixed: base product, then LoRA, then sparse.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, current
+from deltaserve_kernels import lora_linear, sparse_linear
+
+# Folded mode widens weights piece by piece; a piece holds at most this many elements (64 MiB in fp32).
+MAX_FOLDED_ELEMENTS = 16 * 1024 * 1024
+
+
+class Member(NamedTuple):
+    """A linear inside its group: index in ``BaseModel.linears`` and its columns of the group's output."""
+
+    linear: int
+    start: int
+    stop: int
+
+
+class ProjectionGroup:
+    """``weight`` [N, K] and ``bias`` [N] or None of the members in call order; ``depth`` runs 0..1 over the layers."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, members: tuple[Member, ...], depth: float) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.members = members
+        self.depth = depth
+
+    def apply(self, rows: Tensor, ctx: ForwardContext) -> Tensor:
+        """``rows`` [T, K] -> [T, N]: base product plus the adapter terms of the step's work list."""
+        y = F.linear(rows, self.weight, self.bias)
+        work = ctx.work
+        if work is None or work.is_empty:
+            return y
+        lora, sparse = ctx.lora, ctx.sparse
+        if lora is not None and any(lora.has_any(member.linear) for member in self.members):
+            lora_linear(y, rows, work, lora, self.members, self.depth)
+        if sparse is not None and any(sparse.has_any(member.linear) for member in self.members):
+            sparse_linear(y, rows, work, sparse, self.members, self.depth)
+        return y
+
+
+class BaseLinear(nn.Module):
+    """One frozen linear of the base: a slice of its group's packed weight.
+
+    ``transposed`` tells that the checkpoint stores it as ``[in, out]`` (Conv1D). ``index`` is its place in
+    ``BaseModel.linears``; -1 for a linear no adapter may target (the head).
+    """
+
+    def __init__(self, name: str, group: ProjectionGroup, member: Member, *, transposed: bool, layer: int) -> None:
+        super().__init__()
+        self.name = name
+        self.index = member.linear
+        self.group = group
+        self.start, self.stop = member.start, member.stop
+        self.out_features = member.stop - member.start
+        self.in_features = group.weight.shape[1]
+        self.transposed = transposed
+        self.layer = layer
+        self._others = tuple(other for other in group.members if other.linear != member.linear)
+        self._is_alone = not self._others
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight [out, in] in its stored dtype, a view."""
+        return self.group.weight[self.start : self.stop]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base bias [out], a view, or None."""
+        return None if self.group.bias is None else self.group.bias[self.start : self.stop]
+
+    def rows(self, i: int, j: int) -> Tensor:
+        """Rows i..j of the base weight as float32 [j - i, in]; folding reads weights through this alone."""
+        return self.group.weight[self.start + i : self.start + j].float()
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """The base alone: ``x`` [..., in] -> [..., out], bias included."""
+        return F.linear(x, self.weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ctx = current()
+        if isinstance(ctx, ForwardContext):
+            return self._step(x, ctx)
+        return self._folded(x, ctx)
+
+    def _step(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if self.index < 0 or self._is_alone:
+            return self.group.apply(rows, ctx).view(*x.shape[:-1], self.out_features)
+        waiting = ctx.pending.pop(self.index, None)
+        if waiting is None or not _is_same(waiting[0], rows):
+            y = self.group.apply(rows, ctx)
+            for other in self._others:
+                ctx.pending[other.linear] = (rows, y[:, other.start : other.stop])
+            result = y[:, self.start : self.stop]
+        else:
+            result = waiting[1]
+        return result.view(*x.shape[:-1], self.out_features)
+
+    def _folded(self, x: Tensor, ctx: PassContext) -> Tensor:
+        """``x @ (W + dW).T + bias`` in fp32, widening one piece of the weight at a time."""
+        make_delta = ctx.deltas.get(self.name) if isinstance(ctx, FoldedContext) else None
+        delta = None if make_delta is None else make_delta()
+        if delta is not None and delta.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"delta of {self.name} is {list(delta.shape)}; needed: {[self.out_features, self.in_features]}"
+            )
+        x = x.float()
+        step = max(1, MAX_FOLDED_ELEMENTS // self.in_features)
+        pieces = []
+        for i in range(0, self.out_features, step):
+            weight = self.rows(i, min(i + step, self.out_features))
+            if delta is not None:
+                weight = weight + delta[i : i + step].to(weight)
+            pieces.append(F.linear(x, weight))
+        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+        bias = self.bias
+        return y if bias is None else y + bias.float()
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two row matrices are the same memory, so that a waiting result belongs to this input."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
