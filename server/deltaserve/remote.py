@@ -40,14 +40,14 @@ class RemoteServer:
 
     def upload(
         self,
-        path: Path,
+        path: Path | Sequence[Path],
         name: str,
         *,
         expected_version: str | None = None,
         accept_base: bool = False,
         accept_no_effect: bool = False,
     ) -> dict[str, Any]:
-        """Send a folder (its plain files) or one archive through the door; returns the admitted adapter.
+        """Send a folder (its plain files), chosen files or one archive through the door; returns the admitted adapter.
 
         ``created`` is True for a new version and False where the server already had these bytes under the name.
         Raises ``AdapterRefused`` with every reason, ``Conflict``, ``StorageFull``, ``QueueFull``, ``InvalidRequest``.
@@ -131,8 +131,10 @@ class RemoteServer:
         return response.status, _parse(response.status, raw)
 
 
-def upload_files(path: Path) -> list[tuple[str, Path]]:
+def upload_files(path: Path | Sequence[Path]) -> list[tuple[str, Path]]:
     """(form field, file) of every file to send. Raises ``InvalidRequest`` where ``path`` cannot be an upload."""
+    if not isinstance(path, Path):
+        return [("files", file) for file in path]
     if path.is_dir():
         files = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
         if not files:

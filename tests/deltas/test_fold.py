@@ -148,10 +148,10 @@ def test_indices_outside_the_base_are_refused(row: int, col: int) -> None:
 def test_overflow_in_the_cast_is_refused() -> None:
     big = lora("layers.0.q", 4, 1.0, size=1e5)
     assert refused(big, dtype=torch.float16) == [
-        ("out_of_range", "layers.0.q (A)"),
-        ("out_of_range", "layers.0.q (scaling * B)"),
+        ("value_out_of_range", "layers.0.q (A)"),
+        ("value_out_of_range", "layers.0.q (scaling * B)"),
     ]
-    assert refused(lora("layers.0.q", 4, 1e38, size=1e5)) == [("out_of_range", "layers.0.q (scaling * B)")]
+    assert refused(lora("layers.0.q", 4, 1e38, size=1e5)) == [("value_out_of_range", "layers.0.q (scaling * B)")]
 
 
 def test_fold_key_tells_base_dtype_and_fold_version() -> None:

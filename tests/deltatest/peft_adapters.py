@@ -12,10 +12,13 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    from deltaserve_store.spec import BaseSpec
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -72,6 +75,62 @@ def make_peft_shira(
 
     shira = ShiraConfig(r=rank, target_modules=list(targets), random_seed=seed, task_type="CAUSAL_LM")
     return _write_peft(model, shira, folder, seed, std, dtype, base_name)
+
+
+def make_sparse(
+    spec: BaseSpec,
+    folder: Path,
+    *,
+    num_entries: int = 40,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    seed: int = 0,
+    std: float = 0.2,
+    dtype: torch.dtype = torch.float32,
+    fingerprint: str | None = None,
+    **config: Any,
+) -> Path:
+    """Write a folder in the project's own sparse format: ``num_entries`` random positions of each linear that ends
+    with one of ``targets``, values normal(0, ``std``)."""
+    from deltaserve_store.formats.deltaserve_sparse import write_sparse_adapter
+    from deltaserve_store.parsed import SparseDelta
+
+    generator = torch.Generator().manual_seed(seed)
+    deltas = []
+    for name, linear in spec.linears.items():
+        if name.rsplit(".", 1)[-1] not in targets:
+            continue
+        flat = torch.randperm(linear.out_features * linear.in_features, generator=generator)[:num_entries]
+        rows, cols = (flat // linear.in_features).int(), (flat % linear.in_features).int()
+        values = (torch.randn(len(flat), generator=generator) * std).to(dtype)
+        deltas.append(SparseDelta(name, rows, cols, values))
+    write_sparse_adapter(folder, deltas, fingerprint or spec.fingerprint, **config)
+    return folder
+
+
+def spec_of(model: Any, *, fingerprint: str = "0" * 64, names: tuple[str, ...] = ("tests/tiny-base",)) -> BaseSpec:
+    """A ``BaseSpec`` straight from a Hugging Face model, for tests that need no loaded base."""
+    from transformers.pytorch_utils import Conv1D
+
+    from deltaserve_store.spec import BaseSpec, LinearSpec
+
+    linears: dict[str, LinearSpec] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear | Conv1D) or module is model.get_output_embeddings():
+            continue
+        transposed = isinstance(module, Conv1D)
+        rows, cols = module.weight.shape
+        shape = (cols, rows) if transposed else (rows, cols)
+        linears[name] = LinearSpec(name, *shape, has_bias=module.bias is not None, transposed=transposed)
+    return BaseSpec(
+        fingerprint=fingerprint,
+        names=names,
+        model_type=model.config.model_type,
+        linears=linears,
+        vocab_size=model.config.vocab_size,
+        num_layers=model.config.num_hidden_layers,
+        hidden_size=model.config.hidden_size,
+        tied_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
+    )
 
 
 def _write_peft(

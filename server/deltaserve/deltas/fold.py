@@ -123,7 +123,7 @@ def _overflow(module: str, term: Term, dtype: torch.dtype) -> list[Reason]:
     parts = {"A": term.a, "scaling * B": term.b_t} if isinstance(term, LowRankTerm) else {"values": term.values}
     allowed = f"magnitudes up to {torch.finfo(dtype).max:g} ({dtype_name(dtype)})"
     return [
-        Reason("out_of_range", f"{module} ({part})", "values that overflow the serving dtype", allowed)
+        Reason("value_out_of_range", f"{module} ({part})", "values that overflow the serving dtype", allowed)
         for part, tensor in parts.items()
         if not bool(torch.isfinite(tensor).all())
     ]
