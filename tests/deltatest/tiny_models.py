@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 VOCAB_SIZE = 199
 
@@ -53,8 +53,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16,
             "sliding_window": 24,
             "query_pre_attn_scalar": 24,
-            "attn_logit_softcapping": 5.0,
-            "final_logit_softcapping": 6.0,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 1.0,
         },
     ),
     "gemma3": (
@@ -92,24 +92,31 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build_tiny_model(name: str, folder: Path, *, seed: int = 0, std: float = 0.12) -> Path:
+def build_tiny_model(name: str, folder: Path, *, seed: int = 0) -> Path:
     """Write architecture ``name`` with random weights to ``folder`` (made if needed); returns it. No tokenizer."""
     model_type, changes = ARCHITECTURES[name]
-    config = AutoConfig.for_model(model_type, **{**_COMMON, **changes})
-    return save_random(config, folder, seed=seed, std=std)
+    return save_random(AutoConfig.for_model(model_type, **{**_COMMON, **changes}), folder, seed=seed)
 
 
-def save_random(config: Any, folder: Path, *, seed: int = 0, std: float = 0.12) -> Path:
-    """Save a model of ``config`` with random weights: matrices N(0, std), biases and norms jittered."""
+def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
+    """A tiny configuration of any architecture, with the suite's common sizes."""
+    return AutoConfig.for_model(model_type, **{**_COMMON, **changes})
+
+
+def save_random(config: PreTrainedConfig, folder: Path, *, seed: int = 0) -> Path:
+    """Save a causal model of ``config`` with random weights: matrices N(0, 0.3), embeddings N(0, 0.05), rest jittered.
+
+    Small embeddings keep tied heads from answering with the token just read.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        embedding = model.get_input_embeddings().weight
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
-                    parameter.normal_(std=std)
+                    parameter.normal_(std=0.05 if parameter is embedding else 0.3)
                 else:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.generation_config.eos_token_id = config.eos_token_id
     model.save_pretrained(folder)
     return folder
