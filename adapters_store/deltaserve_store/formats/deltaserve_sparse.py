@@ -29,12 +29,12 @@ from deltaserve_store.spec import BaseSpec, LinearSpec
 FORMAT = "deltaserve-sparse"
 FORMAT_VERSION = 1
 MAX_STOP_TOKENS = 16
-FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+FINGERPRINT = re.compile(r"[A-Za-z0-9:._-]{1,128}")
 PARTS = ("rows", "cols", "values")
 FIELDS: Mapping[str, str] = {
     "format": f'"{FORMAT}"',
     "format_version": str(FORMAT_VERSION),
-    "base_fingerprint": "64 lowercase hex digits, equal to the base's fingerprint",
+    "base_fingerprint": "the fingerprint of the base, as GET /version shows it",
     "modules": "object: module path to its number of entries (at least 1)",
     "base_name": "optional: null or a string; descriptive",
     "method": "optional: null or a string, how the entries were chosen; descriptive",

@@ -101,9 +101,7 @@ def _read_delta(linear: LinearSpec, tensors: TensorFile, findings: Findings) -> 
 def _as_integers(name: str, indices: Tensor, findings: Findings) -> Tensor | None:
     if indices.dtype != torch.float32:
         return indices
-    if not check_values(name, indices, findings):
-        return None
-    if not bool((indices == indices.round()).all()):
-        findings.add("index_out_of_range", name, "fractions", "whole numbers")
+    if not bool(torch.isfinite(indices).all()) or not bool((indices == indices.round()).all()):
+        findings.add("index_out_of_range", name, "fractions, NaN or infinity", "whole numbers")
         return None
     return indices.to(torch.int64)
