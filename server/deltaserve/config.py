@@ -20,9 +20,8 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPE_NAMES: tuple[DTypeName, ...] = ("auto", "float32", "bfloat16", "float16")
 
 
-def default_store() -> Path:
-    """Where adapters live unless ``--store`` says otherwise: a folder of the working directory."""
-    return Path(".deltaserve") / "store"
+DEFAULT_STORE = Path(".deltaserve") / "store"
+"""Where adapters live unless ``--store`` says otherwise: a folder of the working directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ class ServeConfig:
     """
 
     model: str | None = None
-    store: Path = field(default_factory=default_store)
+    store: Path = DEFAULT_STORE
     host: str = "127.0.0.1"
     port: int = 8000
     dtype: DTypeName = "auto"

@@ -35,7 +35,9 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")
+    ] = False,
 ) -> None:
     pass
 
@@ -49,9 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         sys.stderr.write(f"deltaserve: {failure}\n")
         for reason in getattr(failure, "reasons", ()):
-            sys.stderr.write(
-                f"  {reason.code} at {reason.where}: found {reason.found}; allowed {reason.allowed}\n"
-            )
+            sys.stderr.write(f"  {reason.code} at {reason.where}: found {reason.found}; allowed {reason.allowed}\n")
         raise SystemExit(1) from None
 
 

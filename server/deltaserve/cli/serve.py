@@ -8,22 +8,20 @@ from typing import Annotated
 
 import typer
 
-from deltaserve.config import EngineConfig, ServeConfig, default_store, parse_bytes
+from deltaserve.config import DEFAULT_STORE, EngineConfig, ServeConfig, parse_bytes
 from deltaserve.errors import ConfigError
-
-MODEL, LIMITS, ADAPTERS, HTTP = "Base model", "Limits", "Adapters", "HTTP"
 
 
 def serve(
-    model: Annotated[str | None, typer.Option(help="Checkpoint folder; default: the embedded base.", rich_help_panel=MODEL)] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=MODEL)] = "cpu",
-    load_format: Annotated[str, typer.Option(help="auto, or dummy (random weights).", rich_help_panel=MODEL)] = "auto",
-    allow_hub: Annotated[bool, typer.Option("--allow-hub", help="--model may be a hub id.", rich_help_panel=MODEL)] = False,
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder; default: the embedded base.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    load_format: Annotated[str, typer.Option(help="auto, or dummy (random weights).")] = "auto",
+    allow_hub: Annotated[bool, typer.Option("--allow-hub", help="--model may be a hub id.")] = False,
     served_model_name: Annotated[str | None, typer.Option(help="The base's name in requests.")] = None,
-    base_names: Annotated[list[str] | None, typer.Option(help="Another name adapters know the base by (repeatable).")] = None,
-    chat_template: Annotated[list[str] | None, typer.Option(help="NAME=FILE, a template you vouch for (repeatable).")] = None,
-    store: Annotated[Path, typer.Option(help="Folder of the adapters.")] = default_store(),
+    base_names: Annotated[list[str] | None, typer.Option(help="One more name of the base (repeatable).")] = None,
+    chat_template: Annotated[list[str] | None, typer.Option(help="NAME=FILE you vouch for (repeatable).")] = None,
+    store: Annotated[Path, typer.Option(help="Folder of the adapters.")] = DEFAULT_STORE,
     store_quota: Annotated[str | None, typer.Option(help="Most bytes at rest, e.g. 20GB.")] = None,
     preload: Annotated[list[str] | None, typer.Option(help="Adapter to load before ready (repeatable).")] = None,
     demo_adapters: Annotated[bool, typer.Option(help="Put the demo adapters into an empty store.")] = True,
