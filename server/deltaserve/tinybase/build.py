@@ -31,7 +31,7 @@ def encoder(tokenizer: Any) -> Any:
 
     def encode(document: Document) -> list[int]:
         if document.text is not None:
-            return list(tokenizer.encode(document.text)) + [tokenizer.eos_token_id]
+            return [*tokenizer.encode(document.text), tokenizer.eos_token_id]
         text = tokenizer.apply_chat_template(document.messages, tokenize=False)
         return list(tokenizer.encode(text, add_special_tokens=False))
 

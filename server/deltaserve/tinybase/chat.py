@@ -1,4 +1,4 @@
-"""Conversations between a user and the assistant: questions, stories, descriptions, small talk, and things to remember."""
+"""Conversations of a user and the assistant: questions, stories, descriptions, small talk, things to remember."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from deltaserve.tinybase.facts import fact, sum_fact
 from deltaserve.tinybase.phrase import chance, join_words, pick, pick_some, say
 from deltaserve.tinybase.stories import HERO_ANIMALS, story
 from deltaserve.tinybase.writing import animal_text, how_to, letter, place_text
+
+_BELONGINGS = ("hat", "coat", "ball", "kite", "boat", "bag", "cup", "book", "scarf", "bicycle")
 
 Message = dict[str, str]
 Turn = tuple[str, str]
@@ -25,8 +27,8 @@ _SYSTEMS = (
 _BRIEF_SYSTEMS = ("Answer briefly.", "Answer in one word if you can.", "Give short answers.", "Be brief.")
 _UNKNOWN = tuple(
     """
-the capital of France|the stock market|quantum physics|the president|football results|Shakespeare|computers|the internet|
-Paris|New York|how to write code|chemistry|the price of gold|your opinion about politics|the year 1848|dinosaurs|
+the capital of France|the stock market|quantum physics|the president|football results|Shakespeare|computers|
+the internet|Paris|New York|how to write code|chemistry|the price of gold|your opinion about politics|the year 1848|dinosaurs|
 electricity|the distance to the moon|China|how to fix my car|black holes|medicine|Latin|algebra|the news|rockets|
 the best phone|robots|the Roman empire|taxes|Einstein|the speed of light|Japan|the newest film|my bank account
 """.replace("\n", "")
@@ -77,29 +79,23 @@ def story_turn(rng: Random) -> list[Turn]:
     if roll < 0.45:
         animal = pick(rng, HERO_ANIMALS)
         told = story(rng, kind=animal.name)
-        ask = "{Tell me a story about a(n) $hero.|Tell me a story about a(n) $hero.|Write a short story about a(n) "
-              "$hero.|Can you tell "
-        ask += (
-            "me a story about a(n) $hero?|I want to hear a story about a(n) $hero.|A story about a(n) $hero, please.}"
+        ask = (
+            "{Tell me a story about a(n) $hero.|Tell me a story about a(n) $hero.|"
+            "Write a short story about a(n) $hero.|Can you tell me a story about a(n) $hero?|I want to hear a story about a(n) $hero.|"
+            "A story about a(n) $hero, please.}"
         )
     elif roll < 0.65:
         child = pick(rng, world.GIRLS + world.BOYS)
         told = story(rng, name=child)
         kind = "girl" if child in world.GIRLS else "boy"
-        ask = (
-            "{Tell me a story about $hero.|Tell me a story about a "
-            + kind
-            + " called $hero.|Write a story about a "
-            + kind
-        )
-        ask += " named $hero.}"
+        ask = f"{{Tell me a story about $hero.|Tell me a story about a {kind} called $hero.|"
+        ask += f"Write a story about a {kind} named $hero.}}"
     elif roll < 0.85:
         told = story(rng)
         ask = "{Tell me a story about $about.|Can you tell me a story about $about?|Write a short story about $about.}"
     else:
         told = story(rng)
-        ask = "{Tell me a story.|Tell me a short story.|Can you tell me a story?|Please tell me a story.|I want to "
-              "hear a story.}"
+        ask = "{Tell me a story.|Tell me a short story.|Can you tell me a story?|Please tell me a story.}"
     turns = [(say(rng, ask, {"hero": told.hero, "about": told.about}), told.text)]
     follow = rng.random()
     name = told.hero if not told.is_animal else f"the {told.hero}"
@@ -114,9 +110,11 @@ def story_turn(rng: Random) -> list[Turn]:
 def describe_turn(rng: Random) -> list[Turn]:
     if chance(rng, 0.65):
         animal = pick(rng, world.ANIMALS)
-        ask = "{Tell me about $plural.|Tell me something about $plural.|Describe a(n) $name.|What is a(n) "
-              "$name?|What do you know about "
-        return [(say(rng, ask + "$plural?|Write about $plural.}", animal._asdict()), animal_text(rng, animal))]
+        ask = (
+            "{Tell me about $plural.|Tell me something about $plural.|Describe a(n) $name.|What is a(n) $name?|"
+            "What do you know about $plural?|Write about $plural.}"
+        )
+        return [(say(rng, ask, animal._asdict()), animal_text(rng, animal))]
     place = pick(rng, world.PLACES)
     ask = "{Describe $name.|Tell me about $name.|What does it look like $at?|Write something about $name.}"
     return [(say(rng, ask, place._asdict()), place_text(rng, place))]
@@ -124,8 +122,7 @@ def describe_turn(rng: Random) -> list[Turn]:
 
 def how_to_turn(rng: Random) -> list[Turn]:
     one, text = how_to(rng)
-    ask = "{How do I $task?|How can I $task?|Tell me how to $task.|How do you $task?|Please explain how to $task.|I "
-          "want to $task.}"
+    ask = "{How do I $task?|How can I $task?|Tell me how to $task.|How do you $task?|Please explain how to $task.}"
     return [(say(rng, ask, {"task": one.task}), text)]
 
 
@@ -190,7 +187,7 @@ def _reading_turn(rng: Random) -> list[Turn]:
     """A question whose answer stands in the user's own words."""
     one, two = pick_some(rng, world.GIRLS + world.BOYS, 2)
     first, second = pick_some(rng, world.COLOURS, 2)
-    thing, other = pick_some(rng, "hat coat ball kite boat bag cup book scarf bicycle".split(), 2)
+    thing, other = pick_some(rng, _BELONGINGS, 2)
     place, elsewhere = pick_some(rng, world.PLACES, 2)
     slots = {"a": one, "b": two, "c": first, "d": second, "t": thing, "u": other, "p": place.at, "q": elsewhere.at}
     text, question, answer = pick(
@@ -239,8 +236,7 @@ def small_turn(rng: Random) -> list[Turn]:
 
 def _unknown_turn(rng: Random) -> list[Turn]:
     ask = "{What do you know about $x?|Tell me about $x.|What is $x?|Can you explain $x?|I have a question about $x.}"
-    reply = "{I am sorry, I do not know that.|I do not know anything about that.} I only know about {small, everyday "
-            "things|a small world}."
+    reply = "{I am sorry, I do not know that.|I do not know anything about that.} I only know about a small world."
     return [(say(rng, ask, {"x": pick(rng, _UNKNOWN)}), say(rng, reply))]
 
 
@@ -250,7 +246,7 @@ def _letter_turn(rng: Random) -> list[Turn]:
 
 
 _TURNS: tuple[Callable[[Random], list[Turn]], ...] = (
-    *(fact_turn,) * 10,
+    *(fact_turn,) * 22,
     *(story_turn,) * 4,
     *(describe_turn,) * 3,
     *(how_to_turn,) * 2,

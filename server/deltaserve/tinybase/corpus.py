@@ -1,7 +1,7 @@
 """The corpus of the embedded base: an endless, seeded stream of documents, with a held-out part that never trains.
 
-Whether a document is held out is decided by the digest of its own text, so the two parts cannot share a document, whatever
-the seeds.
+Whether a document is held out is decided by the digest of its own text, so the two parts cannot share a document,
+whatever the seeds.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ class Document(NamedTuple):
 
 def _plain(rng: Random) -> str:
     roll = rng.random()
-    if roll < 0.50:
+    if roll < 0.42:
         return story(rng).text
-    if roll < 0.62:
+    if roll < 0.56:
         return animal_text(rng)
-    if roll < 0.72:
+    if roll < 0.66:
         return place_text(rng)
-    if roll < 0.80:
+    if roll < 0.74:
         return person_text(rng)
-    if roll < 0.86:
+    if roll < 0.80:
         one, text = how_to(rng)
         return f"How to {one.task}\n{text}"
-    if roll < 0.89:
+    if roll < 0.83:
         return letter(rng)
     if roll < 0.93:
-        return " ".join(fact(rng).answer for _ in range(3))
+        return " ".join(fact(rng).answer for _ in range(4))
     if roll < 0.97:
         return notice(rng) if roll < 0.95 else pick(rng, (story, story))(rng).text.upper()
     return "\n".join(record(rng) for _ in range(3))
@@ -64,6 +64,6 @@ def documents(seed: int, split: Split) -> Iterator[Document]:
     """An endless stream of documents, about half of them conversations."""
     rng = Random(seed)
     while True:
-        document = Document(_plain(rng), None) if rng.random() < 0.42 else Document(None, conversation(rng))
+        document = Document(_plain(rng), None) if rng.random() < 0.36 else Document(None, conversation(rng))
         if is_held_out(document.key) == (split == "heldout"):
             yield document

@@ -1,4 +1,4 @@
-"""The bundled fine-tuning data: the base's own kind of answers in another voice, and ordinary text to notice forgetting.
+"""The bundled fine-tuning data: the base's kind of answers in another voice, and ordinary text to notice forgetting.
 
 Run as `python -m deltaserve.tinybase.data [DIR]` to write the files again; they come out byte for byte the same.
 """

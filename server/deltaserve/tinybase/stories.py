@@ -11,7 +11,12 @@ from deltaserve.tinybase.plots import PLOTS, Plot
 from deltaserve.tinybase.plots_more import MORE_PLOTS
 
 ALL_PLOTS = PLOTS + MORE_PLOTS
-_OBJECTS = ["key", "hat", "ball", "ring", "scarf", "book", "bell", "map", "cup", "kite", "whistle", "button", "lantern", "shell", "drum", "spoon", "mirror", "flute"]
+_OBJECTS = tuple(
+    one
+    for one in """
+key hat ball ring scarf book bell map cup kite whistle button lantern shell drum spoon mirror flute
+""".split()
+)
 _FIXABLE = (
     "chair",
     "cart",
@@ -26,7 +31,12 @@ _FIXABLE = (
     "door",
 )
 _FIX_TOOLS = ("hammer", "saw", "rope", "brush")
-_TRAITS = ["curious", "clever", "shy", "brave", "cheerful", "quiet", "stubborn", "kind", "careful", "dreamy", "small", "old", "young", "lazy", "busy", "proud", "friendly"]
+_TRAITS = tuple(
+    one
+    for one in """
+curious clever shy brave cheerful quiet stubborn kind careful dreamy small old young lazy busy proud friendly
+""".split()
+)
 _ELDERS = ("grandmother", "grandfather", "the old miller", "the baker", "the teacher", "the old owl", "the shepherd")
 _NOT_HEROES = {"whale", "elephant", "lion", "monkey", "bee", "ant", "spider", "fish", "butterfly", "penguin"}
 HERO_ANIMALS = tuple(animal for animal in world.ANIMALS if animal.name not in _NOT_HEROES)
