@@ -21,7 +21,7 @@ def check_linear(
     """Raise a KernelError unless ``lora_linear``/``sparse_linear`` arguments fit together."""
     if y.dim() != 2 or x.dim() != 2 or y.shape[0] != x.shape[0] or x.shape[0] != work.num_rows:
         raise ShapeMismatch(
-            f"y {list(y.shape)} and x {list(x.shape)} must be [T, N] and [T, K], T = {work.num_rows} as in the work list"
+            f"y {list(y.shape)} and x {list(x.shape)} must be [T, N] and [T, K], T = {work.num_rows} as in the list"
         )
     if x.dtype not in FLOAT_DTYPES or y.dtype != x.dtype or tables.dtype not in (None, x.dtype):
         raise DtypeMismatch(

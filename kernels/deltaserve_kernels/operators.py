@@ -38,7 +38,7 @@ def lora_linear(
     y [T, N_group] and x [T, K]: fp32, bf16 or fp16, the tables' dtype; rows contiguous, any row stride. ``members``
     lists (linear, col_start, col_stop) of the group; linears or slots without an entry add nothing. ``depth`` in
     [0, 1] places the layer between the first and last one: scale = first + (last - first) * depth. Sums are fp32 and
-    y is rounded once. A row's result depends on nothing but that row and its binding. Raises ValueError (a KernelError).
+    y is rounded once. A row's result depends on nothing but that row and its binding. Raises a KernelError.
     """
     if not work.is_empty and any(tables.has_any(member[0]) for member in members):
         _implementation(x.device, backend).lora_linear(y, x, work, tables, members, depth)

@@ -1,11 +1,141 @@
-"""C++ operators for CPUs."""
+"""C++ operators for CPUs: fp32, bf16 and fp16, instruction sets chosen at run time.
+
+Same arguments, results and refusals as ``reference``; checks run in C++. The library is built at first use.
+"""
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from deltaserve_kernels.checks import Member
+from deltaserve_kernels.cpu import build
+from deltaserve_kernels.errors import DeviceMismatch, DtypeMismatch, OutOfRange, ShapeMismatch
+from deltaserve_kernels.tables import LoraTables, SparseTables
+from deltaserve_kernels.worklist import WorkList
+
+logger = logging.getLogger(__name__)
+
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+_lock = threading.Lock()
+_loaded = False
+_reason: str | None = None
+
 
 def is_available() -> bool:
-    return False
+    """Build and load the library if that has not been tried yet; False leaves one warning in the log."""
+    global _loaded, _reason
+    if _loaded or _reason is not None:
+        return _loaded
+    with _lock:
+        if not _loaded and _reason is None:
+            try:
+                torch.ops.load_library(str(build.ensure_built()))
+                _loaded = True
+            except (build.BuildFailed, OSError) as error:
+                _reason = str(error)
+                logger.warning("CPU operators unavailable, the slower PyTorch versions serve instead: %s", error)
+    return _loaded
 
 
-def unavailable_reason() -> str:
-    return "not written yet"
+def unavailable_reason() -> str | None:
+    """Why ``is_available`` is False; None before the first try and after success."""
+    return _reason
+
+
+def level() -> str:
+    """The instruction set in use, one of LEVELS. Needs ``is_available()``."""
+    return LEVELS[torch.ops.deltaserve_cpu.level()]
+
+
+def available_levels() -> tuple[str, ...]:
+    """What this machine can run, slowest first. Needs ``is_available()``."""
+    return LEVELS[: torch.ops.deltaserve_cpu.max_level() + 1]
+
+
+def set_level(name: str) -> None:
+    """Use another instruction set (tests, bench). Raises OutOfRange where the machine lacks it."""
+    if name not in available_levels():
+        raise OutOfRange(f"instruction set {name!r} is not one of {', '.join(available_levels())}")
+    torch.ops.deltaserve_cpu.set_level(LEVELS.index(name))
+
+
+def lora_linear(
+    y: Tensor, x: Tensor, work: WorkList, tables: LoraTables, members: Sequence[Member], depth: float
+) -> None:
+    _check(x, work, tables)
+    torch.ops.deltaserve_cpu.lora_linear(
+        y,
+        x,
+        work.rows,
+        work.item_rows,
+        work.item_parts,
+        work.part_slot,
+        work.part_scale,
+        tables.pointers,
+        tables.ranks,
+        tables.dims,
+        list(chain.from_iterable(members)),
+        depth,
+    )
+
+
+def sparse_linear(
+    y: Tensor, x: Tensor, work: WorkList, tables: SparseTables, members: Sequence[Member], depth: float
+) -> None:
+    _check(x, work, tables)
+    torch.ops.deltaserve_cpu.sparse_linear(
+        y,
+        x,
+        work.rows,
+        work.item_rows,
+        work.item_parts,
+        work.part_slot,
+        work.part_scale,
+        tables.pointers,
+        tables.extents,
+        tables.dims,
+        list(chain.from_iterable(members)),
+        depth,
+    )
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    if window is not None and window < 1:
+        raise OutOfRange(f"window {window} must be at least 1")
+    if softcap is not None and not softcap > 0:
+        raise OutOfRange(f"softcap {softcap} must be positive")
+    return torch.ops.deltaserve_cpu.paged_attention(
+        q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, scale, window or 0, softcap or 0.0, sinks
+    )
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_index: Tensor) -> None:
+    torch.ops.deltaserve_cpu.write_kv(k, v, k_cache, v_cache, kv_index)
+
+
+def _check(x: Tensor, work: WorkList, tables: LoraTables | SparseTables) -> None:
+    if tables.dtype is not x.dtype and tables.dtype is not None:
+        raise DtypeMismatch(f"x is {x.dtype}; the tables hold {tables.dtype}")
+    if tables.device.type != "cpu":
+        raise DeviceMismatch(f"the tables are on {tables.device}; x is on the CPU")
+    if x.shape[0] != work.num_rows:
+        raise ShapeMismatch(f"x has {x.shape[0]} rows and the work list is of {work.num_rows}")

@@ -1,0 +1,135 @@
+"""Builds the C++ library with one direct compiler call and keeps it in the user's cache folder.
+
+The file name carries a hash of the sources, the flags, torch's version and the architecture. Instruction sets are
+chosen at run time, so that a library built in an image works on every machine of that architecture. Several processes
+may start at once: one builds under a file lock, the others wait and use its result.
+
+``python -m deltaserve_kernels.cpu.build`` builds ahead of time and prints the path.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+SOURCE_FOLDER = Path(__file__).parent
+SOURCES = ("ops.cpp", "linear.inc", "paged.inc", "kernels.inc", "vec.inc")
+COMPILERS = ("g++", "c++", "clang++")
+# Contraction is off because portable code must round the same in its row and its tile form; intrinsics fuse by name.
+FLAGS = (
+    "-O3",
+    "-std=c++20",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-strict-aliasing",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+)
+TIMEOUT_SECONDS = 600
+
+
+class BuildFailed(RuntimeError):
+    """No library: the message says why and what to do."""
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/deltaserve``, else ``~/.cache/deltaserve``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "deltaserve"
+
+
+def library_path() -> Path:
+    """Where the library of these sources lies once built."""
+    key = hashlib.sha256()
+    for part in (*FLAGS, torch.__version__, platform.machine(), sys.platform):
+        key.update(part.encode() + b"\0")
+    for name in SOURCES:
+        key.update((SOURCE_FOLDER / name).read_bytes())
+    return cache_folder() / f"kernels_cpu-{key.hexdigest()[:16]}.so"
+
+
+def ensure_built() -> Path:
+    """Path of a whole library, building it where there is none. Raises BuildFailed."""
+    path = library_path()
+    if is_whole(path):
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _locked(path.with_suffix(".lock")):
+            if not is_whole(path):
+                _build(path)
+    except OSError as error:
+        raise BuildFailed(f"cannot write to the cache folder {path.parent}: {error}") from error
+    return path
+
+
+def is_whole(path: Path) -> bool:
+    """True when the library is there and its bytes are the ones that were built."""
+    try:
+        wanted = _digest_path(path).read_text(encoding="ascii").strip()
+        return hashlib.sha256(path.read_bytes()).hexdigest() == wanted
+    except (OSError, ValueError):
+        return False
+
+
+def _digest_path(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(path: Path) -> None:
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise BuildFailed(
+            f"no C++ compiler on PATH (looked for {', '.join(COMPILERS)}); install one, e.g. g++ 11 or newer"
+        )
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    logger.info("building the CPU operators with %s (once per machine, about half a minute)", compiler)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
+        built = Path(folder) / path.name
+        command = [compiler, *FLAGS, str(SOURCE_FOLDER / SOURCES[0]), "-o", str(built)]
+        command += [f"-I{folder}" for folder in include_paths()]
+        command += [f"-L{folder}" for folder in library_paths()]
+        command += ["-ltorch_cpu", "-lc10"]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise BuildFailed(f"{compiler} did not finish: {error}") from error
+        if result.returncode:
+            raise BuildFailed(f"{compiler} failed with code {result.returncode}:\n{result.stderr[-4000:]}")
+        # The digest goes first: a library without its digest counts as broken and is built again, never loaded.
+        digest = Path(folder) / "digest"
+        digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest(), encoding="ascii")
+        digest.replace(_digest_path(path))
+        built.replace(path)
+    logger.info("built %s in %.0f s", path, time.monotonic() - started)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{ensure_built()}\n")

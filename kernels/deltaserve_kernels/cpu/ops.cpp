@@ -1,0 +1,262 @@
+// Multi-adapter operators for CPUs: argument checks, work split, and the kernels of each instruction set.
+//
+// One translation unit, built by build.py with a direct compiler call. kernels.inc is compiled once per instruction
+// set; the best one the machine has is chosen when the library is loaded. PyTorch releases the GIL around these calls.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define DS_X86 1
+#else
+#define DS_X86 0
+#endif
+
+#define DS_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+// ---- Element types --------------------------------------------------------------------------------------------------
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+DS_INLINE uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+DS_INLINE float bits_to_float(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+DS_INLINE float to_float(float x) { return x; }
+DS_INLINE float to_float(bf16 x) { return bits_to_float((uint32_t)x.bits << 16); }
+DS_INLINE float to_float(f16 x) {
+  const uint32_t sign = (uint32_t)(x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+  const float magnitude = bits_to_float(rest << 13) * bits_to_float(0x77800000u);  // 2^112 moves the exponent's bias
+  return bits_to_float(sign | float_to_bits(magnitude));
+}
+template <class T>
+T from_float(float x);
+template <>
+DS_INLINE float from_float<float>(float x) {
+  return x;
+}
+template <>
+DS_INLINE bf16 from_float<bf16>(float x) {
+  const uint32_t bits = float_to_bits(x);
+  if (x != x) return {0x7fc0};
+  return {(uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+template <>
+DS_INLINE f16 from_float<f16>(float x) {
+  const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
+  if (size > 0x7f800000u) return {(uint16_t)(sign | 0x7e00u)};
+  if (size >= 0x477ff000u) return {(uint16_t)(sign | 0x7c00u)};
+  if (size < 0x38800000u)  // subnormal: adding 0.5 leaves the rounded value in the low bits
+    return {(uint16_t)(sign | (float_to_bits(bits_to_float(size) + 0.5f) - 0x3f000000u))};
+  return {(uint16_t)(sign | ((size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13))};
+}
+
+// ---- What kernels are given -----------------------------------------------------------------------------------------
+
+template <class T>
+struct ExpandPart {
+  const T* b;  // [rank, n_size]
+  int64_t rank, h_start;
+};
+template <class T>
+struct SparsePart {
+  const int32_t* indptr;
+  const int32_t* cols;
+  const T* values;
+  float scale;
+};
+template <class T>
+struct AttendTask {
+  const T* q;  // first row and head of this task's sequence and kv head
+  const T* k;  // first position of this kv head in block 0
+  const T* v;
+  T* out;
+  const int32_t* blocks;
+  const float* sinks;  // of this kv head's heads, or null
+  float* scratch;
+  int64_t q_stride_row, q_stride_head, out_stride_row;
+  int64_t k_stride_block, k_stride_pos, v_stride_block, v_stride_pos;
+  int64_t q_begin, q_end, pos, group, d_size, window;  // pos: position of the sequence's first query; window 0: none
+  float scale, softcap;                                // softcap 0: none
+};
+template <class T>
+struct Kernels {
+  void (*shrink)(const T* const*, int64_t, const T*, int64_t, int64_t, float*, int64_t);
+  void (*expand)(T* const*, int64_t, const ExpandPart<T>*, int, int64_t, int64_t, int64_t, const float*, int64_t);
+  void (*sparse_stage)(const T* const*, int64_t, int64_t, float*);
+  void (*sparse_row)(const float*, T*, const SparsePart<T>*, int, int64_t, int64_t);
+  void (*sparse_rows)(const float*, T* const*, int64_t, const SparsePart<T>*, int, int64_t, int64_t);
+  void (*attend)(const AttendTask<T>&);
+};
+
+namespace portable {
+#define DS_ISA 0
+#include "vec.inc"
+#include "kernels.inc"
+#undef DS_ISA
+}  // namespace portable
+
+#if DS_X86
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+namespace avx2 {
+#define DS_ISA 1
+#include "vec.inc"
+#include "kernels.inc"
+#undef DS_ISA
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+namespace avx512 {
+#define DS_ISA 2
+#include "vec.inc"
+#include "kernels.inc"
+#undef DS_ISA
+}  // namespace avx512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+namespace avx512_bf16 {
+#define DS_ISA 3
+#include "vec.inc"
+#include "kernels.inc"
+#undef DS_ISA
+}  // namespace avx512_bf16
+#pragma GCC pop_options
+#endif
+
+// ---- Choice of instruction set --------------------------------------------------------------------------------------
+
+int64_t machine_level() {
+#if DS_X86
+  __builtin_cpu_init();
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) return 0;
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")))
+    return 1;
+  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+#else
+  return 0;
+#endif
+}
+const int64_t kMachineLevel = machine_level();
+std::atomic<int64_t> g_level{kMachineLevel};
+
+int64_t level() { return g_level.load(std::memory_order_relaxed); }
+int64_t max_level() { return kMachineLevel; }
+void set_level(int64_t value) {
+  TORCH_CHECK_VALUE(0 <= value && value <= kMachineLevel, "level ", value, " is not in 0..", kMachineLevel);
+  g_level.store(value, std::memory_order_relaxed);
+}
+
+template <class T>
+const Kernels<T>& kernels() {
+#if DS_X86
+  switch (level()) {
+#define DS_PICK(ns)                                               \
+  if constexpr (std::is_same_v<T, float>) return ns::kFloat;      \
+  else if constexpr (std::is_same_v<T, bf16>) return ns::kBfloat16; \
+  else return ns::kHalf
+    case 3: DS_PICK(avx512_bf16);
+    case 2: DS_PICK(avx512);
+    case 1: DS_PICK(avx2);
+  }
+#endif
+  if constexpr (std::is_same_v<T, float>) return portable::kFloat;
+  else if constexpr (std::is_same_v<T, bf16>) return portable::kBfloat16;
+  else return portable::kHalf;
+}
+
+// ---- Parallel work --------------------------------------------------------------------------------------------------
+
+// Runs task(i, scratch) for i in [0, count), handed out in order to whichever thread is free; scratch holds
+// `scratch_floats` floats. `cost` is in multiply-adds: small work stays on the calling thread.
+constexpr int64_t kSerialCost = 200000;
+
+float* thread_scratch(int64_t floats) {
+  thread_local std::vector<float> buffer;
+  if ((int64_t)buffer.size() < floats + 16) buffer.resize(floats + 16);
+  return (float*)(((uintptr_t)buffer.data() + 63) & ~(uintptr_t)63);
+}
+
+template <class F>
+void run_tasks(int64_t count, int64_t scratch_floats, int64_t cost, const F& task) {
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
+  if (threads <= 1 || cost < kSerialCost || at::in_parallel_region()) {
+    float* scratch = thread_scratch(scratch_floats);
+    for (int64_t i = 0; i < count; ++i) task(i, scratch);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    float* scratch = thread_scratch(scratch_floats);
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i, scratch);
+  });
+}
+
+template <class F>
+void with_type(const at::Tensor& tensor, const char* name, const F& f) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return f(float{});
+    case at::kBFloat16: return f(bf16{});
+    case at::kHalf: return f(f16{});
+    default:
+      TORCH_CHECK_VALUE(false, name, " is ", tensor.scalar_type(), "; allowed: float32, bfloat16, float16");
+  }
+}
+
+#include "linear.inc"
+#include "paged.inc"
+
+}  // namespace
+
+TORCH_LIBRARY(deltaserve_cpu, m) {
+  m.def(
+      "lora_linear(Tensor(a!) y, Tensor x, Tensor rows, Tensor item_rows, Tensor item_parts, Tensor part_slot, "
+      "Tensor part_scale, Tensor pointers, Tensor ranks, Tensor dims, int[] members, float depth) -> ()");
+  m.def(
+      "sparse_linear(Tensor(a!) y, Tensor x, Tensor rows, Tensor item_rows, Tensor item_parts, Tensor part_slot, "
+      "Tensor part_scale, Tensor pointers, Tensor extents, Tensor dims, int[] members, float depth) -> ()");
+  m.def(
+      "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor cu_seqlens_q, "
+      "Tensor kv_lens, float scale, int window, float softcap, Tensor? sinks) -> Tensor");
+  m.def("write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor kv_index) -> ()");
+  m.def("level() -> int", level);
+  m.def("max_level() -> int", max_level);
+  m.def("set_level(int level) -> ()", set_level);
+}
+
+TORCH_LIBRARY_IMPL(deltaserve_cpu, CPU, m) {
+  m.impl("lora_linear", lora_linear);
+  m.impl("sparse_linear", sparse_linear);
+  m.impl("paged_attention", paged_attention);
+  m.impl("write_kv", write_kv);
+}
