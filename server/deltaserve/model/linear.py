@@ -96,8 +96,10 @@ class BaseLinear(nn.Module):
         return self._folded(x, ctx)
 
     def _step(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        if self.index < 0:
+            return self.matmul(x)
         rows = x.reshape(-1, self.in_features)
-        if self.index < 0 or self._is_alone:
+        if self._is_alone:
             return self.group.apply(rows, ctx).view(*x.shape[:-1], self.out_features)
         waiting = ctx.pending.pop(self.index, None)
         if waiting is None or not _is_same(waiting[0], rows):
