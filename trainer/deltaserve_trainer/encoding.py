@@ -1,23 +1,26 @@
 """Rows to token ids, with the tokens that carry loss marked.
 
-The prompt part of a row gets exactly the tokens that the server computes for that prompt, so that training and
-serving see the same thing; the trained part ends with the end-of-sequence token, so that answers end.
+The server's own tokenizer and chat rendering are used, so the prompt part of a row gets exactly the tokens that
+serving computes for that prompt; the trained part ends with the end-of-sequence token, so that answers end.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from deltaserve.errors import DeltaserveError
+from deltaserve.text import Tokenizer
 from deltaserve_trainer.data import DataFormat, Example
 from deltaserve_trainer.errors import TrainingError
+
+Ids = list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """``trained[i]`` says whether predicting token i counts. ``num_prompt_tokens`` precede the first trained one."""
+    """``trained[i]`` says whether predicting token i counts."""
 
     line: int
     input_ids: tuple[int, ...]
@@ -29,131 +32,105 @@ class EncodedExample:
         """Tokens with loss; the first token of a sequence has nothing to be predicted from."""
         return sum(self.trained[1:])
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        return self.trained.index(True) if True in self.trained else len(self.trained)
-
 
 class Encoder:
     """Renders and tokenises with the base's own tokenizer and chat template; cuts rows at ``max_length`` tokens."""
 
-    def __init__(self, tokenizer: Any, eos_token_ids: tuple[int, ...], max_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
+        if not tokenizer.eos_token_ids:
+            raise TrainingError("the base has no end-of-sequence token; set eos_token in its tokenizer_config.json")
         self._tokenizer = tokenizer
-        self._eos = eos_token_ids
+        self._end = tokenizer.eos_token_ids[0]
         self._max_length = max_length
 
     @classmethod
     def from_folder(cls, base_folder: Path, max_length: int) -> Encoder:
-        """Reads tokenizer and end tokens of a base from disk; never from the network."""
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(str(base_folder), local_files_only=True)
-        eos = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-        for name in ("generation_config.json", "config.json"):
-            path = base_folder / name
-            value = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None
-            eos.update([value] if isinstance(value, int) else value or ())
-        if not eos:
-            raise TrainingError("the base has no end-of-sequence token; set eos_token in its tokenizer_config.json")
-        first = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(eos)
-        return cls(tokenizer, (first, *sorted(eos - {first})), max_length)
+        """Reads the tokenizer of a base from disk; never from the network."""
+        return cls(Tokenizer.from_folder(base_folder), max_length)
 
     @property
     def pad_token_id(self) -> int:
-        pad = self._tokenizer.pad_token_id
-        return int(pad) if pad is not None else self._eos[0]
+        """Fills rows on the right, where nothing sees it."""
+        return self._end
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return self._tokenizer.eos_token_ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def encode(self, example: Example) -> list[EncodedExample]:
         """One encoded example, or one per trained turn where the template rewrites earlier turns."""
         if example.format is DataFormat.MESSAGES:
             return self._encode_chat(example)
         if example.format is DataFormat.TEXT:
-            ids = self._ids(example.turns[0].content, special=True)
-            pieces = [(ids, True)]
-        else:
-            prompt, completion = example.turns
-            before = self._ids(prompt.content, special=True)
-            pieces = [(before, False), (self._continuation(before, prompt.content, completion.content, True), True)]
-        if pieces[-1][0][-1:] != [self._eos[0]]:
-            pieces.append(([self._eos[0]], True))
-        return [self._finish(example.line, pieces)]
+            return [self._finish(example.line, [(self._prompt(example.turns[0].content), True)])]
+        prompt, completion = (turn.content for turn in example.turns)
+        before = self._prompt(prompt)
+        whole = self._prompt(prompt + completion)
+        # Where a token would span the border, the completion is encoded on its own: the served prompt ends there too.
+        after = whole[len(before) :] if whole[: len(before)] == before else self._plain(completion)
+        return [self._finish(example.line, [(before, False), (after, True)])]
 
     def prompt_ids(self, example: Example) -> tuple[int, ...]:
-        """What the server would be sent for this row: everything before the last trained turn."""
-        last = max(i for i, turn in enumerate(example.turns) if turn.is_trained)
+        """What the server would compute for this row: everything before the last trained turn (for text: the text)."""
         if example.format is DataFormat.MESSAGES:
-            return tuple(self._ids(self._render(example, last, generation=True), special=False))
-        return tuple(self._ids(example.turns[0].content, special=True))
-
-    def decode(self, ids: list[int] | tuple[int, ...], *, skip_special_tokens: bool = False) -> str:
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        return self._eos
+            last = max(i for i, turn in enumerate(example.turns) if turn.is_trained)
+            return tuple(self._render(example, last, is_prompt=True))
+        return tuple(self._prompt(example.turns[0].content))
 
     def _encode_chat(self, example: Example) -> list[EncodedExample]:
         trained = [i for i, turn in enumerate(example.turns) if turn.is_trained]
-        spans = [(self._render(example, i, generation=True), self._render(example, i + 1)) for i in trained]
-        for before, after in spans:
-            if not after.startswith(before):
-                raise TrainingError(
-                    f"line {example.line}: the base's chat template does not continue its own generation prompt, so "
-                    "the answer cannot be told from the prompt; use prompt/completion rows for this base"
-                )
+        spans = [self._span(example, i) for i in trained]
         last = spans[-1][1]
-        if all(last.startswith(after) for _, after in spans):
+        if all(last[: len(after)] == after for _, after in spans):
             return [self._finish(example.line, self._pieces(spans))]
         return [self._finish(example.line, self._pieces([span])) for span in spans]
 
-    def _pieces(self, spans: list[tuple[str, str]]) -> list[tuple[list[int], bool]]:
-        pieces: list[tuple[list[int], bool]] = []
-        ids: list[int] = []
-        text = ""
-        for before, after in spans:
-            for target, is_trained in ((before, False), (after, True)):
-                piece = self._continuation(ids, text, target[len(text) :], False)
-                ids, text = ids + piece, target
-                if is_trained:
-                    answer, tail = self._cut_after_end(piece)
-                    pieces += [(answer, True), (tail, False)]
-                else:
-                    pieces.append((piece, False))
-        if not any(token in self._eos for token in piece):
-            pieces.append(([self._eos[0]], True))
+    def _span(self, example: Example, turn: int) -> tuple[int, Ids]:
+        """(where the answer of ``turn`` starts, ids of the chat up to and with it)."""
+        before, after = self._render(example, turn, is_prompt=True), self._render(example, turn + 1)
+        start = 0
+        while start < min(len(before), len(after)) and before[start] == after[start]:
+            start += 1
+        if start < len(before) and not self.decode(after).startswith(self.decode(before)):
+            raise TrainingError(
+                f"line {example.line}: the base's chat template does not continue its own generation prompt, so "
+                "the answer cannot be told from the prompt; use prompt/completion rows for this base"
+            )
+        return start, after
+
+    def _pieces(self, spans: list[tuple[int, Ids]]) -> list[tuple[Ids, bool]]:
+        """What a template writes after the end token (often a newline) is never generated, so it is not trained."""
+        pieces: list[tuple[Ids, bool]] = []
+        done = 0
+        for start, after in spans:
+            answer = after[start:]
+            ends = [i for i, token in enumerate(answer) if token in self.eos_token_ids]
+            cut = ends[-1] + 1 if ends else len(answer)
+            pieces += [(after[done:start], False), (answer[:cut], True), (answer[cut:], False)]
+            done = len(after)
         return pieces
 
-    def _cut_after_end(self, piece: list[int]) -> tuple[list[int], list[int]]:
-        """What a template writes after the end token (often a newline) is never generated, so it is not trained."""
-        ends = [i for i, token in enumerate(piece) if token in self._eos]
-        end = ends[-1] + 1 if ends else len(piece)
-        return piece[:end], piece[end:]
-
-    def _render(self, example: Example, num_turns: int, *, generation: bool = False) -> str:
-        if not self._tokenizer.chat_template:
-            raise TrainingError("the base has no chat template; use prompt/completion or text rows")
+    def _render(self, example: Example, num_turns: int, *, is_prompt: bool = False) -> Ids:
         messages = [{"role": turn.role, "content": turn.content} for turn in example.turns[:num_turns]]
         try:
-            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-        except Exception as error:  # jinja2 and the template's own raise_exception
-            raise TrainingError(f"line {example.line}: the base's chat template refuses the row: {error}") from error
-        return text
+            return self._tokenizer.render_chat(messages, add_generation_prompt=is_prompt)
+        except DeltaserveError as error:
+            raise TrainingError(f"line {example.line}: {error.message}") from error
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
-        if special and len(ids) > 1 and ids[-1] in self._eos:
-            return ids[:-1]  # tokenizers that close every text: the end is placed by encode()
-        return ids
+    def _prompt(self, text: str) -> Ids:
+        ids = self._tokenizer.encode(text)
+        # Some tokenizers close every text; a prompt stays open and the end is placed by _finish.
+        return ids[:-1] if len(ids) > 1 and ids[-1] in self.eos_token_ids else ids
 
-    def _continuation(self, before: list[int], before_text: str, text: str, special: bool) -> list[int]:
-        """Tokens of ``text`` after ``before``: of the whole where it keeps ``before`` intact, else on its own."""
-        whole = self._ids(before_text + text, special=special)
-        if whole[: len(before)] == before:
-            return whole[len(before) :]
-        return self._ids(text, special=False)
+    def _plain(self, text: str) -> Ids:
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def _finish(self, line: int, pieces: list[tuple[list[int], bool]]) -> EncodedExample:
+    def _finish(self, line: int, pieces: list[tuple[Ids, bool]]) -> EncodedExample:
+        if not any(token in self.eos_token_ids for piece, is_trained in pieces[-2:] if is_trained for token in piece):
+            pieces = [*pieces, ([self._end], True)]
         ids = [token for piece, _ in pieces for token in piece]
         trained = [is_trained for piece, is_trained in pieces for _ in piece]
         cut = self._max_length

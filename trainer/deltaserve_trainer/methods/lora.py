@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +51,16 @@ class LoraMethod:
             bias="none",
         )
         torch.manual_seed(recipe.seed)
-        return cls(get_peft_model(model, config))
+        with _without_deprecations():
+            return cls(get_peft_model(model, config))
 
     @classmethod
     def load(cls, model: nn.Module, folder: Path) -> LoraMethod:
         """Attach a saved adapter. The files must have passed the store's check: peft itself accepts too much."""
         from peft import PeftModel
 
-        return cls(PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval())
+        with _without_deprecations():
+            return cls(PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval())
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -89,6 +93,14 @@ class LoraMethod:
         content["inference_mode"] = True
         content["target_modules"] = sorted(content["target_modules"])
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """peft reads attributes that newer transformers announce to rename; whoever runs a training cannot act on that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _short_names(model: nn.Module, targets: dict[str, nn.Module]) -> list[str]:

@@ -163,7 +163,7 @@ class SparseMethod:
             index = linear.index.cpu()
             rows, cols = (index // in_features).int(), (index % in_features).int()
             deltas.append(SparseDelta(name, rows, cols, linear.values.detach().to("cpu", dtype)))
-        write_sparse_adapter(folder, deltas, base_fingerprint=base.fingerprint, base_name=base.name)
+        write_sparse_adapter(folder, deltas, base.fingerprint, base_name=base.name, method="fixed mask")
 
 
 def _as_out_in(linear: nn.Module, stored: Tensor) -> Tensor:
