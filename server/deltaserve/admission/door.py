@@ -1,0 +1,286 @@
+"""The door: every adapter, whatever way it came, is checked, matched, folded, proven and only then committed.
+
+    staged folder -> check -> base -> fold -> prove -> commit -> names published
+                       |        |       |       |         |
+                       +--------+-------+-------+---------+--> refused with reasons: nothing has changed
+
+One admission at a time; blocking work runs on one worker thread, so the event loop and the step loop go on. Whoever
+stops half way (refusal, error, cancellation, a killed process) leaves the old state; once committed, the new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import tempfile
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from deltaserve.admission.base_match import BASE_WAIVER, match_base
+from deltaserve.admission.derived import ProvenFiles
+from deltaserve.admission.evidence import Evidence
+from deltaserve.admission.failures import typed_failures
+from deltaserve.admission.proof import Judgement, NonFiniteOutput, ProbeEngine, Prover, judge
+from deltaserve.admission.work_thread import WorkThread
+from deltaserve.deltas.fold import fold
+from deltaserve.deltas.folded import FOLDED_FILE_NAME
+from deltaserve.errors import AdapterRefused, Conflict, QueueFull, Reason
+from deltaserve.model.base import BaseModel
+from deltaserve_store.digest import content_digest
+from deltaserve_store.formats import read_adapter
+from deltaserve_store.manifest import AdapterRecord
+from deltaserve_store.names import DEFAULT_TENANT, NameMap, validate_name
+from deltaserve_store.parsed import ParsedAdapter
+from deltaserve_store.store import AdapterStore
+
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
+
+
+class DoorEngine(ProbeEngine, Protocol):
+    """The part of ``AsyncEngine`` that admission needs."""
+
+    @property
+    def names(self) -> NameMap: ...
+
+    def publish(self, names: NameMap) -> None: ...
+
+    def register_candidate(self, version: str, folded_path: Path) -> None: ...
+
+    def unregister_candidate(self, version: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionResult:
+    """``created`` is False when these bytes were already the name's current version."""
+
+    record: AdapterRecord
+    created: bool
+    evidence: Evidence
+    warnings: tuple[str, ...] = ()
+
+
+class Admission:
+    """``base_names``: the names by which files may call the served base. ``chat_templates``: the operator's registry.
+
+    ``operators`` names the operators and their version, part of the key that evidence is kept under. ``max_waiting``
+    uploads may wait for the one being admitted; more get ``QueueFull``.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        store: AdapterStore,
+        engine: DoorEngine,
+        proven: ProvenFiles,
+        *,
+        base_names: Collection[str],
+        chat_templates: Collection[str] = (),
+        max_waiting: int = 32,
+    ) -> None:
+        self._base = base
+        self._store = store
+        self._engine = engine
+        self._proven = proven
+        self._base_names = frozenset(base_names)
+        self._chat_templates = frozenset(chat_templates)
+        self._max_waiting = max_waiting
+        self._num_waiting = 0
+        self._turn = asyncio.Lock()
+        self._publishing = asyncio.Lock()
+        self._worker = WorkThread()
+        self._prover = Prover(base, engine, proven.key, self._worker.run)
+
+    async def admit(
+        self,
+        staged_folder: Path,
+        *,
+        name: str,
+        tenant: str = DEFAULT_TENANT,
+        expected_version: str | None = None,
+        accept_base: bool = False,
+        accept_no_effect: bool = False,
+        source: str = "upload",
+    ) -> AdmissionResult:
+        """Admit the files of ``staged_folder`` as the new version of ``name``; the name moves to it.
+
+        The folder stays the caller's to discard. Raises ``AdapterRefused`` (422) with every reason, ``Conflict`` (409)
+        when ``expected_version`` is not the current one or the name is taken, ``StorageFull`` (507), ``QueueFull``
+        (429), ``InvalidRequest`` (400) for a malformed name, or what the engine raises when it is not available.
+        """
+        with typed_failures():
+            validate_name(name)
+            async with self._one_at_a_time():
+                self._check_expected(tenant, name, expected_version)
+                adapter = await self._worker.run(lambda: read_adapter(staged_folder, self._base.spec))
+                waivers = match_base(adapter, self._base.spec, self._base_names, accept_base=accept_base)
+                self._check_chat_template(adapter)
+                version = await self._worker.run(lambda: content_digest(staged_folder))
+                evidence = await self._worker.run(lambda: self._proven.evidence(version))
+                if evidence is not None and (known := self._current(tenant, name)) and known.version == version:
+                    return AdmissionResult(known, False, evidence, judge(evidence, accept_no_effect=True).warnings)
+                async with self._folded_candidate(version, adapter) as folded:
+                    evidence = evidence or await self._prove(version, adapter)
+                    judgement = self._judge(evidence, accept_no_effect)
+
+                    def commit() -> tuple[AdapterRecord, bool]:
+                        result = self._store.commit(
+                            staged_folder,
+                            adapter,
+                            name=name,
+                            tenant=tenant,
+                            base_fingerprint=self._base.spec.fingerprint,
+                            evidence=evidence.to_dict(),
+                            waivers=(*waivers, *judgement.waivers),
+                            expected_version=expected_version,
+                            source=source,
+                        )
+                        self._keep(version, folded, evidence)
+                        return result.record, result.created
+
+                    record, created = await self._change_names(commit)
+        return AdmissionResult(record, created, evidence, judgement.warnings)
+
+    async def prepare(self, version: str) -> None:
+        """Fold and prove a stored version for this server, before the engine serves it; quick when that is done.
+
+        The engine's hook for versions whose folded file or evidence is missing: a new dtype, device, operator version
+        or base. Raises ``deltaserve_store.errors.BaseMismatch`` for a version of another base, ``AdapterRefused`` for
+        one that does not pass here.
+        """
+        async with self._turn:
+            if await self._worker.run(lambda: self._proven.locate(version)) is not None:
+                return
+            spec, waivers = self._base.spec, self._waivers(version)
+            adapter = await self._worker.run(lambda: read_adapter(self._store.version_dir(version), spec))
+            match_base(adapter, spec, self._base_names, accept_base=BASE_WAIVER in waivers)
+            self._check_chat_template(adapter)
+            async with self._folded_candidate(version, adapter) as folded:
+                evidence = await self._prove(version, adapter)
+                self._judge(evidence, accept_no_effect="no_effect" in waivers)
+                with typed_failures():
+                    await self._worker.run_to_end(lambda: self._proven.keep(version, folded, evidence))
+
+    async def rollback(self, tenant: str, name: str, version: str | None = None) -> AdapterRecord:
+        """Move a name to an earlier version: the one given (digest or prefix), else the one before the current."""
+        return await self._change(lambda: self._store.rollback(tenant, name, version))
+
+    async def alias(self, tenant: str, alias: str, target: str) -> None:
+        """Point an alias at an adapter name or one of its versions. Requests already running keep what they have."""
+        await self._change(lambda: self._store.alias(tenant, alias, target))
+
+    async def delete(self, tenant: str, name: str) -> None:
+        """Forget a name and its versions; sequences that use one finish first."""
+        await self._change(lambda: self._store.delete(tenant, name))
+
+    async def publish(self) -> None:
+        """Give the engine the store's names as they are now: at start, and after changes made to the store itself."""
+        await self._change(lambda: None)
+
+    def close(self) -> None:
+        """Stop the worker thread; an admission under way fails."""
+        self._worker.close()
+
+    # ---------------------------------------------------------------- steps
+
+    @asynccontextmanager
+    async def _one_at_a_time(self) -> AsyncIterator[None]:
+        if self._num_waiting >= self._max_waiting:
+            raise QueueFull(
+                f"{self._num_waiting} uploads are waiting already; try again later.", retry_after_seconds=5.0
+            )
+        self._num_waiting += 1
+        try:
+            async with self._turn:
+                yield
+        finally:
+            self._num_waiting -= 1
+
+    def _check_expected(self, tenant: str, name: str, expected_version: str | None) -> None:
+        """Early, so that a lost race does not cost a proof; the commit checks again."""
+        if expected_version is None:
+            return
+        current = self._current(tenant, name)
+        found = current.version if current else None
+        if found != expected_version:
+            told = found or "no version"
+            raise Conflict(f"{name!r} is at {told}, not at the expected {expected_version}.", param="expected_version")
+
+    def _current(self, tenant: str, name: str) -> AdapterRecord | None:
+        entry = self._engine.names.adapters.get(tenant, {}).get(name)
+        return entry.records[entry.current] if entry else None
+
+    def _waivers(self, version: str) -> frozenset[str]:
+        """What was waived for a version, under whatever name of whatever tenant."""
+        return frozenset(
+            waiver
+            for entries in self._engine.names.adapters.values()
+            for entry in entries.values()
+            if version in entry.records
+            for waiver in entry.records[version].waivers
+        )
+
+    def _check_chat_template(self, adapter: ParsedAdapter) -> None:
+        if adapter.chat_template is None or adapter.chat_template in self._chat_templates:
+            return
+        known = ", ".join(sorted(self._chat_templates)) or "none is registered; see --chat-template"
+        reason = Reason("unknown_chat_template", "chat_template", repr(adapter.chat_template), known)
+        raise AdapterRefused(f"The chat template {adapter.chat_template!r} is not registered here.", reasons=[reason])
+
+    @asynccontextmanager
+    async def _folded_candidate(self, version: str, adapter: ParsedAdapter) -> AsyncIterator[Path]:
+        """Fold into a scratch folder and show it to the engine, for as long as the block runs."""
+        scratch = await self._worker.run(
+            lambda: tempfile.TemporaryDirectory(prefix="fold-", dir=self._store.scratch_dir)
+        )
+        with scratch as folder:
+            path = Path(folder) / FOLDED_FILE_NAME
+            with typed_failures():
+                await self._worker.run(lambda: fold(adapter, self._base.spec, self._base.dtype).save(path))
+            self._engine.register_candidate(version, path)
+            try:
+                yield path
+            finally:
+                self._engine.unregister_candidate(version)
+
+    async def _prove(self, version: str, adapter: ParsedAdapter) -> Evidence:
+        try:
+            return await self._prover.measure(version, adapter)
+        except NonFiniteOutput as error:
+            reason = Reason("non_finite_output", error.where, "NaN or infinity", "finite logits")
+            raise AdapterRefused(f"The proof failed: {error.where} are not finite.", reasons=[reason]) from error
+
+    def _judge(self, evidence: Evidence, accept_no_effect: bool) -> Judgement:
+        judgement = judge(evidence, accept_no_effect=accept_no_effect)
+        if judgement.reasons:
+            first = judgement.reasons[0]
+            message = f"The proof failed ({first.code}): {first.found}; allowed: {first.allowed}."
+            raise AdapterRefused(message, reasons=judgement.reasons)
+        return judgement
+
+    def _keep(self, version: str, folded: Path, evidence: Evidence) -> None:
+        """After the commit a failure here costs only time: the version is folded and proven again at its first load."""
+        try:
+            self._proven.keep(version, folded, evidence)
+        except Exception:
+            logger.warning("folded file not kept; it is made again at the first load", extra={"version": version})
+
+    async def _change(self, function: Callable[[], Result]) -> Result:
+        with typed_failures():
+            return await self._change_names(function)
+
+    async def _change_names(self, function: Callable[[], Result]) -> Result:
+        """Change the store and publish the names it then has. A cancelled caller waits for both: all or nothing."""
+        async with self._publishing:
+
+            def change() -> tuple[Result, NameMap]:
+                return function(), self._store.snapshot()
+
+            (result, names), cancelled = await self._worker.run_to_end(change)
+            self._engine.publish(names)
+        if cancelled:
+            raise asyncio.CancelledError
+        return result

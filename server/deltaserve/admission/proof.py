@@ -1,0 +1,157 @@
+"""The proof: the engine's answer with an adapter must equal the base with the adapter folded into its weights.
+
+Two independent halves see the same probe tokens. The engine runs them like any request, at lowest priority, through
+pages, pointer tables and operators. The other half runs the same model code with ``W + dW`` in float32, one linear at
+a time, where ``dW`` comes from the file's own tensors and not from the folded form.
+
+Tolerance on max |difference| of logits: float32 ``1e-4 * max(1, rms of the folded logits)``; bfloat16 and float16 four
+times the distance of the base alone from its float32 self on the same tokens, and never below the float32 tolerance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from deltaserve.admission.evidence import Evidence, ProofKey
+from deltaserve.core import BASE_BINDING, Binding, BindingPart, Logits
+from deltaserve.deltas.fold import dense_deltas
+from deltaserve.errors import Reason
+from deltaserve.model.base import BaseModel
+from deltaserve_store.parsed import ParsedAdapter
+from deltaserve_store.spec import BaseSpec
+
+MAX_PROBE_TOKENS = 64
+FLOAT32_TOLERANCE = 1e-4
+NARROW_FACTOR = 4.0
+
+
+class ProbeEngine(Protocol):
+    """The part of ``AsyncEngine`` that a proof needs."""
+
+    async def probe(self, ids: tuple[int, ...], binding: Binding) -> Logits: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """``reasons`` refuse; ``warnings`` are told and kept; ``waivers`` name what was accepted on the caller's word."""
+
+    reasons: tuple[Reason, ...] = ()
+    warnings: tuple[str, ...] = ()
+    waivers: tuple[str, ...] = ()
+
+
+def probe_ids(version: str, spec: BaseSpec, max_context: int) -> tuple[int, ...]:
+    """Token ids drawn from the version's digest, so that the same bytes always meet the same tokens.
+
+    They come from the range the tokenizer can produce (a checkpoint may pad its embedding beyond it).
+    """
+    generator = random.Random(hashlib.sha256(f"probe {version}".encode()).digest())
+    count = max(1, min(MAX_PROBE_TOKENS, max_context - 1))
+    return tuple(generator.randrange(spec.num_tokens or spec.vocab_size) for _ in range(count))
+
+
+class NonFiniteOutput(Exception):
+    """Logits of one of the halves hold NaN or infinity; ``where`` says which."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where)
+        self.where = where
+
+
+class Prover:
+    """Measures one version at a time. ``in_worker(function)`` runs blocking work off the event loop."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        engine: ProbeEngine,
+        key: ProofKey,
+        in_worker: Callable[[Callable[[], Tensor]], Awaitable[Tensor]],
+    ) -> None:
+        self._base = base
+        self._engine = engine
+        self._key = key
+        self._in_worker = in_worker
+
+    async def measure(self, version: str, adapter: ParsedAdapter) -> Evidence:
+        """The version must be registered with the engine as a candidate.
+
+        Raises ``NonFiniteOutput``, or what the engine raises when the candidate cannot be run.
+        """
+        started = time.monotonic()
+        ids = probe_ids(version, self._base.spec, self._base.max_context)
+        binding = Binding((BindingPart(version=version),))
+        served = await self._probe(ids, binding, "the engine's logits with the adapter")
+        folded_base = await self._folded(ids, {}, "the base's own logits")
+        folded = await self._folded(ids, dense_deltas(adapter, self._base.spec), "the folded weights' logits")
+        tolerance = FLOAT32_TOLERANCE * max(1.0, _rms(folded))
+        base_error = None
+        if self._base.dtype != torch.float32:
+            served_base = await self._probe(ids, BASE_BINDING, "the engine's logits of the base")
+            base_error = _distance(served_base, folded_base)
+            tolerance = max(tolerance, NARROW_FACTOR * base_error)
+        return Evidence(
+            version=version,
+            base_fingerprint=self._key.base_fingerprint,
+            dtype=self._key.dtype,
+            device=self._key.device,
+            operators=self._key.operators,
+            fold_version=self._key.fold_version,
+            num_tokens=len(ids),
+            effect=_distance(folded, folded_base),
+            max_error=_distance(served, folded),
+            tolerance=tolerance,
+            base_error=base_error,
+            logits_rms=_rms(folded),
+            greedy_agreement=float((served.argmax(-1) == folded.argmax(-1)).float().mean()),
+            seconds=time.monotonic() - started,
+        )
+
+    async def _probe(self, ids: tuple[int, ...], binding: Binding, where: str) -> Tensor:
+        logits = await self._engine.probe(ids, binding)
+        flat = torch.frombuffer(bytearray(logits.data), dtype=torch.float32)
+        return _finite(flat.view(logits.num_tokens, logits.vocab_size), where)
+
+    async def _folded(self, ids: tuple[int, ...], deltas: Mapping[str, Callable[[], Tensor]], where: str) -> Tensor:
+        tokens = torch.tensor(ids, dtype=torch.int64)
+        return _finite(await self._in_worker(lambda: self._base.folded_logits(tokens, deltas).cpu()), where)
+
+
+def judge(evidence: Evidence, *, accept_no_effect: bool) -> Judgement:
+    """What the evidence means for the version."""
+    if not evidence.is_within_tolerance:
+        found = f"served logits differ from folded weights by {evidence.max_error:.3g}"
+        allowed = f"at most {evidence.tolerance:.3g} ({evidence.dtype}, {evidence.num_tokens} tokens)"
+        return Judgement(reasons=(Reason("proof_failed", "logits", found, allowed),))
+    if evidence.effect == 0.0:
+        if not accept_no_effect:
+            allowed = "an adapter that changes the base's logits, or accept_no_effect=true"
+            return Judgement(reasons=(Reason("no_effect", "logits", "no logit changes at all", allowed),))
+        return Judgement(warnings=("the adapter changes nothing",), waivers=("no_effect",))
+    if evidence.effect <= evidence.tolerance:
+        told = f"the effect {evidence.effect:.3g} is below the noise of {evidence.dtype} ({evidence.tolerance:.3g})"
+        return Judgement(warnings=(told,))
+    return Judgement()
+
+
+def _finite(logits: Tensor, where: str) -> Tensor:
+    if not bool(torch.isfinite(logits).all()):
+        raise NonFiniteOutput(where)
+    return logits
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def _rms(logits: Tensor) -> float:
+    return math.sqrt(float(logits.double().square().mean()))

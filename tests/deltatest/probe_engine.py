@@ -1,0 +1,67 @@
+"""The smallest real engine a proof can use: one sequence at a time through ``ModelRunner``, without any scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from deltaserve.core import Binding, Logits
+from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm
+from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
+from deltaserve.engine.model_runner import ModelRunner
+from deltaserve.model.base import BaseModel
+from deltaserve.model.kv_cache import KVCache
+from deltaserve_kernels import LoraTables, SparseTables
+from deltaserve_store.names import NameMap
+
+
+class SerialEngine:
+    """Has the part of ``AsyncEngine`` that admission uses. ``on_probe`` may change or fail what a probe answers."""
+
+    def __init__(self, base: BaseModel, names: NameMap | None = None) -> None:
+        self.base = base
+        self.names = names or NameMap(base_names=base.spec.names)
+        self.candidates: dict[str, Path] = {}
+        self.on_probe: Callable[[Binding, torch.Tensor], torch.Tensor] | None = None
+        self.num_probes = 0
+        self.published: list[NameMap] = []
+        self._lora = LoraTables(len(base.linears), 1, base.device)
+        self._sparse = SparseTables(len(base.linears), 1, base.device)
+        self._runner = ModelRunner(base, KVCache(base.kv_layout, 8, base.device), self._lora, self._sparse)
+
+    def publish(self, names: NameMap) -> None:
+        self.names = names
+        self.published.append(names)
+
+    def register_candidate(self, version: str, folded_path: Path) -> None:
+        self.candidates[version] = folded_path
+
+    def unregister_candidate(self, version: str) -> None:
+        del self.candidates[version]
+
+    async def probe(self, ids: tuple[int, ...], binding: Binding) -> Logits:
+        self.num_probes += 1
+        parts: tuple[ScheduledPart, ...] = ()
+        if binding.parts:
+            (part,) = binding.parts
+            path = self.candidates[part.version]
+            self._install(FoldedAdapter.load(path, self.base.spec, self.base.dtype))
+            parts = (ScheduledPart(0, part.scale_first, part.scale_last),)
+        blocks = list(range(1 + (len(ids) - 1) // 16))
+        logits = self._runner.execute([ScheduledSequence(0, ids, 0, blocks, parts, logits="all")])
+        if self.on_probe is not None:
+            logits = self.on_probe(binding, logits)
+        return Logits(len(ids), logits.shape[1], logits.contiguous().numpy().tobytes())
+
+    def _install(self, adapter: FoldedAdapter) -> None:
+        self._lora.clear(0)
+        self._sparse.clear(0)
+        for linear, terms in adapter.terms.items():
+            index = self.base.linears.index(linear)
+            for term in terms:
+                if isinstance(term, LowRankTerm):
+                    self._lora.set(index, 0, term.a, term.b_t)
+                else:
+                    self._sparse.set(index, 0, term.indptr, term.cols, term.values)
