@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -32,9 +33,7 @@ def locate(path: Path | str, *, allow_hub: bool) -> Path:
     if folder.is_dir():
         return folder
     if not allow_hub:
-        raise ConfigError(
-            f"no folder {folder.name!r} with a base model there; hub ids are fetched only with --allow-hub"
-        )
+        raise ConfigError(f"there is no folder {str(path)!r}; hub ids are fetched only with --allow-hub")
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(str(path), allow_patterns=_HUB_FILES))
@@ -92,7 +91,11 @@ def read_config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
         raise UnsupportedBase(f"transformers cannot read the configuration of {folder.name}: {error}") from error
     check_config(config)
     with torch.device("meta"):
-        check_modules(AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager"))
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise UnsupportedBase(f"transformers cannot build {config.model_type} of {folder.name}: {error}") from error
+        check_modules(model)
     return config
 
 
@@ -104,16 +107,21 @@ def read_model(
         return _make_dummy(config, dtype, device)
     transformers_logging.disable_progress_bar()
     loader: Any = AutoModelForCausalLM
-    model, info = loader.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        attn_implementation="eager",
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    try:
+        model, info = loader.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            # Reported and refused below, all of them at once.
+            ignore_mismatched_sizes=True,
+        )
+    except (SafetensorError, OSError) as error:
+        raise UnsupportedBase(f"the weights of {folder.name} cannot be read: {error}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise UnsupportedBase(
@@ -123,7 +131,8 @@ def read_model(
     if extra:
         raise UnsupportedBase(f"{folder.name} has {len(extra)} tensors the architecture lacks, the first: {extra[0]}")
     if info["mismatched_keys"]:
-        raise UnsupportedBase(f"tensors of {folder.name} have the wrong shape: {sorted(info['mismatched_keys'])[0]}")
+        key, found, needed = sorted(info["mismatched_keys"])[0]
+        raise UnsupportedBase(f"{key} of {folder.name} is {list(found)}; the architecture needs {list(needed)}")
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -53,6 +53,11 @@ def check_config(config: PreTrainedConfig) -> None:
         count = getattr(config, field, None)
         if isinstance(count, int) and count > 0:
             raise UnsupportedBase(f"{name} is a mixture of experts ({field}={count}); MoE bases are not served")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if getattr(model_class, "_is_stateful", False):
+        raise UnsupportedBase(
+            f"{model_class.__name__} keeps a recurrent state (state-space or linear attention); {SERVED}"
+        )
     odd = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if odd:
         raise UnsupportedBase(
@@ -63,9 +68,6 @@ def check_config(config: PreTrainedConfig) -> None:
 
 def check_modules(model: PreTrainedModel) -> None:
     """Refuse by structure; ``model`` may be on the meta device."""
-    name = type(model).__name__
-    if getattr(model, "_is_stateful", False):
-        raise UnsupportedBase(f"{name} keeps a recurrent state (state-space or linear attention); {SERVED}")
     for path, module in model.named_modules():
         kind = type(module).__name__
         if _EXPERT_CLASS.search(kind):

@@ -1,7 +1,7 @@
 """One hooked forward pass over the unmodified base, which finds out what the base is made of.
 
 It records, per layer, the scale, window and soft cap that attention is really called with, and which linears are fed
-the same tensor. Anything it does not understand is refused by name, so that nothing is guessed from configuration files.
+the same tensor. Anything it does not understand is refused by name: nothing is guessed from configuration files.
 """
 
 from __future__ import annotations
