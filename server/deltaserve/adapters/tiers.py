@@ -22,7 +22,7 @@ class Tiers:
         self.idle = IdleAdapters()
 
     def shortfall(self, needed: Mapping[str, Resident]) -> tuple[int, int]:
-        """Slots and bytes that ``needed`` lack after every other idle version is evicted; <= 0 when nothing is lacking."""
+        """Slots and bytes that ``needed`` lack once every other idle version is evicted; <= 0: none."""
         missing = [resident for resident in needed.values() if resident.slot < 0]
         if not missing:
             return 0, 0

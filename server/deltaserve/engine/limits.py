@@ -1,0 +1,114 @@
+"""What one engine can take, and the checks of a request against it, made before the request enters the engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from deltaserve.core import Binding, GenerationRequest, SamplingParams
+from deltaserve.errors import ConfigError, ContextLengthExceeded, InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """``max_model_len``: prompt plus completion tokens of a sequence. ``max_num_seqs``: sequences running at once.
+    ``max_num_batched_tokens``: the token budget of a step. ``max_queue``: requests not yet started.
+    ``max_parts``: adapters in one binding, at most the number of slots.
+    """
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_queue: int
+    vocab_size: int
+    max_parts: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue", "vocab_size", "max_parts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.max_model_len < 2:
+            raise ConfigError(f"max_model_len is {self.max_model_len}; it must be at least 2.")
+
+    def check_blocks(self, num_blocks: int, block_size: int) -> None:
+        """A sequence of the longest length must fit the KV cache alone. Raises ``ConfigError``."""
+        if num_blocks * block_size < self.max_model_len:
+            raise ConfigError(
+                f"The KV cache holds {num_blocks * block_size} positions but max_model_len is {self.max_model_len}; "
+                "raise --kv-cache-bytes or lower --max-model-len."
+            )
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raises ``ContextLengthExceeded`` or ``InvalidRequest``: nothing that could hurt a step gets past this."""
+        sampling = request.sampling
+        self.check_prompt(request.prompt_ids)
+        if sampling.max_tokens < 0:
+            raise InvalidRequest(f"max_tokens is {sampling.max_tokens}; it must be at least 0.", param="max_tokens")
+        num_tokens = len(request.prompt_ids) + sampling.max_tokens
+        if num_tokens > self.max_model_len:
+            raise ContextLengthExceeded(
+                f"The prompt has {len(request.prompt_ids)} tokens and max_tokens is {sampling.max_tokens}: "
+                f"{num_tokens} tokens in all, but the longest sequence is {self.max_model_len} tokens. "
+                "Shorten the prompt or lower max_tokens.",
+                param="max_tokens" if len(request.prompt_ids) < self.max_model_len else "prompt",
+            )
+        if request.n < 1:
+            raise InvalidRequest(f"n is {request.n}; it must be at least 1.", param="n")
+        if request.n > self.max_queue:
+            raise InvalidRequest(f"n is {request.n}; at most {self.max_queue} are allowed.", param="n")
+        self.check_binding(request.binding)
+        self._check_sampling(sampling)
+
+    def check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
+        if not prompt_ids:
+            raise InvalidRequest("The prompt is empty; at least one token is needed.", param="prompt")
+        if len(prompt_ids) > self.max_model_len:
+            raise ContextLengthExceeded(
+                f"The prompt has {len(prompt_ids)} tokens; the longest sequence is {self.max_model_len} tokens.",
+                param="prompt",
+            )
+        self._check_ids(prompt_ids, "prompt")
+
+    def check_binding(self, binding: Binding) -> None:
+        if len(binding.parts) > self.max_parts:
+            raise InvalidRequest(
+                f"The request composes {len(binding.parts)} adapters; at most {self.max_parts} are allowed.",
+                param="adapters",
+            )
+        for part in binding.parts:
+            if not (math.isfinite(part.scale_first) and math.isfinite(part.scale_last)):
+                raise InvalidRequest("An adapter's scale is not a finite number.", param="adapters")
+            if part.start_position < 0:
+                raise InvalidRequest("An adapter's start position is negative.", param="adapters")
+
+    def _check_sampling(self, sampling: SamplingParams) -> None:
+        allowed = (
+            ("temperature", sampling.temperature >= 0, "at least 0"),
+            ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", sampling.top_k >= 0, "at least 0"),
+            ("min_p", 0 <= sampling.min_p <= 1, "between 0 and 1"),
+            ("repetition_penalty", sampling.repetition_penalty > 0, "above 0"),
+            ("min_tokens", 0 <= sampling.min_tokens <= max(sampling.max_tokens, 0), "between 0 and max_tokens"),
+            ("logprobs", sampling.logprobs is None or 0 <= sampling.logprobs <= self.vocab_size, "at least 0"),
+            ("prompt_logprobs", (sampling.prompt_logprobs or 0) >= 0, "at least 0"),
+        )
+        for name, is_allowed, range_text in allowed:
+            if not is_allowed:
+                raise InvalidRequest(f"{name} is {getattr(sampling, name)}; it must be {range_text}.", param=name)
+        numbers = ("temperature", "presence_penalty", "frequency_penalty", "repetition_penalty")
+        for name in numbers:
+            if not math.isfinite(getattr(sampling, name)):
+                raise InvalidRequest(f"{name} is not a finite number.", param=name)
+        if not all(math.isfinite(bias) for _, bias in sampling.logit_bias):
+            raise InvalidRequest("A value of logit_bias is not a finite number.", param="logit_bias")
+        self._check_ids([token_id for token_id, _ in sampling.logit_bias], "logit_bias")
+        self._check_ids(sampling.stop_token_ids, "stop_token_ids")
+
+    def _check_ids(self, token_ids: Iterable[int], param: str) -> None:
+        low, high = min(token_ids, default=0), max(token_ids, default=0)
+        if low < 0 or high >= self.vocab_size:
+            wrong = low if low < 0 else high
+            raise InvalidRequest(
+                f"Token id {wrong} in {param} is outside the vocabulary of {self.vocab_size} tokens.", param=param
+            )

@@ -1,0 +1,131 @@
+"""A request while the engine works on it: its sequences, what this step produced, and the times that are measured."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from deltaserve.core import (
+    FinishReason,
+    GenerationRequest,
+    RequestOutput,
+    RequestStats,
+    SequenceDelta,
+    TokenLogprob,
+)
+from deltaserve.engine.sequence import Sequence
+
+
+def make_sequences(request: GenerationRequest, arrival_seconds: float, seq_ids: Iterator[int]) -> list[Sequence]:
+    """The ``n`` sequences of a request. The first one leads: its siblings reuse its prefill through the prefix cache."""
+    sampling = request.sampling
+    stops = frozenset(sampling.stop_token_ids) | (
+        frozenset() if sampling.ignore_eos else frozenset(request.eos_token_ids)
+    )
+    sequences: list[Sequence] = []
+    for index in range(request.n):
+        seq_id = next(seq_ids)
+        seq = Sequence(
+            seq_id=seq_id,
+            request_id=request.request_id,
+            index=index,
+            token_ids=list(request.prompt_ids),
+            num_prompt_tokens=len(request.prompt_ids),
+            sampling=sampling,
+            binding=request.binding,
+            versions=request.binding.versions,
+            priority=(arrival_seconds, seq_id),
+            arrival_seconds=arrival_seconds,
+            stop_token_ids=stops,
+            tenant=request.tenant,
+            cache_salt=request.cache_salt,
+            leader=sequences[0] if sequences else None,
+            has_prompt_rows=index > 0,
+        )
+        if sampling.seed is not None:
+            seq.rng = random.Random(sampling.seed + index)
+        sequences.append(seq)
+    return sequences
+
+
+@dataclass(slots=True, eq=False)
+class LiveRequest:
+    """Owned by the engine thread. ``deadline_seconds`` is on the engine's clock."""
+
+    request: GenerationRequest
+    sequences: list[Sequence]
+    arrival_seconds: float
+    deadline_seconds: float | None = None
+    is_started: bool = False
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    first_token_seconds: float | None = None
+    last_token_seconds: dict[int, float] = field(default_factory=dict)
+    itl_seconds: list[float] = field(default_factory=list)
+    deltas: list[SequenceDelta] = field(default_factory=list)
+    has_told_prompt: bool = False
+
+    @property
+    def is_finished(self) -> bool:
+        return all(seq.finish_reason is not None for seq in self.sequences)
+
+    def accept(self, seq: Sequence, token_id: int, logprob: TokenLogprob | None, now: float) -> None:
+        """A sampled token: append it, tell it, and end the sequence when it says so.
+
+        A stop token is not part of ``token_ids`` of the delta, it is named by ``stop_token_id``.
+        """
+        seq.token_ids.append(token_id)
+        self._measure(seq, now)
+        if token_id in seq.stop_token_ids:
+            seq.finish_reason = FinishReason.STOP
+            self.deltas.append(SequenceDelta(seq.index, finish_reason=FinishReason.STOP, stop_token_id=token_id))
+            return
+        if seq.num_completion_tokens >= seq.sampling.max_tokens:
+            seq.finish_reason = FinishReason.LENGTH
+        logprobs = () if logprob is None else (logprob,)
+        self.deltas.append(SequenceDelta(seq.index, (token_id,), logprobs, seq.finish_reason))
+
+    def end(self, seq: Sequence, reason: FinishReason) -> None:
+        """The sequence ends without a further token."""
+        if seq.finish_reason is None:
+            seq.finish_reason = reason
+            self.deltas.append(SequenceDelta(seq.index, finish_reason=reason))
+
+    def take_output(self) -> RequestOutput:
+        """What has been collected since the last call."""
+        prompt: tuple[TokenLogprob | None, ...] | None = None
+        if not self.has_told_prompt and self.request.sampling.prompt_logprobs is not None:
+            prompt = tuple(self.prompt_logprobs)
+        self.has_told_prompt = True
+        deltas, self.deltas = tuple(self.deltas), []
+        return RequestOutput(
+            request_id=self.request.request_id,
+            deltas=deltas,
+            is_finished=self.is_finished,
+            num_prompt_tokens=len(self.request.prompt_ids),
+            num_cached_tokens=self.sequences[0].num_cached_tokens,
+            prompt_logprobs=prompt,
+        )
+
+    def stats(self, outcome: FinishReason, now: float) -> RequestStats:
+        started = [seq.started_seconds for seq in self.sequences if seq.started_seconds is not None]
+        return RequestStats(
+            outcome=outcome,
+            versions=self.request.binding.versions,
+            num_prompt_tokens=len(self.request.prompt_ids),
+            num_cached_tokens=self.sequences[0].num_cached_tokens,
+            num_completion_tokens=sum(seq.num_completion_tokens for seq in self.sequences),
+            queue_seconds=(min(started) if started else now) - self.arrival_seconds,
+            adapter_wait_seconds=max(seq.adapter_wait_seconds for seq in self.sequences),
+            ttft_seconds=None if self.first_token_seconds is None else self.first_token_seconds - self.arrival_seconds,
+            itl_seconds=tuple(self.itl_seconds),
+            e2e_seconds=now - self.arrival_seconds,
+        )
+
+    def _measure(self, seq: Sequence, now: float) -> None:
+        if self.first_token_seconds is None:
+            self.first_token_seconds = now
+        previous = self.last_token_seconds.get(seq.index)
+        if previous is not None:
+            self.itl_seconds.append(now - previous)
+        self.last_token_seconds[seq.index] = now

@@ -1,0 +1,230 @@
+"""Which tokens the next step computes.
+
+Decodes first (one token each), then prompts in chunks, oldest first, inside one token budget. A waiting sequence whose
+adapter is not on the device is passed over, never waited for; ``turn.py`` sees to it that its turn comes. When blocks
+run out the youngest running sequence is preempted and computed again later.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from operator import attrgetter
+
+from deltaserve.adapters.residency import AdapterResidency
+from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
+from deltaserve.engine.block_manager import BlockManager
+from deltaserve.engine.limits import EngineLimits
+from deltaserve.engine.sequence import Sequence, SequenceState
+from deltaserve.engine.turn import Turn
+from deltaserve.errors import AdapterUnavailable
+
+MAX_ALL_ROWS = 64
+"""Most tokens of a chunk whose every position needs logits: [64, vocab] float32 is held at once."""
+
+MAX_PLANNED = 64
+"""How many waiting sequences' adapters are loaded ahead."""
+
+_BY_PRIORITY = attrgetter("priority")
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One step: ``batch[i]`` is what ``seqs[i]`` computes. ``refused`` sequences lost their adapter and must be told."""
+
+    batch: list[ScheduledSequence] = field(default_factory=list)
+    seqs: list[Sequence] = field(default_factory=list)
+    refused: list[tuple[Sequence, AdapterUnavailable]] = field(default_factory=list)
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    num_preempted: int = 0
+
+
+class Scheduler:
+    """Owns the two queues. ``waiting`` and ``running`` are ordered by priority (arrival; probes a little later).
+
+    ``kv_regime(length)``: which rope frequencies a sequence of that length uses (``BaseModel.kv_regime``).
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        residency: AdapterResidency,
+        limits: EngineLimits,
+        *,
+        kv_regime: Callable[[int], int] | None = None,
+        patience_seconds: float = 0.5,
+    ) -> None:
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._blocks = blocks
+        self._residency = residency
+        self._limits = limits
+        self._kv_regime = kv_regime
+        self._turn = Turn(residency, patience_seconds)
+
+    def add(self, seq: Sequence) -> None:
+        self._residency.hold(seq.versions)
+        insort(self.waiting, seq, key=_BY_PRIORITY)
+
+    def finish(self, seq: Sequence) -> None:
+        """The sequence ends, in whatever state it is: everything it holds is given back. Idempotent."""
+        if seq.state is SequenceState.FINISHED:
+            return
+        if seq.state is SequenceState.RUNNING:
+            self._stop_running(seq)
+        else:
+            self.waiting.remove(seq)
+        seq.state = SequenceState.FINISHED
+        self._residency.unhold(seq.versions)
+
+    def schedule(self, now: float) -> Schedule:
+        step = Schedule()
+        self._renew_regimes(step)
+        self._schedule_decodes(step)
+        self._schedule_prefills(step)
+        self._residency.plan(self._wanted_versions())
+        if not step.num_preempted:
+            self._start_waiting(step, now)
+        return step
+
+    # ------------------------------------------------------------ running sequences
+
+    def _renew_regimes(self, step: Schedule) -> None:
+        """A sequence that grew into other rope frequencies cannot read its old K: all of it is computed again."""
+        if self._kv_regime is None:
+            return
+        for seq in [s for s in self.running if s.kv_regime != self._kv_regime(s.num_tokens)]:
+            self._preempt(seq, step)
+
+    def _schedule_decodes(self, step: Schedule) -> None:
+        for seq in [seq for seq in self.running if seq.is_decoding]:
+            while seq.state is SequenceState.RUNNING and not self._blocks.extend(seq):
+                self._preempt(self.running[-1], step)
+            if seq.state is SequenceState.RUNNING and self._budget_left(step):
+                self._schedule(seq, 1, step)
+                step.num_decode_tokens += 1
+
+    def _schedule_prefills(self, step: Schedule) -> None:
+        for seq in self.running:
+            if not seq.is_decoding:
+                self._schedule_chunk(seq, step)
+
+    def _schedule_chunk(self, seq: Sequence, step: Schedule) -> None:
+        num_tokens = min(seq.num_uncomputed_tokens, self._budget_left(step))
+        if seq.wants_all_rows:
+            num_tokens = min(num_tokens, MAX_ALL_ROWS)
+        if num_tokens:
+            self._schedule(seq, num_tokens, step)
+            step.num_prefill_tokens += num_tokens
+
+    def _schedule(self, seq: Sequence, num_tokens: int, step: Schedule) -> None:
+        start, stop = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
+        seq.num_scheduled_tokens = num_tokens
+        step.seqs.append(seq)
+        step.batch.append(
+            ScheduledSequence(
+                seq_id=seq.seq_id,
+                token_ids=seq.token_ids[start:stop],
+                start=start,
+                block_table=seq.block_table,
+                parts=seq.parts,
+                logits="all" if seq.wants_all_rows else "last" if stop == seq.num_tokens else "none",
+                length=seq.num_tokens,
+            )
+        )
+
+    def _budget_left(self, step: Schedule) -> int:
+        return self._limits.max_num_batched_tokens - step.num_decode_tokens - step.num_prefill_tokens
+
+    # ------------------------------------------------------------ waiting sequences
+
+    def _wanted_versions(self) -> Iterator[str]:
+        with_adapter = (seq for seq in self.waiting if seq.versions)
+        return (version for seq in islice(with_adapter, MAX_PLANNED) for version in seq.versions)
+
+    def _start_waiting(self, step: Schedule, now: float) -> None:
+        self._turn.begin_step(self.waiting, self.running, now)
+        absent: set[tuple[str, ...]] = set()  # bindings already found not to be on the device in this step
+        for seq in list(self.waiting):
+            if not self._budget_left(step) or len(self.running) >= self._limits.max_num_seqs:
+                return
+            if not seq.is_ready_to_share:
+                continue
+            if seq.versions in absent or self._turn.holds_back(seq):
+                slots = None
+            else:
+                try:
+                    slots = self._residency.acquire(seq.versions)
+                except AdapterUnavailable as error:
+                    step.refused.append((seq, error))
+                    continue
+            if slots is None:
+                absent.add(seq.versions)
+                if seq.adapter_blocked_since is None:
+                    seq.adapter_blocked_since = now
+                continue
+            self._turn.end(seq)
+            if not self._start(seq, slots, now):
+                return
+            self._schedule_chunk(seq, step)
+
+    def _start(self, seq: Sequence, slots: tuple[int, ...], now: float) -> bool:
+        """Seat a sequence whose adapters are pinned; False (and unpinned again) when the KV cache has no room."""
+        if seq.adapter_blocked_since is not None:
+            seq.adapter_wait_seconds += now - seq.adapter_blocked_since
+            seq.adapter_blocked_since = None
+        self._set_regime(seq)
+        # Running sequences grow: leave them a few blocks, or they would preempt the newcomer at once.
+        reserve = 1 + self._blocks.num_blocks // 100 if self.running else 0
+        if not self._blocks.begin(seq, reserve=reserve):
+            self._residency.release(seq.versions)
+            return False
+        if seq.started_seconds is None:
+            seq.started_seconds = now
+            seq.num_cached_tokens = seq.num_computed_tokens
+        seq.parts = tuple(
+            ScheduledPart(slot, part.scale_first, part.scale_last, part.start_position)
+            for slot, part in zip(slots, seq.binding.parts, strict=True)
+        )
+        seq.state = SequenceState.RUNNING
+        self.waiting.remove(seq)
+        insort(self.running, seq, key=_BY_PRIORITY)
+        return True
+
+    def _set_regime(self, seq: Sequence) -> None:
+        regime = self._kv_regime(seq.num_tokens) if self._kv_regime else 0
+        if regime != seq.kv_regime:
+            seq.kv_regime = regime
+            seq.block_keys = []
+
+    def _preempt(self, seq: Sequence, step: Schedule) -> None:
+        """Blocks and pins go back; tokens sampled so far stay, and the sequence keeps its place in the queue."""
+        self._stop_running(seq)
+        seq.state = SequenceState.WAITING
+        insort(self.waiting, seq, key=_BY_PRIORITY)
+        step.num_preempted += 1
+
+    def _stop_running(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._blocks.release(seq)
+        self._residency.release(seq.versions)
+        seq.parts = ()
+
+    # ------------------------------------------------------------ books
+
+    def check_integrity(self) -> None:
+        """Raise ``RuntimeError`` unless queues, blocks, pins and bytes agree."""
+        for queue, state in ((self.waiting, SequenceState.WAITING), (self.running, SequenceState.RUNNING)):
+            if any(seq.state is not state for seq in queue):
+                raise RuntimeError(f"a sequence in the {state} queue is in another state")
+            if queue != sorted(queue, key=_BY_PRIORITY):
+                raise RuntimeError(f"the {state} queue is out of order")
+        if any(seq.block_table for seq in self.waiting):
+            raise RuntimeError("a waiting sequence holds blocks")
+        self._blocks.check_integrity(self.running)
+        pins = Counter(version for seq in self.running for version in seq.versions)
+        self._residency.check_integrity(pins)
