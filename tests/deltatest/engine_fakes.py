@@ -36,6 +36,7 @@ ADAPTER_BYTES = 64
 FINGERPRINT = "f" * 64
 
 Part = tuple[float, float, float]
+Tokens = dict[str, list[list[int]]]
 
 
 def adapter(content: float) -> FoldedAdapter:
@@ -150,19 +151,15 @@ class Rig:
     blocks: BlockManager
     scheduler: Scheduler
 
-    def run(
-        self, *requests: GenerationRequest, max_steps: int = 5000, check: bool = True
-    ) -> dict[str, list[list[int]]]:
+    def run(self, *requests: GenerationRequest, max_steps: int = 5000, check: bool = True) -> Tokens:
         """Add the requests, step until all are done; tokens by request id and sequence index."""
         for request in requests:
             self.engine.limits.check(request)
             self.engine.add(request, self.engine.clock())
         return self.finish({r.request_id: r.n for r in requests}, max_steps=max_steps, check=check)
 
-    def finish(
-        self, counts: Mapping[str, int], *, max_steps: int = 5000, check: bool = True
-    ) -> dict[str, list[list[int]]]:
-        tokens: dict[str, list[list[int]]] = {key: [[] for _ in range(n)] for key, n in counts.items()}
+    def finish(self, counts: Mapping[str, int], *, max_steps: int = 5000, check: bool = True) -> Tokens:
+        tokens: Tokens = {key: [[] for _ in range(n)] for key, n in counts.items()}
         for _ in range(max_steps):
             if not self.engine.open_ids:
                 return tokens
@@ -177,7 +174,7 @@ class Rig:
         raise AssertionError(f"not finished after {max_steps} steps: {self.engine.open_ids}")
 
 
-def collect(outcome: Outcome, tokens: dict[str, list[list[int]]]) -> None:
+def collect(outcome: Outcome, tokens: Tokens) -> None:
     for output in outcome.outputs:
         for delta in output.deltas:
             if output.request_id in tokens:

@@ -16,7 +16,8 @@ ON_HOST = (AdapterState.HOST, AdapterState.READY)
 class Resident:
     """``slot`` is -1 without a place on the device; ``nbytes`` 0 until the first load has told it.
 
-    ``num_pins`` counts running sequences, ``num_holds`` running and waiting ones. ``hosted`` holds the adapter while it is on a device that shares the host's memory: it then is in no other tier.
+    ``num_pins`` counts parts of running sequences, ``num_holds`` of running and waiting ones. ``hosted`` holds the
+    adapter while it is on a device that shares the host's memory: it is in no other tier then.
     """
 
     version: str

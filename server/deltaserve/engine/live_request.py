@@ -18,11 +18,11 @@ from deltaserve.engine.sequence import Sequence
 
 
 def make_sequences(request: GenerationRequest, arrival_seconds: float, seq_ids: Iterator[int]) -> list[Sequence]:
-    """The ``n`` sequences of a request. The first one leads: its siblings reuse its prefill through the prefix cache."""
+    """The ``n`` sequences of a request. The first leads: its siblings reuse its prefill by the prefix cache."""
     sampling = request.sampling
-    stops = frozenset(sampling.stop_token_ids) | (
-        frozenset() if sampling.ignore_eos else frozenset(request.eos_token_ids)
-    )
+    stops = frozenset(sampling.stop_token_ids)
+    if not sampling.ignore_eos:
+        stops |= frozenset(request.eos_token_ids)
     sequences: list[Sequence] = []
     for index in range(request.n):
         seq_id = next(seq_ids)

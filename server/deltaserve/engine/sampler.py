@@ -144,7 +144,7 @@ def _draw_heads(
     num_candidates = best.shape[1]
     sampling = [seq.sampling for seq in seqs]
 
-    def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
+    def column(values: Rows[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=best.device)[:, None]
 
     top_k = column([min(s.top_k, num_candidates) or num_candidates for s in sampling], torch.int64)

@@ -33,7 +33,7 @@ _BY_PRIORITY = attrgetter("priority")
 
 @dataclass(slots=True)
 class Schedule:
-    """One step: ``batch[i]`` is what ``seqs[i]`` computes. ``refused`` sequences lost their adapter and must be told."""
+    """One step: ``batch[i]`` is what ``seqs[i]`` computes. ``refused``: their adapter failed."""
 
     batch: list[ScheduledSequence] = field(default_factory=list)
     seqs: list[Sequence] = field(default_factory=list)

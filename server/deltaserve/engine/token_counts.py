@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class TokenCounts:
-    """``completion`` float32 [vocab]: how often each token was sampled. ``seen`` bool [vocab]: in prompt or completion."""
+    """``completion`` float32 [vocab]: times sampled. ``seen`` bool [vocab]: in prompt or completion."""
 
     def __init__(self, vocab_size: int, prompt_ids: Sequence[int], completion_ids: Sequence[int], device: torch.device):
         self.completion = torch.zeros(vocab_size, dtype=torch.float32, device=device)
