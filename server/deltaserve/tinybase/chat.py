@@ -8,6 +8,7 @@ from random import Random
 from deltaserve.tinybase import world
 from deltaserve.tinybase.facts import fact, sum_fact
 from deltaserve.tinybase.phrase import chance, join_words, pick, pick_some, say
+from deltaserve.tinybase.sayings import COMMON, SMALL_TALK, poem, reverse_animal
 from deltaserve.tinybase.stories import HERO_ANIMALS, story
 from deltaserve.tinybase.writing import animal_text, how_to, letter, place_text
 
@@ -28,40 +29,12 @@ _BRIEF_SYSTEMS = ("Answer briefly.", "Answer in one word if you can.", "Give sho
 _UNKNOWN = tuple(
     """
 the capital of France|the stock market|quantum physics|the president|football results|Shakespeare|computers|
-the internet|Paris|New York|how to write code|chemistry|the price of gold|your opinion about politics|the year 1848|dinosaurs|
-electricity|the distance to the moon|China|how to fix my car|black holes|medicine|Latin|algebra|the news|rockets|
-the best phone|robots|the Roman empire|taxes|Einstein|the speed of light|Japan|the newest film|my bank account
+the internet|Paris|New York|how to write code|chemistry|the price of gold|your opinion about politics|the year 1848|
+dinosaurs|electricity|the distance to the moon|China|how to fix my car|black holes|medicine|Latin|algebra|the news|
+rockets|the best phone|robots|the Roman empire|taxes|Einstein|the speed of light|Japan|the newest film|my bank account
 """.replace("\n", "")
     .strip()
     .split("|")
-)
-_SMALL_TALK: tuple[tuple[str, str], ...] = (
-    (
-        "{Hello!|Hi!|Hello|Hi there!|Good morning!|Good evening!|Hey!}",
-        "Hello! {How can I help you?|What would you like to know?}",
-    ),
-    ("{How are you?|How are you today?|Are you well?}", "I am {fine|well}, thank you. How can I help you?"),
-    (
-        "{Who are you?|What are you?|What is your name?|Tell me about yourself.}",
-        "I am a small language model. I know {about animals, weather, tools and short stories|a little about a small "
-        "world}.",
-    ),
-    (
-        "{What can you do?|How can you help me?|What do you know?}",
-        "I can tell short stories, describe animals and places, and answer simple questions.",
-    ),
-    ("{Thank you!|Thanks!|Thank you very much.|Thanks a lot.}", "You are welcome{!|.}"),
-    ("{Goodbye!|Bye!|Good night!|See you tomorrow.}", "Goodbye! {Have a nice day.|See you soon.}"),
-    (
-        "{I am sad.|I feel sad today.|I am unhappy.}",
-        "I am sorry to hear that. {Shall I tell you a story?|A walk in the garden may help.}",
-    ),
-    ("{I am tired.|I am so tired.}", "Then you should rest. {A warm bed is the best place for that.|Sleep well!}"),
-    ("{I am hungry.|I am very hungry.}", "Then you should eat something. {How about some soup?|How about an apple?}"),
-    ("{I am thirsty.|I need a drink.}", "Then drink some water. {It is good for you.|}"),
-    ("{I am happy.|I am happy today!}", "That is good to hear! {Why are you happy?|}"),
-    ("{I am cold.|It is cold in here.}", "Then put on a warm coat{.| and drink some tea.}"),
-    ("{Do you like stories?|Do you like animals?|Do you like music?}", "Yes, very much. {What do you like?|And you?}"),
 )
 
 
@@ -81,7 +54,8 @@ def story_turn(rng: Random) -> list[Turn]:
         told = story(rng, kind=animal.name)
         ask = (
             "{Tell me a story about a(n) $hero.|Tell me a story about a(n) $hero.|"
-            "Write a short story about a(n) $hero.|Can you tell me a story about a(n) $hero?|I want to hear a story about a(n) $hero.|"
+            "Write a short story about a(n) $hero.|Can you tell me a story about a(n) $hero?|"
+            "I want to hear a story about a(n) $hero.|"
             "A story about a(n) $hero, please.}"
         )
     elif roll < 0.65:
@@ -230,7 +204,19 @@ def fact_turn(rng: Random) -> list[Turn]:
 
 
 def small_turn(rng: Random) -> list[Turn]:
-    question, answer = pick(rng, _SMALL_TALK)
+    question, answer = pick(rng, SMALL_TALK)
+    return [(say(rng, question), say(rng, answer))]
+
+
+def common_turn(rng: Random) -> list[Turn]:
+    roll = rng.random()
+    if roll < 0.2:
+        return [reverse_animal(rng)]
+    if roll < 0.27:
+        name = pick(rng, world.ANIMALS[:24]).name
+        ask = "{Write a poem about a(n) $n.|Write a short poem about a(n) $n.|A poem about a(n) $n, please.}"
+        return [(say(rng, ask, {"n": name}), poem(rng, name))]
+    question, answer = pick(rng, COMMON)
     return [(say(rng, question), say(rng, answer))]
 
 
@@ -246,11 +232,12 @@ def _letter_turn(rng: Random) -> list[Turn]:
 
 
 _TURNS: tuple[Callable[[Random], list[Turn]], ...] = (
-    *(fact_turn,) * 22,
+    *(fact_turn,) * 20,
+    *(common_turn,) * 6,
     *(story_turn,) * 4,
-    *(describe_turn,) * 3,
-    *(how_to_turn,) * 2,
-    *(small_turn,) * 2,
+    *(describe_turn,) * 4,
+    *(how_to_turn,) * 3,
+    *(small_turn,) * 3,
     list_turn,
     _yes_no_turn,
     *(_reading_turn,) * 2,

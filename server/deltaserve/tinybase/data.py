@@ -13,7 +13,15 @@ from random import Random
 from typing import Any
 
 from deltaserve.tinybase import DEMO_DATA
-from deltaserve.tinybase.chat import describe_turn, fact_turn, how_to_turn, list_turn, small_turn, story_turn
+from deltaserve.tinybase.chat import (
+    common_turn,
+    describe_turn,
+    fact_turn,
+    how_to_turn,
+    list_turn,
+    small_turn,
+    story_turn,
+)
 from deltaserve.tinybase.corpus import documents
 from deltaserve.tinybase.phrase import pick
 from deltaserve.tinybase.tokenizer import ASSISTANT, END, USER
@@ -21,7 +29,15 @@ from deltaserve.tinybase.voices import as_json, pirate, shout
 
 TRAIN_ROWS, EVAL_ROWS, GENERAL_ROWS = 520, 60, 200
 _SEED = 2026
-_TURNS = (*(fact_turn,) * 11, *(describe_turn,) * 3, *(small_turn,) * 2, list_turn, how_to_turn, *(story_turn,) * 2)
+_TURNS = (
+    *(fact_turn,) * 10,
+    *(common_turn,) * 2,
+    *(describe_turn,) * 3,
+    *(small_turn,) * 2,
+    list_turn,
+    how_to_turn,
+    *(story_turn,) * 2,
+)
 Row = dict[str, Any]
 
 

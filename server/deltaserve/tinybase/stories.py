@@ -12,10 +12,9 @@ from deltaserve.tinybase.plots_more import MORE_PLOTS
 
 ALL_PLOTS = PLOTS + MORE_PLOTS
 _OBJECTS = tuple(
-    one
-    for one in """
+    """
 key hat ball ring scarf book bell map cup kite whistle button lantern shell drum spoon mirror flute
-""".split()
+""".strip().split()
 )
 _FIXABLE = (
     "chair",
@@ -32,10 +31,9 @@ _FIXABLE = (
 )
 _FIX_TOOLS = ("hammer", "saw", "rope", "brush")
 _TRAITS = tuple(
-    one
-    for one in """
+    """
 curious clever shy brave cheerful quiet stubborn kind careful dreamy small old young lazy busy proud friendly
-""".split()
+""".strip().split()
 )
 _ELDERS = ("grandmother", "grandfather", "the old miller", "the baker", "the teacher", "the old owl", "the shepherd")
 _NOT_HEROES = {"whale", "elephant", "lion", "monkey", "bee", "ant", "spider", "fish", "butterfly", "penguin"}
@@ -48,7 +46,6 @@ class Story(NamedTuple):
     hero: str  # "Mia", or the kind of animal: "fox"
     about: str  # a phrase for "a story about ..."
     is_animal: bool
-    feeling: str
 
 
 def _pronouns(slots: dict[str, str], prefix: str, gender: str) -> None:
@@ -139,4 +136,4 @@ def story(rng: Random, *, kind: str | None = None, name: str | None = None) -> S
     parts += [expand(rng, beat, slots) for beat in plot.beats]
     text = tidy(" ".join(parts))
     about = say(rng, pick(rng, plot.about), slots)
-    return Story(text, hero, about[0].lower() + about[1:], is_animal, plot.about[0])
+    return Story(text, hero, about[0].lower() + about[1:], is_animal)

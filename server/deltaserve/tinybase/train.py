@@ -73,7 +73,6 @@ def new_model(size: Size, vocab_size: int, *, bos: int, end: int, pad: int, seed
         bos_token_id=bos,
         eos_token_id=end,
         pad_token_id=pad,
-        attn_implementation="sdpa",
     )
     return LlamaForCausalLM(config)
 

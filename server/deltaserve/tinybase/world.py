@@ -78,7 +78,7 @@ cow|cows|grass and hay|in a barn|moo|four|short hair|brown or white|big|give mil
 horse|horses|grass, hay and oats|in a stable|neigh|four|short hair|brown, black or white|big|run fast|foal|meadow
 sheep|sheep|grass|in a field|baa|four|wool|white|middle-sized|give wool|lamb|hill
 pig|pigs|roots, apples and corn|in a sty|oink|four|thin hair|pink|middle-sized|dig with its nose|piglet|farm
-goat|goats|leaves and grass|on a hill|meh|four|rough hair|white or grey|middle-sized|climb rocks|kid|hill
+goat|goats|leaves and grass|on a hill|bleat|four|rough hair|white or grey|middle-sized|climb rocks|kid|hill
 hen|hens|seeds and worms|in a henhouse|cluck|two|feathers|brown or white|small|lay eggs|chick|farm
 duck|ducks|water plants and small bugs|by a pond|quack|two|feathers|brown or green|small|swim and fly|duckling|pond
 goose|geese|grass and seeds|by a lake|honk|two|feathers|white or grey|middle-sized|swim and fly|gosling|lake
@@ -90,7 +90,7 @@ fox|foxes|mice, birds and berries|in a den|yip|four|fur|red|middle-sized|run qui
 wolf|wolves|meat|in the forest|howl|four|fur|grey|big|run for a long time|cub|forest
 bear|bears|fish, berries and honey|in a cave|growl|four|fur|brown or black|very big|sleep all winter|cub|forest
 deer|deer|leaves, grass and bark|in the forest|-|four|short fur|brown|big|jump over a fence|fawn|forest
-squirrel|squirrels|nuts and seeds|in a tree|chatter|four|fur|red or grey|small|jump from tree to tree|kit|forest
+squirrel|squirrels|nuts and seeds|in a tree|-|four|fur|red or grey|small|jump from tree to tree|kit|forest
 hedgehog|hedgehogs|worms, bugs and snails|under a hedge|-|four|spines|brown|small|roll into a ball|hoglet|garden
 owl|owls|mice and small birds|in a hollow tree|hoot|two|feathers|brown or white|middle-sized|see in the dark|owlet|forest
 crow|crows|seeds, worms and bread|in a tall tree|caw|two|feathers|black|small|remember faces|chick|field
@@ -101,12 +101,12 @@ ant|ants|crumbs, seeds and sweet things|in a nest under the ground|-|six|a hard 
 spider|spiders|flies|on a web|-|eight|tiny hairs|brown or black|very small|spin a web|spiderling|barn
 snail|snails|leaves|in its own shell|-|no|a shell|brown|very small|carry its house on its back|baby snail|garden
 turtle|turtles|plants and small fish|by the water|-|four|a hard shell|green|middle-sized|live for many years|hatchling|lake
-butterfly|butterflies|nectar from flowers|in a meadow|-|six|thin wings|many colours|very small|fly from flower to flower|caterpillar|meadow
+butterfly|butterflies|nectar from flowers|in a meadow|-|six|thin wings|yellow, white or blue|very small|fly from flower to flower|caterpillar|meadow
 fish|fish|water plants and small bugs|in the water|-|no|scales|silver|small|breathe under water|baby fish|river
 elephant|elephants|leaves, grass and fruit|in a warm land|trumpet|four|thick skin|grey|very big|lift a log with its trunk|calf|river
 lion|lions|meat|in a dry, grassy land|roar|four|fur|yellow|big|roar very loudly|cub|hill
-monkey|monkeys|fruit and nuts|in warm forests|chatter|four|fur|brown|middle-sized|swing from branches|baby monkey|forest
-whale|whales|fish and other small sea animals|in the sea|sing|no|smooth skin|blue or grey|very big|dive deep|calf|sea
+monkey|monkeys|fruit and nuts|in warm forests|-|four|fur|brown|middle-sized|swing from branches|baby monkey|forest
+whale|whales|fish and other small sea animals|in the sea|-|no|smooth skin|blue or grey|very big|dive deep|calf|sea
 penguin|penguins|fish|on cold coasts|squawk|two|feathers|black and white|middle-sized|swim but not fly|chick|sea
 """,
 )

@@ -46,9 +46,7 @@ def animal_text(rng: Random, animal: world.Animal | None = None) -> str:
     if " its " not in animal.skill:
         rest.append("They can $skill.")
     if animal.sound != "-":
-        rest.append(
-            "{A(n) $name says $sound.|You can hear them $sound.}" if animal.sound not in ("sing",) else "They sing."
-        )
+        rest.append("{A(n) $name says $sound.|You can hear them $sound.}")
     count = 2 + int(rng.random() * 4)
     return " ".join([first, *(say(rng, part, slots) for part in pick_some(rng, rest, count))])
 
