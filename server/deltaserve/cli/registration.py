@@ -1,0 +1,84 @@
+"""From a finished run to a served adapter: parity with an engine of this process, then the door, here or at a server."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaserve.cli.base_choice import base_folder
+from deltaserve.cli.connection import find_server
+from deltaserve.cli.local_door import admit_into
+from deltaserve.config import ServeConfig
+from deltaserve.core import Binding, BindingPart
+from deltaserve.deltas.fold import fold
+from deltaserve.runtime import Runtime
+from deltaserve_store.formats import read_adapter
+from deltaserve_trainer.register import register
+from deltaserve_trainer.train import TrainingResult
+
+PARITY_DTYPE = "float32"
+
+
+def register_result(
+    result: TrainingResult,
+    *,
+    name: str,
+    model: str | None,
+    server: str | None,
+    api_key: str | None,
+    store: Path,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Gate, parity, door. The engine that parity runs on is made here, in float32, also when the door is a server's:
+    logits are never sent over HTTP. Raises ``GateRefused``, ``ParityFailed``, ``AdapterRefused``.
+    """
+    remote = find_server(server, store, api_key)
+    folder = None if model is None else str(base_folder(model))
+    with tempfile.TemporaryDirectory(prefix="deltaserve-register-") as scratch:
+        own_store = store if remote is None else Path(scratch) / "store"
+        config = ServeConfig(model=folder, store=own_store, dtype=PARITY_DTYPE, demo_adapters=False, drain_seconds=0.0)
+        with asyncio.Runner() as loop:
+            runtime = Runtime.open(config)
+            loop.run(runtime.start())
+            try:
+
+                def answer(prompts: list[list[int]]) -> list[Tensor]:
+                    say(f"parity   {len(prompts)} held-out prompts through the engine")
+                    return loop.run(engine_logits(runtime, result.adapter_folder, prompts, Path(scratch)))
+
+                def admit(adapter: Path) -> dict[str, Any]:
+                    say("door     " + ("uploading to the server" if remote is not None else "admitting into the store"))
+                    if remote is not None:
+                        return remote.upload(adapter, name)
+                    return loop.run(admit_into(runtime, adapter, name, source="trainer"))
+
+                registration = register(result, answer=answer, admit=admit)
+            finally:
+                loop.run(runtime.close())
+    parity = registration.parity
+    say(f"parity   largest difference of logits {parity.max_difference:.2g}, allowed {parity.tolerance:.2g}")
+    say(f"served   {name}, version {registration.admitted['version'][:12]}")
+    return registration.admitted
+
+
+async def engine_logits(runtime: Runtime, adapter: Path, prompts: list[list[int]], scratch: Path) -> list[Tensor]:
+    """Logits of every position of each prompt, float32 ``[num_tokens, vocab]``, by the engine with ``adapter``."""
+    parsed = read_adapter(adapter, runtime.base.spec)
+    candidate = "0" * 64  # never published: only this engine, for as long as the probes run
+    path = scratch / "candidate.safetensors"
+    fold(parsed, runtime.base.spec, runtime.base.dtype).save(path)
+    runtime.engine.register_candidate(candidate, path)
+    try:
+        answers = [await runtime.engine.probe(tuple(prompt), Binding((BindingPart(candidate),))) for prompt in prompts]
+    finally:
+        runtime.engine.unregister_candidate(candidate)
+    return [
+        torch.frombuffer(bytearray(logits.data), dtype=torch.float32).view(logits.num_tokens, logits.vocab_size)
+        for logits in answers
+    ]

@@ -1,0 +1,200 @@
+"""Puts one server together from a frozen config: base, store, engine, door. No HTTP here.
+
+    config -> base -> engine thread -> store (locked) -> door -> names published -> ready
+
+The collaborators are passed in, never looked up, so tests build the same runtime around a tiny base.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import deltaserve_kernels
+from deltaserve import tinybase
+from deltaserve.adapters.device_pool import DevicePool
+from deltaserve.adapters.host_cache import HostCache
+from deltaserve.adapters.loader import FoldedLoader
+from deltaserve.adapters.residency import AdapterResidency
+from deltaserve.admission.derived import ProvenFiles
+from deltaserve.admission.door import Admission
+from deltaserve.admission.folders import LocalDoor, adapter_files
+from deltaserve.config import BLOCK_SIZE, ServeConfig
+from deltaserve.engine.async_engine import AsyncEngine
+from deltaserve.engine.block_manager import BlockManager
+from deltaserve.engine.engine import Engine
+from deltaserve.engine.limits import EngineLimits
+from deltaserve.engine.model_runner import ModelRunner
+from deltaserve.engine.sampler import Sampler
+from deltaserve.engine.scheduler import Scheduler
+from deltaserve.errors import ConfigError
+from deltaserve.metrics import Metrics
+from deltaserve.model.base import BaseModel, load_base
+from deltaserve.model.kv_cache import KVCache
+from deltaserve.text import Tokenizer
+from deltaserve_kernels import LoraTables, SparseTables
+from deltaserve_store.names import DEFAULT_TENANT
+from deltaserve_store.store import AdapterStore
+
+EMBEDDED_NAME = "tinybase"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Everything behind the HTTP surface. ``start`` before use; ``close`` drains and gives back the store."""
+
+    config: ServeConfig
+    base: BaseModel
+    base_names: tuple[str, ...]
+    tokenizer: Tokenizer
+    store: AdapterStore
+    engine: AsyncEngine
+    admission: Admission
+    metrics: Metrics
+
+    @classmethod
+    def open(cls, config: ServeConfig) -> Runtime:
+        """Load the base and take the store; blocking. Raises ``ConfigError``, ``UnsupportedBase``, ``StoreLocked``."""
+        store = AdapterStore.open(config.store, quota_bytes=config.store_quota_bytes)
+        try:
+            return cls._build(config, store)
+        except BaseException:
+            store.close()
+            raise
+
+    @classmethod
+    def _build(cls, config: ServeConfig, store: AdapterStore) -> Runtime:
+        folder, names = base_folder(config), base_names(config)
+        base = load_base(
+            folder,
+            dtype=resolve_dtype(config, folder),
+            device=config.device,
+            load_format=config.load_format,
+            allow_hub=config.allow_hub,
+            extra_names=names,
+        )
+        names = tuple(dict.fromkeys((*names, *base.spec.names)))
+        templates = {name: path.read_text("utf-8") for name, path in config.chat_templates.items()}
+        tokenizer = Tokenizer.from_folder(folder, templates=templates)
+        metrics = Metrics()
+        proven = ProvenFiles(
+            store,
+            base_fingerprint=base.spec.fingerprint,
+            dtype=base.dtype,
+            device=base.device.type,
+            operators=deltaserve_kernels.operators_version(base.device),
+        )
+        engine = build_engine(config, base, proven, metrics)
+        store.set_base_names(names[:1])
+        admission = Admission(base, store, engine, proven, base_names=names, chat_templates=tuple(templates))
+        engine.on_prepare = admission.prepare
+        return cls(config, base, names, tokenizer, store, engine, admission, metrics)
+
+    async def start(self) -> None:
+        """Start the engine thread, publish the store's names, bring in demo and preloaded adapters."""
+        await self.engine.start()
+        await self.admission.publish()
+        if self.config.model is None and self.config.demo_adapters:
+            await self._bring_demo_adapters()
+        for name in self.config.preload:
+            version = self.engine.resolve(DEFAULT_TENANT, name).version
+            if version is None:
+                raise ConfigError(f"--preload {name}: that is the base; give adapter names.")
+            await self.engine.preload(version)
+
+    async def close(self) -> None:
+        """Let running requests finish within ``drain_seconds``, end the rest with an error, give back the store."""
+        await self.engine.stop(self.config.drain_seconds)
+        self.admission.close()
+        self.store.close()
+
+    async def _bring_demo_adapters(self) -> None:
+        """Into an empty store only, so that a demo adapter somebody removed stays removed."""
+        if any(self.engine.names.adapters.values()) or not tinybase.DEMO_ADAPTERS.is_dir():
+            return
+        door = LocalDoor(self.admission, self.store, source="demo")
+        for folder in sorted(path for path in tinybase.DEMO_ADAPTERS.iterdir() if path.is_dir()):
+            files, _ = adapter_files(folder)
+            await door.admit(files, folder.name)
+            logger.info("demo adapter admitted", extra={"adapter": folder.name})
+
+
+def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metrics: Metrics) -> AsyncEngine:
+    """The engine around a loaded base. Raises ``ConfigError`` when the KV cache cannot hold one longest sequence."""
+    limits = config.engine
+    num_blocks = limits.kv_cache_bytes // base.kv_layout.block_bytes
+    positions = num_blocks * BLOCK_SIZE
+    if limits.max_model_len is not None and limits.max_model_len > base.max_context:
+        raise ConfigError(
+            f"--max-model-len is {limits.max_model_len}, but the base was made for at most {base.max_context} tokens."
+        )
+    max_model_len = limits.max_model_len or min(base.max_context, positions)
+    if positions < 2 * BLOCK_SIZE:
+        raise ConfigError(
+            f"--kv-cache-bytes {limits.kv_cache_bytes} holds {num_blocks} blocks of {BLOCK_SIZE} positions; at least 2 "
+            f"are needed, {2 * base.kv_layout.block_bytes} bytes."
+        )
+    if limits.max_model_len is None and max_model_len < base.max_context:
+        logger.warning(
+            "the KV cache is smaller than the base's context; sequences are limited to it",
+            extra={"max_model_len": max_model_len, "max_context": base.max_context},
+        )
+    lora = LoraTables(len(base.linears), limits.adapter_slots, base.device)
+    sparse = SparseTables(len(base.linears), limits.adapter_slots, base.device)
+    pool = DevicePool(
+        base.linears,
+        lora,
+        sparse,
+        num_slots=limits.adapter_slots,
+        max_bytes=limits.adapter_device_bytes,
+        device=base.device,
+    )
+    loader = FoldedLoader(base.spec, base.dtype, proven.locate)
+    residency = AdapterResidency(
+        pool,
+        HostCache(limits.adapter_host_bytes),
+        loader,
+        num_load_threads=limits.loader_threads,
+        observer=metrics,
+    )
+    engine_limits = EngineLimits(
+        max_model_len=max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_queue=limits.max_queue,
+        vocab_size=base.vocab_size,
+    )
+    blocks = BlockManager(num_blocks, base.spec.fingerprint)
+    runner = ModelRunner(base, KVCache(base.kv_layout, num_blocks, base.device), lora, sparse)
+    runner.warm_up()
+    kv_regime = base.kv_regime if base.has_kv_regimes else None
+    scheduler = Scheduler(blocks, residency, engine_limits, kv_regime=kv_regime)
+    engine = Engine(runner, residency, blocks, scheduler, Sampler(base.vocab_size), engine_limits)
+    return AsyncEngine(engine, loader=loader, metrics=metrics)
+
+
+def base_folder(config: ServeConfig) -> Path:
+    """Where the base lies: the embedded checkpoint, or what ``--model`` names."""
+    return tinybase.CHECKPOINT if config.model is None else Path(config.model)
+
+
+def base_names(config: ServeConfig) -> tuple[str, ...]:
+    """Names given by the operator, the served one first."""
+    own = EMBEDDED_NAME if config.model is None else Path(config.model).resolve().name
+    return tuple(dict.fromkeys((config.served_model_name or own, own, *config.base_names)))
+
+
+def resolve_dtype(config: ServeConfig, folder: Path) -> torch.dtype:
+    """``auto``: float32 for the embedded base (small enough to be served exactly), else the checkpoint's own dtype."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if config.model is None:
+        return torch.float32
+    from transformers import AutoConfig
+
+    stored = getattr(AutoConfig.from_pretrained(folder, local_files_only=not config.allow_hub), "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else torch.float32
