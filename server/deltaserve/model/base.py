@@ -16,7 +16,7 @@ from deltaserve.model import checkpoint, identity
 from deltaserve.model.attention import ATTENTION_NAME, attach_spec
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, use
 from deltaserve.model.folded import widen_in_folded_mode
-from deltaserve.model.head import cut_before_head
+from deltaserve.model.head import cut_before_head, find_decoder
 from deltaserve.model.kv_cache import KVLayout
 from deltaserve.model.linear import BaseLinear
 from deltaserve.model.packing import find_linears, pack, wrap_head
@@ -194,8 +194,7 @@ def _take_over(
     model: PreTrainedModel, probe: Tensor, longrope_limit: int | None
 ) -> tuple[dict[str, BaseLinear], Trace]:
     """Trace the unmodified model, then put our linears, attention and rope in their places."""
-    path, layers = find_layers(model.base_model, model.config.num_hidden_layers)
-    prefix = f"{model.base_model_prefix}.{path}"
+    prefix, layers = find_layers(model, find_decoder(model), model.config.num_hidden_layers)
     seen = trace(model, find_linears(prefix, layers), probe)
     linears = pack(model, prefix, len(layers), seen.groups())
     head = model.get_output_embeddings()

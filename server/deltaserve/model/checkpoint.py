@@ -87,13 +87,13 @@ def read_config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
     check_raw_config(raw)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:
         raise UnsupportedBase(f"transformers cannot read the configuration of {folder.name}: {error}") from error
     check_config(config)
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        except Exception as error:
             raise UnsupportedBase(f"transformers cannot build {config.model_type} of {folder.name}: {error}") from error
         check_modules(model)
     return config

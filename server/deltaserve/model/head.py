@@ -17,10 +17,18 @@ from deltaserve.model.context import current_or_none
 
 def cut_before_head(model: PreTrainedModel) -> PreTrainedModel:
     """Let ``model``'s decoder stand aside when the head runs alone; returns the decoder."""
-    decoder = model.base_model
-    if decoder is model or not isinstance(decoder, PreTrainedModel):
-        raise UnsupportedBase(f"{type(model).__name__} has no separate decoder below its head; not served")
+    decoder = find_decoder(model)
     decoder.__dict__["forward"] = _Seam(decoder)
+    return decoder
+
+
+def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The module below the head that turns ids into hidden rows. OPT keeps it one level deeper than others."""
+    decoder = model.get_decoder()
+    if decoder is model or not isinstance(decoder, PreTrainedModel):
+        decoder = model.base_model
+    if decoder is model:
+        raise UnsupportedBase(f"{type(model).__name__} has no separate decoder below its head; not served")
     return decoder
 
 

@@ -53,7 +53,7 @@ def check_config(config: PreTrainedConfig) -> None:
         count = getattr(config, field, None)
         if isinstance(count, int) and count > 0:
             raise UnsupportedBase(f"{name} is a mixture of experts ({field}={count}); MoE bases are not served")
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if getattr(model_class, "_is_stateful", False):
         raise UnsupportedBase(
             f"{model_class.__name__} keeps a recurrent state (state-space or linear attention); {SERVED}"
@@ -81,9 +81,10 @@ def check_modules(model: PreTrainedModel) -> None:
                 raise UnsupportedBase(f"{path}.{field} {shape} belongs to a {kind}, not to a plain linear or embedding")
 
 
-def find_layers(decoder: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList]:
-    """The decoder's list of layers and its path inside the decoder."""
-    for path, module in decoder.named_modules():
+def find_layers(model: nn.Module, decoder: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList]:
+    """The path inside ``model`` of the decoder's list of layers, and the list."""
+    prefix = next(path for path, module in model.named_modules() if module is decoder)
+    for path, module in decoder.named_modules(prefix=prefix):
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return path, module
     raise UnsupportedBase(f"{type(decoder).__name__} has no list of {num_layers} layers; {SERVED}")

@@ -38,7 +38,10 @@ def probe_sequences(vocab_size: int, max_context: int, device: torch.device) -> 
 @torch.no_grad()
 def reference_logits(model: PreTrainedModel, sequences: list[Tensor]) -> list[Tensor]:
     """Float32 [T, vocab] of each sequence alone from the unmodified model."""
-    return [model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in sequences]
+    try:
+        return [model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in sequences]
+    except Exception as error:
+        raise UnsupportedBase(f"transformers itself cannot run {model.config.model_type}: {error}") from error
 
 
 def verify(base: BaseModel, sequences: list[Tensor], references: list[Tensor]) -> None:
