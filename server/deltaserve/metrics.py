@@ -152,6 +152,15 @@ class Metrics:
             self._reasons.add(reason)
             self._rejects.labels(reason).inc()
 
+    @property
+    def adapter_names(self) -> frozenset[str]:
+        """Adapters that have series of their own."""
+        return frozenset(self._labelled)
+
+    @property
+    def max_adapters(self) -> int:
+        return self._max_adapters
+
     def set_adapter(self, name: str, *, version: str, kind: str, rank: int | None, num_bytes: int) -> None:
         """Tells that ``name`` now means this version; an earlier version's series goes away."""
         label = self._label(name)

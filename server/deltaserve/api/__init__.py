@@ -1,0 +1,1 @@
+"""HTTP: translates requests into what the engine and the door understand, and their answers back."""

@@ -1,0 +1,177 @@
+"""What completions and chat completions share: from fields to a generation, and from a generation to a response."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from deltaserve.api.choice import Choice, ChoiceDelta, TokenEntry
+from deltaserve.api.generation import Generation, Prompt
+from deltaserve.api.keys import Caller
+from deltaserve.api.schemas.sampling import GenerationFields
+from deltaserve.api.services import Services
+from deltaserve.api.streaming import EventStream, finish_unless_gone
+from deltaserve.api.target import Target
+from deltaserve.core import FinishReason, GenerationRequest, SamplingParams
+
+FIRST_OUTPUT_SECONDS = 5.0
+"""How long a stream's response waits for its first output, so that an early failure still gets its own status."""
+LONG_TEXT_CHARS = 4096
+"""Longer texts are encoded in a worker thread, so that they do not hold up the streams of others."""
+
+
+@dataclass(slots=True)
+class FullChoice:
+    """Everything one choice became, for a response that is not streamed."""
+
+    text: str = ""
+    tokens: list[TokenEntry] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def add(self, delta: ChoiceDelta) -> None:
+        self.text += delta.text
+        self.tokens += delta.tokens
+        self.finish_reason = delta.finish_reason or self.finish_reason
+
+
+class Format(Protocol):
+    """How one of the two routes writes its answer."""
+
+    def opening(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """Choices of chunks sent before anything was generated."""
+
+    def started(self, prompt: Prompt) -> list[dict[str, Any]]:
+        """Choices of chunks sent once a prompt's first output is there."""
+
+    def chunk(self, prompt: Prompt, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        """Choices of the chunks that tell ``delta``, none if it has nothing to tell."""
+
+    def choice(self, prompt: Prompt, index: int, full: FullChoice) -> dict[str, Any]:
+        """A finished choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """The fields around the choices; every chunk of a stream has the same."""
+
+    prefix: str
+    kind: str
+    chunk_kind: str
+    target: Target
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        return self._wrap(self.kind, choices) | {"usage": usage}
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._wrap(self.chunk_kind, choices)
+
+    def _wrap(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": f"{self.prefix}-{self.id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.target.model,
+            "system_fingerprint": self.target.version,
+            "choices": choices,
+        }
+
+
+def make_prompt(
+    services: Services,
+    caller: Caller,
+    target: Target,
+    fields: GenerationFields,
+    sampling: SamplingParams,
+    prompt_ids: Sequence[int],
+    first_index: int,
+) -> Prompt:
+    """The engine's request for one prompt, and its choices numbered from ``first_index``."""
+    tokenizer = services.tokenizer
+    request = GenerationRequest(
+        request_id=f"gen-{secrets.token_hex(12)}",
+        prompt_ids=tuple(prompt_ids),
+        sampling=sampling,
+        binding=target.binding,
+        n=fields.n,
+        eos_token_ids=tuple(dict.fromkeys((*tokenizer.eos_token_ids, *target.stop_token_ids))),
+        tenant=caller.tenant,
+        cache_salt=fields.cache_salt or "",
+        deadline_seconds=services.config.request_timeout_seconds,
+    )
+    choices = [
+        Choice(
+            first_index + number,
+            tokenizer,
+            prompt_ids=prompt_ids,
+            stops=fields.stop,
+            include_stop=fields.include_stop_str_in_output,
+            min_tokens=fields.min_tokens,
+            skip_special_tokens=fields.skip_special_tokens,
+        )
+        for number in range(fields.n)
+    ]
+    return Prompt(request, choices)
+
+
+async def encode_text(services: Services, text: str, *, add_special_tokens: bool) -> list[int]:
+    if len(text) <= LONG_TEXT_CHARS:
+        return services.tokenizer.encode(text, add_special_tokens)
+    return await asyncio.to_thread(services.tokenizer.encode, text, add_special_tokens)
+
+
+async def respond(
+    http: Request, generation: Generation, fields: GenerationFields, envelope: Envelope, form: Format
+) -> Response:
+    """A stream or one JSON object. The client's leaving aborts the generation."""
+    log_fields = http.scope["state"].setdefault("log_fields", {})
+    log_fields |= {"model": envelope.target.name, "version": envelope.target.version, "stream": fields.stream}
+    if fields.stream:
+        await finish_unless_gone(generation.wait_for_first(FIRST_OUTPUT_SECONDS), http)
+        events = _events(generation, envelope, form, include_usage=fields.include_usage, log_fields=log_fields)
+        return EventStream(events, envelope.target.headers)
+    body = await finish_unless_gone(_collect(generation, envelope, form), http)
+    log_fields |= {"usage": generation.usage()}
+    return JSONResponse(body, headers=envelope.target.headers)
+
+
+async def _collect(generation: Generation, envelope: Envelope, form: Format) -> dict[str, Any]:
+    full = {choice.index: FullChoice() for prompt in generation.prompts for choice in prompt.choices}
+    async for _, deltas in generation.deltas():
+        for delta in deltas:
+            full[delta.index].add(delta)
+    choices = [
+        form.choice(prompt, choice.index, full[choice.index])
+        for prompt in generation.prompts
+        for choice in prompt.choices
+    ]
+    return envelope.whole(choices, generation.usage())
+
+
+async def _events(
+    generation: Generation, envelope: Envelope, form: Format, *, include_usage: bool, log_fields: dict[str, Any]
+) -> AsyncIterator[Mapping[str, Any]]:
+    """The chunks of a stream. With ``include_usage`` each carries ``usage``: null, and a number in one last chunk."""
+    no_usage: dict[str, Any] = {"usage": None} if include_usage else {}
+    unstarted = set(map(id, generation.prompts))
+    try:
+        for choice in form.opening(generation.prompts):
+            yield envelope.chunk([choice]) | no_usage
+        async for prompt, deltas in generation.deltas():
+            shown = form.started(prompt) if id(prompt) in unstarted else []
+            unstarted.discard(id(prompt))
+            for choice in [*shown, *(choice for delta in deltas for choice in form.chunk(prompt, delta))]:
+                yield envelope.chunk([choice]) | no_usage
+        if include_usage:
+            yield envelope.chunk([]) | {"usage": generation.usage()}
+    finally:
+        log_fields["usage"] = generation.usage()
+        await generation.aclose()

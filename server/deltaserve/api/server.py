@@ -1,0 +1,145 @@
+"""The HTTP server: uvicorn with h11, plus the deadlines that it lacks.
+
+A request's head must arrive within ``receive_timeout_seconds``, its body at no less than ``MIN_BYTES_PER_SECOND`` after
+the same grace, and a client that does not read its answer is cut off. Without these, a few hundred idle sockets hold a
+server for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from deltaserve.config import ServeConfig
+from deltaserve.errors import DeltaserveError, InvalidRequest, RequestTimeout
+
+MAX_HEADER_BYTES = 32 << 10
+MIN_BYTES_PER_SECOND = 16 << 10
+KEEP_ALIVE_SECONDS = 75
+WRITE_STALL_SECONDS = 60.0
+
+
+class DeadlineProtocol(H11Protocol):
+    """One connection. One timer at a time watches the request being received, another a stalled write."""
+
+    receive_timeout_seconds = 20.0
+    write_stall_seconds = WRITE_STALL_SECONDS
+
+    _timer: asyncio.TimerHandle | None = None
+    _stall_timer: asyncio.TimerHandle | None = None
+    _phase: str | None = None
+    _phase_started = 0.0
+    _num_received = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        self._num_received += len(data)
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._timer, self._stall_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall_timer = self.loop.call_later(self.write_stall_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP at all also hears in OpenAI's shape."""
+        self._answer_raw(400, "Bad Request", InvalidRequest("this is not a valid HTTP request", code="invalid_http"))
+
+    def _watch(self) -> None:
+        """Starts the timer of a phase when the connection enters it: ``head``, ``body``, or none."""
+        phase = self._current_phase()
+        if phase == self._phase:
+            return
+        self._phase = phase
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if phase is not None:
+            self._phase_started, self._num_received = time.monotonic(), 0
+            self._timer = self.loop.call_later(self.receive_timeout_seconds, self._check_deadline)
+
+    def _current_phase(self) -> str | None:
+        if self.transport.is_closing():
+            return None
+        if self.conn.their_state is h11.IDLE:
+            is_idle = self.cycle is not None and not self.conn.trailing_data[0]
+            return None if is_idle else "head"  # between requests the keep-alive timer watches
+        return "body" if self.conn.their_state is h11.SEND_BODY else None
+
+    def _check_deadline(self) -> None:
+        """A body buys time with its bytes; time in which we did not read is not the client's."""
+        if self.transport.is_closing() or self._phase is None:
+            return
+        left = 0.0
+        if self._phase == "body":
+            elapsed = time.monotonic() - self._phase_started
+            left = self.receive_timeout_seconds + self._num_received / MIN_BYTES_PER_SECOND - elapsed
+            if self.flow.read_paused:
+                left = max(left, 1.0)
+        if left > 0.001:
+            self._timer = self.loop.call_later(left, self._check_deadline)
+            return
+        self._answer_raw(408, "Request Timeout", RequestTimeout("the request did not arrive in time"))
+
+    def _answer_raw(self, status: int, phrase: str, error: DeltaserveError) -> None:
+        """Answers past h11, whose state may not allow a response, and closes."""
+        cycle = self.cycle
+        if cycle is not None and cycle.response_started and self._phase == "body":
+            self.transport.close()  # it has its answer and still sends
+            return
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        body = json.dumps({"error": error.body()}).encode()
+        head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        self.transport.close()
+
+
+def make_server(app: ASGIApp, config: ServeConfig) -> uvicorn.Server:
+    """A server for ``config.host`` and ``config.port``; logging is left as the program set it up."""
+
+    class Protocol(DeadlineProtocol):
+        receive_timeout_seconds = config.receive_timeout_seconds
+
+    settings: dict[str, Any] = {
+        "host": config.host,
+        "port": config.port,
+        "http": Protocol,
+        "ws": "none",
+        "loop": "asyncio",
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "proxy_headers": False,
+        "timeout_keep_alive": KEEP_ALIVE_SECONDS,
+        "h11_max_incomplete_event_size": MAX_HEADER_BYTES,
+        "timeout_graceful_shutdown": int(config.drain_seconds) + 5,
+        "backlog": 2048,
+    }
+    return uvicorn.Server(uvicorn.Config(app, **settings))

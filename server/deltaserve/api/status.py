@@ -1,0 +1,92 @@
+"""Health, metrics, version, tokenising."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+import deltaserve
+from deltaserve.api.answer import encode_text
+from deltaserve.api.auth import MAY_ADMINISTER, MAY_USE, Caller
+from deltaserve.api.body import read_json
+from deltaserve.api.schemas.management import DetokenizeRequest, TokenizeRequest
+from deltaserve.api.services import Services, services_of
+from deltaserve.api.target import resolve_target
+from deltaserve.metrics import CONTENT_TYPE, Metrics
+from deltaserve_store.names import NameMap
+
+public = APIRouter()
+router = APIRouter()
+
+
+@public.get("/health")
+@public.get("/health/live")
+async def live() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "live"}
+
+
+@public.get("/health/ready")
+async def ready(http: Request) -> Response:
+    """200 while requests are taken; 503 while draining or once the step loop has died."""
+    status = services_of(http).engine.status()
+    if status.is_alive and not status.is_draining:
+        return JSONResponse({"status": "ready"})
+    reason = "draining" if status.is_alive else "engine_failed"
+    return JSONResponse({"status": reason}, status_code=503, headers={"retry-after": "2"})
+
+
+@router.get("/metrics")
+async def read_metrics(http: Request, caller: Caller = MAY_ADMINISTER) -> Response:
+    """Prometheus text. Names of adapters of every tenant appear, hence the scope."""
+    services = services_of(http)
+    describe_adapters(services.metrics, services.engine.names)
+    return Response(services.metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+
+def describe_adapters(metrics: Metrics, names: NameMap) -> None:
+    """Brings ``adapter_info`` up to date; adapters without series of their own are left out, deleted ones removed."""
+    records = [record for tenant in names.adapters for record in names.current(tenant)]
+    for gone in metrics.adapter_names - {record.name for record in records}:
+        metrics.remove_adapter(gone)
+    for record in records:
+        if len(records) <= metrics.max_adapters or record.name in metrics.adapter_names:
+            kind = "+".join(record.kinds)
+            metrics.set_adapter(
+                record.name, version=record.version, kind=kind, rank=record.rank, num_bytes=record.bytes
+            )
+
+
+@router.get("/version")
+async def read_version(caller: Caller = MAY_USE) -> dict[str, str]:
+    return {"version": deltaserve.__version__}
+
+
+@router.post("/tokenize")
+async def tokenize(http: Request, caller: Caller = MAY_USE) -> dict[str, Any]:
+    services = services_of(http)
+    fields = TokenizeRequest.model_validate(await read_json(http, services.config.max_body_bytes))
+    ids = await _ids(services, caller, fields)
+    answer = {"tokens": ids, "count": len(ids), "max_model_len": services.engine.limits.max_model_len}
+    if fields.return_token_strs:
+        answer["token_strs"] = [services.tokenizer.token_text(i) for i in ids]
+    return answer
+
+
+async def _ids(services: Services, caller: Caller, fields: TokenizeRequest) -> list[int]:
+    template = None
+    if fields.model is not None:
+        template = resolve_target(services.engine, caller, fields.model).chat_template
+    if fields.prompt is not None:
+        return await encode_text(services, fields.prompt, add_special_tokens=fields.add_special_tokens)
+    messages = [message.for_template() for message in fields.messages or ()]
+    return services.tokenizer.render_chat(messages, template, fields.add_generation_prompt)
+
+
+@router.post("/detokenize")
+async def detokenize(http: Request, caller: Caller = MAY_USE) -> dict[str, str]:
+    services = services_of(http)
+    fields = DetokenizeRequest.model_validate(await read_json(http, services.config.max_body_bytes))
+    return {"prompt": services.tokenizer.decode(fields.tokens, skip_special_tokens=fields.skip_special_tokens)}
