@@ -50,6 +50,8 @@ REASON_CODES: Mapping[str, str] = MappingProxyType(
         "index_out_of_range": "A row or column outside the layer.",
         "duplicate_index": "The same position twice in a sparse delta.",
         "unsorted_index": "Positions not sorted by row, then column.",
+        # at rest
+        "bit_rot": "Stored bytes differ from what was admitted; the version is not served.",
         "too_many_findings": "More findings than are listed; their number is given.",
     }
 )
