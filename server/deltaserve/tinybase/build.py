@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from deltaserve.tinybase import CHECKPOINT
 from deltaserve.tinybase.batches import batches
 from deltaserve.tinybase.card import Measured, write_card
 from deltaserve.tinybase.corpus import Document, documents
@@ -59,6 +58,7 @@ def build(
     tokenizer_texts: int = 12_000,
     vocab_size: int = 2048,
     heldout_batches: int = HELDOUT_BATCHES,
+    sample_tokens: int = 200,
     tokenizer_from: Path | None = None,
 ) -> tuple[Outcome, Measured]:
     """Write a checkpoint folder to `out`, which must be absent or empty; it appears whole or not at all."""
@@ -92,13 +92,15 @@ def build(
         model.generation_config.update(bos_token_id=bos, eos_token_id=end, pad_token_id=pad, do_sample=False)
         model.save_pretrained(work)
         model = type(model).from_pretrained(work, dtype=torch.float32)
-        held = batches(encode, HELDOUT_SEED, "heldout", tokens=batch_tokens, pad=pad, bos=bos, chunk=600)
+        held = batches(
+            encode, HELDOUT_SEED, "heldout", tokens=batch_tokens, pad=pad, bos=bos, chunk=25 * heldout_batches
+        )
         loss = evaluate(model, held, heldout_batches)
         measured = Measured(
             parameters, outcome.steps, outcome.tokens, outcome.seconds / 60, seed, loss, _bytes_per_token(tokenizer)
         )
         print(f"held-out loss {loss:.4f} nats per token, {measured.bits_per_byte:.4f} bits per byte", flush=True)
-        write_card(work, model, tokenizer, measured)
+        write_card(work, model, tokenizer, measured, sample_tokens)
         if out.exists():
             out.rmdir()
         for file in work.iterdir():
@@ -109,9 +111,9 @@ def build(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Command line; the folder it writes can be served with `deltaserve serve --model DIR`."""
     parser = argparse.ArgumentParser(prog="python -m deltaserve.tinybase.build", description=__doc__)
-    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder to write, absent or empty")
+    parser.add_argument("--out", type=Path, default=Path("build/tinybase"), help="folder to write, absent or empty")
     bound = parser.add_mutually_exclusive_group()
     bound.add_argument("--minutes", type=float, default=None, help="training time (default 25)")
     bound.add_argument("--steps", type=int, default=None, help="training steps instead of minutes; repeatable")

@@ -39,15 +39,15 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_t
     return str(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def write_card(out: Path, model: Any, tokenizer: Any, measured: Measured) -> None:
+def _sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    said = answer(model, tokenizer, [{"role": "user", "content": prompt}], max_new_tokens)
+    return f"> **{prompt}**  \n> " + said.replace("\n", "  \n> ") + "\n"
+
+
+def write_card(out: Path, model: Any, tokenizer: Any, measured: Measured, sample_tokens: int = 200) -> None:
     """Write README.md into the checkpoint folder; the samples are greedy answers to the demo prompts."""
     prompts = json.loads(PROMPTS.read_text(encoding="utf-8")) if PROMPTS.exists() else ["What do cows eat?"]
-    samples = "\n".join(
-        f"> **{prompt}**  \n> "
-        + answer(model, tokenizer, [{"role": "user", "content": prompt}]).replace("\n", "  \n> ")
-        + "\n"
-        for prompt in prompts
-    )
+    samples = "\n".join(_sample(model, tokenizer, prompt, sample_tokens) for prompt in prompts)
     config = model.config
     (out / "README.md").write_text(
         f"""---
