@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from deltaserve.deltas.fold import dense_delta, fold
 from deltaserve.deltas.folded import FoldedAdapter
 from deltaserve_store.formats import read_adapter
-from deltatest.peft_adapters import base_logits, make_peft_lora, make_peft_shira, make_sparse, peft_logits, spec_of
+from deltatest.base_specs import spec_of
+from deltatest.peft_adapters import base_logits, make_peft_lora, make_peft_shira, make_sparse, peft_logits
 
 IDS = (3, 17, 60, 2, 9, 41, 41, 5)
 torch.set_num_threads(1)

@@ -107,32 +107,6 @@ def make_sparse(
     return folder
 
 
-def spec_of(model: Any, *, fingerprint: str = "0" * 64, names: tuple[str, ...] = ("tests/tiny-base",)) -> BaseSpec:
-    """A ``BaseSpec`` straight from a Hugging Face model, for tests that need no loaded base."""
-    from transformers.pytorch_utils import Conv1D
-
-    from deltaserve_store.spec import BaseSpec, LinearSpec
-
-    linears: dict[str, LinearSpec] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear | Conv1D) or module is model.get_output_embeddings():
-            continue
-        transposed = isinstance(module, Conv1D)
-        rows, cols = module.weight.shape
-        shape = (cols, rows) if transposed else (rows, cols)
-        linears[name] = LinearSpec(name, *shape, has_bias=module.bias is not None, transposed=transposed)
-    return BaseSpec(
-        fingerprint=fingerprint,
-        names=names,
-        model_type=model.config.model_type,
-        linears=linears,
-        vocab_size=model.config.vocab_size,
-        num_layers=model.config.num_hidden_layers,
-        hidden_size=model.config.hidden_size,
-        tied_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
-    )
-
-
 def _write_peft(
     model: torch.nn.Module, config: Any, folder: Path, seed: int, std: float, dtype: torch.dtype, base_name: str
 ) -> Path:

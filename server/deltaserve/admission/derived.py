@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 
 from deltaserve.admission.evidence import Evidence, ProofKey
 from deltaserve.deltas.fold import fold_key
-from deltaserve.deltas.folded import FOLD_VERSION, FOLDED_FILE_NAME, dtype_name
-from deltaserve_store.errors import NotFound
+from deltaserve.deltas.folded import FOLD_VERSION, FOLDED_FILE_NAME, FoldedAdapter, FoldedFileInvalid, dtype_name
+from deltaserve_store.spec import BaseSpec
 from deltaserve_store.store import AdapterStore
 
 
@@ -37,16 +36,28 @@ class ProvenFiles:
 
     def evidence(self, version: str) -> Evidence | None:
         """What was measured under this server's key, within tolerance; None when there is nothing of the kind."""
-        try:
-            data = self._store.get_evidence(version, str(self.key))
-        except NotFound:
-            return None
+        data = self._store.get_evidence(version, str(self.key))
         evidence = Evidence.from_dict(data) if data is not None else None
         return evidence if evidence is not None and evidence.is_within_tolerance else None
 
-    def keep(self, version: str, folded: Path, evidence: Evidence) -> None:
-        """Move a proven folded file into place, then store its evidence. Raises ``OSError`` or ``StoreError``."""
+    def is_ready(self, version: str, spec: BaseSpec, dtype: torch.dtype) -> bool:
+        """Whether the folded file is there, proven and undamaged; reads all of it."""
+        path = self.locate(version)
+        if path is None:
+            return False
+        try:
+            FoldedAdapter.load(path, spec, dtype, mmap=True)
+        except (FoldedFileInvalid, OSError):
+            return False
+        return True
+
+    def place(self, version: str, folded: Path) -> None:
+        """Move a proven folded file to where ``locate`` finds it. Raises ``OSError``."""
         folder = self._store.derived_dir(version, self._folder_key)
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.move(str(folded), folder / FOLDED_FILE_NAME)
+        folded.replace(folder / FOLDED_FILE_NAME)
+
+    def keep(self, version: str, folded: Path, evidence: Evidence) -> None:
+        """``place`` the file and store its evidence. Raises ``OSError`` or ``StoreError``."""
+        self.place(version, folded)
         self._store.put_evidence(version, str(self.key), evidence.to_dict())

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import secrets
 import tempfile
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
@@ -27,14 +29,15 @@ from deltaserve.admission.proof import Judgement, NonFiniteOutput, ProbeEngine, 
 from deltaserve.admission.work_thread import WorkThread
 from deltaserve.deltas.fold import fold
 from deltaserve.deltas.folded import FOLDED_FILE_NAME
-from deltaserve.errors import AdapterRefused, Conflict, QueueFull, Reason
+from deltaserve.errors import AdapterRefused, AdapterUnavailable, Conflict, QueueFull, Reason
 from deltaserve.model.base import BaseModel
-from deltaserve_store.digest import content_digest
+from deltaserve_store.digest import adapter_file_names, content_digest
+from deltaserve_store.durable import remove_tree
 from deltaserve_store.formats import read_adapter
 from deltaserve_store.manifest import AdapterRecord
 from deltaserve_store.names import DEFAULT_TENANT, NameMap, validate_name
 from deltaserve_store.parsed import ParsedAdapter
-from deltaserve_store.store import AdapterStore
+from deltaserve_store.store import AdapterStore, CommitResult
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -116,17 +119,21 @@ class Admission:
             async with self._one_at_a_time():
                 self._check_expected(tenant, name, expected_version)
                 adapter = await self._worker.run(lambda: read_adapter(staged_folder, self._base.spec))
+                version = await self._worker.run(lambda: content_digest(staged_folder))
+                known = self._current(tenant, name)
+                is_same = known is not None and known.version == version
+                waived = known.waivers if known is not None and is_same else ()
+                accept_base, accept_no_effect = accept_base or BASE_WAIVER in waived, accept_no_effect or is_same
                 waivers = match_base(adapter, self._base.spec, self._base_names, accept_base=accept_base)
                 self._check_chat_template(adapter)
-                version = await self._worker.run(lambda: content_digest(staged_folder))
                 evidence = await self._worker.run(lambda: self._proven.evidence(version))
-                if evidence is not None and (known := self._current(tenant, name)) and known.version == version:
+                if known is not None and is_same and evidence is not None:
                     return AdmissionResult(known, False, evidence, judge(evidence, accept_no_effect=True).warnings)
                 async with self._folded_candidate(version, adapter) as folded:
                     evidence = evidence or await self._prove(version, adapter)
                     judgement = self._judge(evidence, accept_no_effect)
 
-                    def commit() -> tuple[AdapterRecord, bool]:
+                    def commit() -> CommitResult:
                         result = self._store.commit(
                             staged_folder,
                             adapter,
@@ -134,35 +141,36 @@ class Admission:
                             tenant=tenant,
                             base_fingerprint=self._base.spec.fingerprint,
                             evidence=evidence.to_dict(),
+                            evidence_key=str(evidence.key),
                             waivers=(*waivers, *judgement.waivers),
                             expected_version=expected_version,
                             source=source,
                         )
-                        self._keep(version, folded, evidence)
-                        return result.record, result.created
+                        self._keep(version, folded)
+                        return result
 
-                    record, created = await self._change_names(commit)
-        return AdmissionResult(record, created, evidence, judgement.warnings)
+                    result = await self._change_names(commit)
+        return AdmissionResult(result.record, result.created, evidence, judgement.warnings)
 
     async def prepare(self, version: str) -> None:
         """Fold and prove a stored version for this server, before the engine serves it; quick when that is done.
 
-        The engine's hook for versions whose folded file or evidence is missing: a new dtype, device, operator version
-        or base. Raises ``deltaserve_store.errors.BaseMismatch`` for a version of another base, ``AdapterRefused`` for
-        one that does not pass here.
+        The engine's hook for versions whose folded file or evidence is missing or damaged: a new dtype, device,
+        operator version or base. Raises ``deltaserve_store.errors.BaseMismatch`` for a version of another base,
+        ``AdapterRefused`` for one that does not pass here.
         """
         async with self._turn:
-            if await self._worker.run(lambda: self._proven.locate(version)) is not None:
+            if await self._worker.run(lambda: self._proven.is_ready(version, self._base.spec, self._base.dtype)):
                 return
-            spec, waivers = self._base.spec, self._waivers(version)
-            adapter = await self._worker.run(lambda: read_adapter(self._store.version_dir(version), spec))
-            match_base(adapter, spec, self._base_names, accept_base=BASE_WAIVER in waivers)
+            waivers = self._waivers(version)
+            adapter = await self._worker.run(lambda: self._read_stored(version))
+            match_base(adapter, self._base.spec, self._base_names, accept_base=BASE_WAIVER in waivers)
             self._check_chat_template(adapter)
             async with self._folded_candidate(version, adapter) as folded:
                 evidence = await self._prove(version, adapter)
-                self._judge(evidence, accept_no_effect="no_effect" in waivers)
+                self._judge(evidence, accept_no_effect=True)
                 with typed_failures():
-                    await self._worker.run_to_end(lambda: self._proven.keep(version, folded, evidence))
+                    await self._worker.finish(lambda: self._proven.keep(version, folded, evidence))
 
     async def rollback(self, tenant: str, name: str, version: str | None = None) -> AdapterRecord:
         """Move a name to an earlier version: the one given (digest or prefix), else the one before the current."""
@@ -201,27 +209,38 @@ class Admission:
 
     def _check_expected(self, tenant: str, name: str, expected_version: str | None) -> None:
         """Early, so that a lost race does not cost a proof; the commit checks again."""
-        if expected_version is None:
-            return
-        current = self._current(tenant, name)
-        found = current.version if current else None
-        if found != expected_version:
-            told = found or "no version"
-            raise Conflict(f"{name!r} is at {told}, not at the expected {expected_version}.", param="expected_version")
+        record = self._current(tenant, name)
+        current = record.version if record is not None else "none"
+        if expected_version is not None and not current.startswith(expected_version):
+            message = (
+                f"{name!r} is at version {current}, not at the expected {expected_version[:80]!r}; look and retry."
+            )
+            raise Conflict(message, param="expected_version")
 
     def _current(self, tenant: str, name: str) -> AdapterRecord | None:
         entry = self._engine.names.adapters.get(tenant, {}).get(name)
         return entry.records[entry.current] if entry else None
 
     def _waivers(self, version: str) -> frozenset[str]:
-        """What was waived for a version, under whatever name of whatever tenant."""
-        return frozenset(
-            waiver
+        """What was waived for a version on this very base, under whatever name of whatever tenant."""
+        records = (
+            entry.records[version]
             for entries in self._engine.names.adapters.values()
             for entry in entries.values()
             if version in entry.records
-            for waiver in entry.records[version].waivers
         )
+        fingerprint = self._base.spec.fingerprint
+        return frozenset(w for record in records if record.base.fingerprint == fingerprint for w in record.waivers)
+
+    def _read_stored(self, version: str) -> ParsedAdapter:
+        """The version's own files, linked into a scratch folder: its manifest is no file of an adapter."""
+        stored = self._store.version_dir(version)
+        with tempfile.TemporaryDirectory(prefix="read-", dir=self._store.scratch_dir) as scratch:
+            for name in adapter_file_names(stored):
+                os.link(stored / name, Path(scratch) / name)
+            if content_digest(Path(scratch)) != version:
+                raise AdapterUnavailable(f"The stored files of version {version[:12]} are damaged; upload them again.")
+            return read_adapter(Path(scratch), self._base.spec)
 
     def _check_chat_template(self, adapter: ParsedAdapter) -> None:
         if adapter.chat_template is None or adapter.chat_template in self._chat_templates:
@@ -233,18 +252,24 @@ class Admission:
     @asynccontextmanager
     async def _folded_candidate(self, version: str, adapter: ParsedAdapter) -> AsyncIterator[Path]:
         """Fold into a scratch folder and show it to the engine, for as long as the block runs."""
-        scratch = await self._worker.run(
-            lambda: tempfile.TemporaryDirectory(prefix="fold-", dir=self._store.scratch_dir)
-        )
-        with scratch as folder:
-            path = Path(folder) / FOLDED_FILE_NAME
+        scratch = Path(self._store.scratch_dir) / f"fold-{secrets.token_hex(16)}"
+        path = scratch / FOLDED_FILE_NAME
+
+        def write() -> None:
+            scratch.mkdir(mode=0o700)
+            fold(adapter, self._base.spec, self._base.dtype).save(path)
+
+        try:
             with typed_failures():
-                await self._worker.run(lambda: fold(adapter, self._base.spec, self._base.dtype).save(path))
+                await self._worker.run(write)
             self._engine.register_candidate(version, path)
             try:
                 yield path
             finally:
                 self._engine.unregister_candidate(version)
+        finally:
+            # On the same thread as the writing: a cancelled caller must not remove what is still being written.
+            await self._worker.finish(lambda: remove_tree(scratch))
 
     async def _prove(self, version: str, adapter: ParsedAdapter) -> Evidence:
         try:
@@ -261,10 +286,10 @@ class Admission:
             raise AdapterRefused(message, reasons=judgement.reasons)
         return judgement
 
-    def _keep(self, version: str, folded: Path, evidence: Evidence) -> None:
+    def _keep(self, version: str, folded: Path) -> None:
         """After the commit a failure here costs only time: the version is folded and proven again at its first load."""
         try:
-            self._proven.keep(version, folded, evidence)
+            self._proven.place(version, folded)
         except Exception:
             logger.warning("folded file not kept; it is made again at the first load", extra={"version": version})
 

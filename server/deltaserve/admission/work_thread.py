@@ -41,6 +41,13 @@ class WorkThread:
                 cancelled = True
         return future.result(), cancelled
 
+    async def finish(self, function: Callable[[], Result]) -> Result:
+        """``run_to_end``, then the cancellation if there was one."""
+        result, cancelled = await self.run_to_end(function)
+        if cancelled:
+            raise asyncio.CancelledError
+        return result
+
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 

@@ -1,0 +1,168 @@
+"""Whoever stops an admission, and wherever: what is left is the old state or the new one, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deltaserve.admission import derived
+from deltaserve.admission.work_thread import WorkThread
+from deltaserve.core import Binding, Logits
+from deltaserve.model.base import BaseModel
+from deltaserve_store.staging import StagedUpload, Staging
+from deltatest.admission_rig import Rig, open_rig, run
+
+
+def cancel_at(step: int, task: asyncio.Task[Any], rig: Rig, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Cancel ``task`` while it waits for its ``step``-th piece of work; returns a cell that counts the pieces."""
+    seen = [0]
+
+    def count() -> None:
+        if seen[0] == step:
+            task.cancel()
+        seen[0] += 1
+
+    true_run, true_run_to_end, true_probe = WorkThread.run, WorkThread.run_to_end, rig.engine.probe
+
+    async def counted_run(self: WorkThread, function: Callable[[], Any]) -> Any:
+        count()
+        return await true_run(self, function)
+
+    async def counted_run_to_end(self: WorkThread, function: Callable[[], Any]) -> Any:
+        count()
+        return await true_run_to_end(self, function)
+
+    async def counted_probe(ids: tuple[int, ...], binding: Binding) -> Logits:
+        count()
+        await asyncio.sleep(0)
+        return await true_probe(ids, binding)
+
+    monkeypatch.setattr(WorkThread, "run", counted_run)
+    monkeypatch.setattr(WorkThread, "run_to_end", counted_run_to_end)
+    monkeypatch.setattr(rig.engine, "probe", counted_probe)
+    return seen
+
+
+def test_a_cancelled_admission_leaves_the_old_state_or_the_new_one(
+    rig: Rig, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client of an upload leaves, at every point of it in turn."""
+    old = run(rig.admit(shelf / "lora-0")).record.version
+    outcomes: list[str] = []
+
+    async def attempt(step: int) -> bool:
+        """Whether the admission came to its end without being cancelled."""
+        task = asyncio.ensure_future(rig.admit(shelf / "lora-1"))
+        with monkeypatch.context() as patched:
+            seen = cancel_at(step, task, rig, patched)
+            cancelled = False
+            try:
+                await task
+            except asyncio.CancelledError:
+                cancelled = True
+            assert cancelled == (seen[0] > step)
+        await rig.admission.publish()
+        assert rig.is_clean()
+        current = rig.store.get("default", "a").version
+        assert rig.engine.names.resolve("default", "a").version == current
+        assert rig.proven.locate(current) is not None
+        outcomes.append("old" if current == old else "new")
+        if current != old:
+            await rig.admission.rollback("default", "a", old)
+        return not cancelled
+
+    async def every_step() -> None:
+        for step in range(40):
+            if await attempt(step):
+                return
+        pytest.fail("the admission never came to its end")
+
+    run(every_step())
+    assert outcomes[0] == "old"
+    assert outcomes[-1] == "new"
+    assert len(outcomes) > 6
+    assert outcomes == sorted(outcomes, reverse=True)
+
+
+def test_a_cancelled_upload_lets_the_next_one_in(rig: Rig, shelf: Path) -> None:
+    async def steps() -> None:
+        first = asyncio.ensure_future(rig.admit(shelf / "lora-0", "first"))
+        second = asyncio.ensure_future(rig.admit(shelf / "lora-1", "second"))
+        third = asyncio.ensure_future(rig.admit(shelf / "lora-2", "third"))
+        await asyncio.sleep(0.001)
+        first.cancel()
+        second.cancel()
+        assert (await third).created
+        await asyncio.gather(first, second, return_exceptions=True)
+        assert rig.is_clean()
+
+    run(steps())
+
+
+STORE_STEPS = (
+    "build-made",
+    "placed:adapter_config.json",
+    "placed:adapter_model.safetensors",
+    "manifest-written",
+    "build-synced",
+    "renamed",
+    "rename-synced",
+    "rows-written",
+    "committed",
+)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def child_of(where: str, base: BaseModel, store: Path, folder: Path) -> None:
+    """The admission of ``folder`` as version of "a", in a process that dies at ``where``."""
+    rig = open_rig(base, store, on_step=lambda step: kill() if step == where else None)
+    if where == "staged":
+        StagedUpload.unpack = lambda *_: kill()  # type: ignore[method-assign, assignment]
+        with Staging(rig.store).open() as staged:
+            staged.write("adapter_config.json", [b"{"])
+            staged.unpack()
+    if where == "probe":
+        rig.engine.on_probe = lambda binding, logits: kill() or logits  # type: ignore[func-returns-value]
+    if where == "place":
+        derived.ProvenFiles.place = lambda *_: kill()  # type: ignore[method-assign, assignment]
+    if where == "publish":
+        rig.engine.publish = lambda _: kill()  # type: ignore[method-assign]
+    run(rig.admit(folder))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("where", ["staged", "probe", *STORE_STEPS, "place", "publish"])
+def test_a_killed_process_leaves_the_old_state_or_the_new_one(
+    base: BaseModel, shelf: Path, tmp_path: Path, where: str
+) -> None:
+    """kill -9 at every step of an upload; then a new process opens the store and serves what it finds."""
+    before = open_rig(base, tmp_path / "store")
+    old = run(before.admit(shelf / "lora-0")).record.version
+    before.close()
+    child = os.fork()
+    if child == 0:
+        try:
+            child_of(where, base, tmp_path / "store", shelf / "lora-1")
+        finally:
+            os._exit(3)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), f"the child reached its end instead of dying at {where!r}"
+    after = open_rig(base, tmp_path / "store")
+    current = after.store.get("default", "a").version
+    assert (current == old) == (where in ("staged", "probe", *STORE_STEPS[:-1]))
+    assert after.is_clean()
+    run(after.admission.publish())
+    run(after.admission.prepare(current))
+    assert after.proven.locate(current) is not None
+    assert after.store.verify(current) == ()
+    assert run(after.admit(shelf / "lora-1")).record.version == after.store.get("default", "a").version
+    after.close()
