@@ -226,7 +226,7 @@ def test_abort_in_every_phase_frees_everything(phase: str) -> None:
     assert engine.open_ids == []
     assert rig.blocks.num_used == 0
     outcome = engine.step()
-    assert {stats.outcome for stats in outcome.finished} == {FinishReason.ABORT}
+    assert {stats.outcome for stats, _ in outcome.finished} == {FinishReason.ABORT}
     assert outcome.outputs == []
 
 

@@ -26,7 +26,7 @@ class BlockManager:
         if num_blocks < 1:
             raise ValueError(f"num_blocks is {num_blocks}; at least 1 is needed")
         self.num_blocks = num_blocks
-        self._base_fingerprint = base_fingerprint
+        self.base_fingerprint = base_fingerprint
         self._ref_counts = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._key_of: dict[int, bytes] = {}
@@ -115,7 +115,7 @@ class BlockManager:
 
     def _key(self, seq: Sequence, index: int) -> bytes:
         if seq.cache_context is None or index == 0:
-            seq.cache_context = cache_context(self._base_fingerprint, seq.tenant, seq.cache_salt, seq.kv_regime)
+            seq.cache_context = cache_context(self.base_fingerprint, seq.tenant, seq.cache_salt, seq.kv_regime)
         parent = seq.block_keys[index - 1] if index else ROOT_KEY
         start, stop = index * BLOCK_SIZE, (index + 1) * BLOCK_SIZE
         delta = delta_key(seq.binding, start, stop)

@@ -76,10 +76,10 @@ class Engine:
 
     # ------------------------------------------------------------ between steps
 
-    def add(self, request: GenerationRequest, arrival_seconds: float) -> None:
-        """Queue a request that ``limits.check`` has passed."""
+    def add(self, request: GenerationRequest, arrival_seconds: float, label: str | None = None) -> None:
+        """Queue a request that ``limits.check`` has passed; ``label`` is the adapter's name for metrics."""
         sequences = make_sequences(request, arrival_seconds, self._seq_ids)
-        live = LiveRequest(request, sequences, arrival_seconds)
+        live = LiveRequest(request, sequences, arrival_seconds, label=label)
         if request.deadline_seconds is not None:
             live.deadline_seconds = arrival_seconds + request.deadline_seconds
             heapq.heappush(self._deadlines, (live.deadline_seconds, request.request_id))
@@ -130,6 +130,10 @@ class Engine:
             if live is not None and live.deadline_seconds == deadline:
                 text = f"The request was not finished within {live.request.deadline_seconds:g} seconds."
                 self.fail(request_id, RequestTimeout(text))
+
+    @property
+    def base_fingerprint(self) -> str:
+        return self._blocks.base_fingerprint
 
     @property
     def next_deadline(self) -> float | None:
@@ -266,7 +270,7 @@ class Engine:
         if not live.is_started:
             self.num_unstarted -= 1
         del self._requests[live.request.request_id]
-        self._outcome.finished.append(live.stats(outcome, self.clock()))
+        self._outcome.finished.append((live.stats(outcome, self.clock()), live.label))
 
     def _refuse(self, schedule: Schedule) -> None:
         for seq, error in schedule.refused:
