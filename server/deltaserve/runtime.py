@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-import deltaserve_kernels
-from deltaserve import tinybase
+from deltaserve import __version__, tinybase
 from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.adapters.host_cache import HostCache
 from deltaserve.adapters.loader import FoldedLoader
@@ -35,7 +34,7 @@ from deltaserve.metrics import Metrics
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve.model.kv_cache import KVCache
 from deltaserve.text import Tokenizer
-from deltaserve_kernels import LoraTables, SparseTables
+from deltaserve_kernels import LoraTables, SparseTables, select
 from deltaserve_store.names import DEFAULT_TENANT
 from deltaserve_store.store import AdapterStore
 
@@ -77,20 +76,21 @@ class Runtime:
             allow_hub=config.allow_hub,
             extra_names=names,
         )
-        names = tuple(dict.fromkeys((*names, *base.spec.names)))
         templates = {name: path.read_text("utf-8") for name, path in config.chat_templates.items()}
         tokenizer = Tokenizer.from_folder(folder, templates=templates)
-        metrics = Metrics()
+        metrics = Metrics(version=__version__)
         proven = ProvenFiles(
             store,
             base_fingerprint=base.spec.fingerprint,
             dtype=base.dtype,
             device=base.device.type,
-            operators=deltaserve_kernels.operators_version(base.device),
+            operators=f"{select(base.device)}-{__version__}",
         )
         engine = build_engine(config, base, proven, metrics)
-        store.set_base_names(names[:1])
-        admission = Admission(base, store, engine, proven, base_names=names, chat_templates=tuple(templates))
+        store.set_base_names(names)
+        admission = Admission(
+            base, store, engine, proven, base_names=(*names, *base.spec.names), chat_templates=tuple(templates)
+        )
         engine.on_prepare = admission.prepare
         return cls(config, base, names, tokenizer, store, engine, admission, metrics)
 
@@ -120,7 +120,7 @@ class Runtime:
         for folder in sorted(path for path in tinybase.DEMO_ADAPTERS.iterdir() if path.is_dir()):
             files, _ = adapter_files(folder)
             await door.admit(files, folder.name)
-            logger.info("demo adapter admitted", extra={"adapter": folder.name})
+            logger.info("demo adapter admitted", extra={"fields": {"adapter": folder.name}})
 
 
 def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metrics: Metrics) -> AsyncEngine:
@@ -141,7 +141,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
     if limits.max_model_len is None and max_model_len < base.max_context:
         logger.warning(
             "the KV cache is smaller than the base's context; sequences are limited to it",
-            extra={"max_model_len": max_model_len, "max_context": base.max_context},
+            extra={"fields": {"max_model_len": max_model_len, "max_context": base.max_context}},
         )
     lora = LoraTables(len(base.linears), limits.adapter_slots, base.device)
     sparse = SparseTables(len(base.linears), limits.adapter_slots, base.device)
@@ -183,7 +183,7 @@ def base_folder(config: ServeConfig) -> Path:
 
 
 def base_names(config: ServeConfig) -> tuple[str, ...]:
-    """Names given by the operator, the served one first."""
+    """Names that requests may use for the base, the served one first; adapters may call it by further ones."""
     own = EMBEDDED_NAME if config.model is None else Path(config.model).resolve().name
     return tuple(dict.fromkeys((config.served_model_name or own, own, *config.base_names)))
 

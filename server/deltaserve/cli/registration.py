@@ -1,4 +1,4 @@
-"""From a finished run to a served adapter: parity with an engine of this process, then the door, here or at a server."""
+"""From a finished run to a served adapter: parity with an engine of this process, then a door, here or elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from deltaserve.cli.base_choice import base_folder
 from deltaserve.cli.connection import find_server
 from deltaserve.cli.local_door import admit_into
-from deltaserve.config import ServeConfig
+from deltaserve.config import DTypeName, ServeConfig
 from deltaserve.core import Binding, BindingPart
 from deltaserve.deltas.fold import fold
 from deltaserve.runtime import Runtime
@@ -22,7 +22,7 @@ from deltaserve_store.formats import read_adapter
 from deltaserve_trainer.register import register
 from deltaserve_trainer.train import TrainingResult
 
-PARITY_DTYPE = "float32"
+PARITY_DTYPE: DTypeName = "float32"
 
 
 def register_result(

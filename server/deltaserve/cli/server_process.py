@@ -7,17 +7,15 @@ import logging
 import socket
 import sys
 
-import uvicorn
-
 from deltaserve import __version__
 from deltaserve.api.app import create_app
 from deltaserve.api.keys import KeyRing
+from deltaserve.api.server import make_server
 from deltaserve.config import ServeConfig
 from deltaserve.errors import ConfigError
 from deltaserve.logs import configure_logging
 from deltaserve.runtime import Runtime
 
-BACKLOG = 2048
 QUESTION = "What do cows eat?"
 
 
@@ -60,17 +58,7 @@ async def serve(config: ServeConfig, listener: socket.socket, keys: KeyRing | No
             config,
             keys,
         )
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                http="h11",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                backlog=BACKLOG,
-                timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
-            )
-        )
+        server = make_server(app, config)
         sys.stdout.write(welcome(runtime, url, needs_key=keys is not None))
         sys.stdout.flush()
         await server.serve(sockets=[listener])
