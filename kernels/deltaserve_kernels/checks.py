@@ -29,6 +29,7 @@ def check_linear(
         )
     if y.device != x.device or work.device.type != x.device.type or tables.device.type != x.device.type:
         raise DeviceMismatch(f"y {y.device}, x {x.device}, work list {work.device}, tables {tables.device} must agree")
+    work.validate()
     _check_rows("y", y)
     _check_rows("x", x)
     for linear, start, stop in members:

@@ -177,22 +177,23 @@ void set_level(int64_t value) {
   g_level.store(value, std::memory_order_relaxed);
 }
 
+#define DS_PICK(ns)                                                 \
+  if constexpr (std::is_same_v<T, float>) return ns::kFloat;        \
+  else if constexpr (std::is_same_v<T, bf16>) return ns::kBfloat16; \
+  else return ns::kHalf
+
 template <class T>
 const Kernels<T>& kernels() {
 #if DS_X86
   switch (level()) {
-#define DS_PICK(ns)                                               \
-  if constexpr (std::is_same_v<T, float>) return ns::kFloat;      \
-  else if constexpr (std::is_same_v<T, bf16>) return ns::kBfloat16; \
-  else return ns::kHalf
-    case 3: DS_PICK(avx512_bf16);
+    case 3:
+      if constexpr (std::is_same_v<T, bf16>) return avx512_bf16::kBfloat16;
+      [[fallthrough]];
     case 2: DS_PICK(avx512);
     case 1: DS_PICK(avx2);
   }
 #endif
-  if constexpr (std::is_same_v<T, float>) return portable::kFloat;
-  else if constexpr (std::is_same_v<T, bf16>) return portable::kBfloat16;
-  else return portable::kHalf;
+  DS_PICK(portable);
 }
 
 // ---- Parallel work --------------------------------------------------------------------------------------------------

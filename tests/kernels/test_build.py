@@ -1,0 +1,199 @@
+"""Building, caching and doing without the C++ library.
+
+A stand-in compiler, alone on PATH, notes each call and copies the library that this machine has already built.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltaserve_kernels import BackendUnavailable, cpu, paged_attention, select, use_backend
+from deltaserve_kernels.cpu import build
+from deltatest.kernel_cases import PagedCase
+
+PROBE = """
+import logging, sys, torch
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
+import deltaserve_kernels as dk
+tables = dk.LoraTables(1, 1)
+tables.set(0, 0, torch.ones(2, 8), torch.ones(2, 4))
+work = dk.build_work_list([((0, 1.0, 1.0),)])
+for _ in range(2):
+    y = torch.zeros(1, 4)
+    dk.lora_linear(y, torch.ones(1, 8), work, tables, [(0, 0, 4)])
+print("result", y.tolist(), "backend", dk.select("cpu"))
+"""
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of our own, and a PATH on which there is no compiler."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return tmp_path / "cache" / "deltaserve"
+
+
+@pytest.fixture
+def real_library() -> Path:
+    """The library of this machine; must come before ``cache``, which hides it."""
+    if not cpu.is_available():
+        pytest.skip(f"no C++ library to copy: {cpu.unavailable_reason()}")
+    return build.ensure_built()
+
+
+def install_compiler(tmp_path: Path, body: str) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script = f"#!{sys.executable} -I\nimport shutil, sys, time\n{body}\n"
+    (folder / "g++").write_text(script, encoding="utf-8")
+    (folder / "g++").chmod(0o755)
+
+
+def install_copying_compiler(tmp_path: Path, library: Path) -> None:
+    """A ``g++`` that copies ``library`` to its ``-o`` and adds a line to the file ``calls``."""
+    install_compiler(
+        tmp_path,
+        f"open({str(tmp_path / 'calls')!r}, 'a').write('call')\n"
+        f"time.sleep(0.3)\n"
+        f"shutil.copy({str(library)!r}, sys.argv[sys.argv.index('-o') + 1])",
+    )
+
+
+def calls(tmp_path: Path) -> int:
+    file = tmp_path / "calls"
+    return file.read_text().count("call") if file.exists() else 0
+
+
+def copy_library(library: Path, cache: Path) -> Path:
+    cache.mkdir(parents=True)
+    for path in (library, library.with_suffix(".sha256")):
+        shutil.copy(path, cache / path.name)
+    return cache / library.name
+
+
+def probe() -> str:
+    """Run an operator in a fresh process, as the library loads once a process; its output."""
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "result [[16.0, 16.0, 16.0, 16.0]]" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.usefixtures("cache")
+def test_without_a_compiler_one_notice_and_the_definition_serves():
+    text = probe()
+    assert text.count("WARNING") == 1
+    assert "no C++ compiler on PATH" in text
+    assert "backend reference" in text
+
+
+def test_a_whole_library_is_used_without_a_compiler(real_library, cache):
+    copy_library(real_library, cache)
+    text = probe()
+    assert "WARNING" not in text
+    assert "backend cpu" in text
+
+
+def test_a_failing_compiler_is_quoted(tmp_path, cache):
+    install_compiler(tmp_path, "sys.exit('fatal error: no such thing')")
+    with pytest.raises(build.BuildFailed, match="fatal error: no such thing"):
+        build.ensure_built()
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(real_library, tmp_path, cache):
+    install_copying_compiler(tmp_path, real_library)
+    cache.parent.write_text("a file where the folder should be")
+    with pytest.raises(build.BuildFailed, match="cannot write to the cache folder"):
+        build.ensure_built()
+
+
+def test_those_who_start_together_build_once(real_library, tmp_path, cache):
+    install_copying_compiler(tmp_path, real_library)
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(lambda _: build.ensure_built(), range(4)))
+    assert paths == {cache / real_library.name}
+    assert calls(tmp_path) == 1
+    assert sorted(path.suffix for path in cache.iterdir()) == [".lock", ".sha256", ".so"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "no digest"])
+def test_a_damaged_library_is_built_again(real_library, tmp_path, cache, damage):
+    install_copying_compiler(tmp_path, real_library)
+    target = copy_library(real_library, cache)
+    good = target.read_bytes()
+    build.ensure_built()
+    assert calls(tmp_path) == 0
+    if damage == "truncated":
+        target.write_bytes(good[:1000])
+    elif damage == "bit flipped":
+        target.write_bytes(good[:5000] + bytes([good[5000] ^ 1]) + good[5001:])
+    else:
+        target.with_suffix(".sha256").unlink()
+    assert build.ensure_built() == target
+    assert calls(tmp_path) == 1
+    assert target.read_bytes() == good
+
+
+def test_another_source_means_another_file(monkeypatch, tmp_path):
+    before = build.library_path()
+    for name in build.SOURCES:
+        shutil.copy(build.SOURCE_FOLDER / name, tmp_path / name)
+    monkeypatch.setattr(build, "SOURCE_FOLDER", tmp_path)
+    assert build.library_path() == before
+    with (tmp_path / "vec.inc").open("a") as file:
+        file.write("// changed\n")
+    assert build.library_path() != before
+
+
+def test_every_source_is_in_the_key():
+    assert set(build.SOURCES) == {
+        path.name for path in build.SOURCE_FOLDER.iterdir() if path.suffix in (".cpp", ".inc")
+    }
+
+
+def test_backend_names():
+    with pytest.raises(BackendUnavailable, match="allowed: auto, reference, cpu"):
+        use_backend("fast")
+    with pytest.raises(BackendUnavailable):
+        select("meta", "cpu")
+    assert select("meta") == "reference"
+    previous = use_backend("reference")
+    try:
+        assert select("cpu") == "reference"
+    finally:
+        use_backend(previous)
+
+
+def test_the_gil_is_released_while_an_operator_runs():
+    if not cpu.is_available():
+        pytest.skip(f"no C++ library: {cpu.unavailable_reason()}")
+    torch.set_num_threads(1)
+    case = PagedCase([800], [800], 32, 8, 64)
+    done = threading.Event()
+
+    def work() -> None:
+        paged_attention(*case.args, scale=0.1, backend="cpu")
+        done.set()
+
+    interval = sys.getswitchinterval()
+    thread = threading.Thread(target=work)
+    ticks = 0
+    try:
+        # With a switch interval this long, the loop below can only advance while the operator holds no GIL.
+        sys.setswitchinterval(30)
+        thread.start()
+        while not done.wait(0.002):
+            ticks += 1
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert ticks >= 3

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from deltaserve_kernels import (
+    DtypeMismatch,
+    LoraTables,
+    Misaligned,
+    NotContiguous,
+    OutOfRange,
+    ShapeMismatch,
+    SparseTables,
+)
+
+INDPTR = torch.tensor([0, 1, 3], dtype=torch.int32)
+COLS = torch.tensor([4, 0, 2], dtype=torch.int32)
+
+
+def test_lora_entries_hold_addresses_ranks_and_tensors():
+    tables = LoraTables(3, 4)
+    a, b_t = torch.randn(5, 8), torch.randn(5, 6)
+    assert not tables.has_any(1)
+    tables.set(1, 2, a, b_t)
+    assert tables.has_any(1)
+    assert not tables.has_any(0)
+    assert tables.pointers[1, :, 2].tolist() == [a.data_ptr(), b_t.data_ptr()]
+    assert tables.ranks[1, 2] == 5
+    assert tables.ranks.sum() == 5
+    assert tables.get(1, 2) == (a, b_t)
+    tables.clear(2)
+    assert not tables.has_any(1)
+    assert not tables.pointers.any()
+    assert not tables.ranks.any()
+    tables.clear(2)
+
+
+def test_tensors_live_exactly_as_long_as_their_entry():
+    tables = LoraTables(1, 2)
+    a = torch.randn(2, 8)
+    watch = weakref.ref(a)
+    tables.set(0, 0, a, torch.randn(2, 8))
+    del a
+    gc.collect()
+    assert watch() is not None
+    tables.set(0, 0, torch.randn(3, 8), torch.randn(3, 8))
+    gc.collect()
+    assert watch() is None
+    assert tables.has_any(0)
+
+
+def test_growth_keeps_entries():
+    lora, sparse = LoraTables(2, 2), SparseTables(2, 2)
+    lora.set(1, 1, torch.randn(3, 8), torch.randn(3, 4))
+    sparse.set(1, 1, INDPTR, COLS, torch.ones(3))
+    before = lora.pointers[1, :, 1].tolist(), sparse.pointers[1, :, 1].tolist()
+    for tables in (lora, sparse):
+        tables.grow(5)
+    assert (lora.pointers[1, :, 1].tolist(), sparse.pointers[1, :, 1].tolist()) == before
+    assert lora.ranks.shape == (2, 5)
+    assert sparse.extents[1, :, 1].tolist() == [3, 5]
+    lora.set(0, 4, torch.randn(1, 8), torch.randn(1, 4))
+    with pytest.raises(OutOfRange):
+        lora.grow(4)
+
+
+@pytest.mark.parametrize(
+    ("a", "b_t", "error"),
+    [
+        (torch.randn(2, 8).int(), torch.randn(2, 4), DtypeMismatch),
+        (torch.randn(2, 8).double(), torch.randn(2, 4).double(), DtypeMismatch),
+        (torch.randn(2, 8), torch.randn(2, 4).bfloat16(), DtypeMismatch),
+        (torch.randn(2, 8).half(), torch.randn(2, 4).half(), DtypeMismatch),
+        (torch.randn(2, 8), torch.randn(3, 4), ShapeMismatch),
+        (torch.randn(0, 8), torch.randn(0, 4), ShapeMismatch),
+        (torch.randn(8), torch.randn(2, 4), ShapeMismatch),
+        (torch.randn(2, 9), torch.randn(2, 4), ShapeMismatch),
+        (torch.randn(2, 8), torch.randn(2, 5), ShapeMismatch),
+        (torch.randn(8, 2).t(), torch.randn(2, 4), NotContiguous),
+        (torch.randn(17)[1:].view(2, 8), torch.randn(2, 4), Misaligned),
+    ],
+)
+def test_lora_refusals_leave_the_table_as_it_was(a, b_t, error):
+    tables = LoraTables(2, 2)
+    kept = torch.randn(3, 8), torch.randn(3, 4)
+    tables.set(0, 0, *kept)
+    with pytest.raises(error):
+        tables.set(0, 0, a, b_t)
+    assert tables.get(0, 0) == kept
+    assert tables.ranks.tolist() == [[3, 0], [0, 0]]
+
+
+@pytest.mark.parametrize(("linear", "slot"), [(-1, 0), (2, 0), (0, -1), (0, 2)])
+def test_places_outside_the_table_are_refused(linear, slot):
+    with pytest.raises(OutOfRange):
+        LoraTables(2, 2).set(linear, slot, torch.randn(1, 4), torch.randn(1, 4))
+    with pytest.raises(OutOfRange):
+        SparseTables(2, 2).set(linear, slot, INDPTR, COLS, torch.ones(3))
+    if linear == 0:
+        with pytest.raises(OutOfRange):
+            LoraTables(2, 2).clear(slot)
+
+
+@pytest.mark.parametrize(
+    ("indptr", "cols", "values", "error"),
+    [
+        (INDPTR.long(), COLS, torch.ones(3), DtypeMismatch),
+        (INDPTR, COLS.long(), torch.ones(3), DtypeMismatch),
+        (INDPTR, COLS, torch.ones(3).int(), DtypeMismatch),
+        (INDPTR, COLS, torch.ones(2), ShapeMismatch),
+        (INDPTR[:1].clone(), COLS[:0].clone(), torch.ones(0), ShapeMismatch),
+        (INDPTR, COLS.view(1, 3), torch.ones(3), ShapeMismatch),
+        (torch.tensor([1, 1, 3], dtype=torch.int32), COLS, torch.ones(3), OutOfRange),
+        (torch.tensor([0, 1, 2], dtype=torch.int32), COLS, torch.ones(3), OutOfRange),
+        (torch.tensor([0, 4, 3], dtype=torch.int32), COLS, torch.ones(3), OutOfRange),
+        (INDPTR, torch.tensor([0, -1, 2], dtype=torch.int32), torch.ones(3), OutOfRange),
+        (torch.tensor([0, 1, 2, 3], dtype=torch.int32), COLS, torch.ones(3), ShapeMismatch),
+    ],
+)
+def test_sparse_refusals_leave_the_table_as_it_was(indptr, cols, values, error):
+    tables = SparseTables(1, 2)
+    tables.set(0, 1, INDPTR, COLS, torch.ones(3))
+    with pytest.raises(error):
+        tables.set(0, 0, indptr, cols, values)
+    assert tables.get(0, 0) is None
+    assert tables.extents.tolist() == [[[0, 3], [0, 5]]]
+
+
+def test_a_sparse_entry_may_be_empty():
+    tables = SparseTables(1, 1)
+    tables.set(0, 0, torch.zeros(3, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0))
+    assert tables.has_any(0)
+    assert tables.extents[0, :, 0].tolist() == [0, 0]
