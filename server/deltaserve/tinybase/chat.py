@@ -53,10 +53,9 @@ def story_turn(rng: Random) -> list[Turn]:
         animal = pick(rng, HERO_ANIMALS)
         told = story(rng, kind=animal.name)
         ask = (
-            "{Tell me a story about a(n) $hero.|Tell me a story about a(n) $hero.|"
-            "Write a short story about a(n) $hero.|Can you tell me a story about a(n) $hero?|"
-            "I want to hear a story about a(n) $hero.|"
-            "A story about a(n) $hero, please.}"
+            "{Tell me a story about a(n) $hero.|Tell me a story about a(n) $hero.|Write a short story about a(n) "
+            "$hero.|Can you tell me a story about a(n) $hero?|I want to hear a story about a(n) $hero.|A story about "
+            "a(n) $hero, please.}"
         )
     elif roll < 0.65:
         child = pick(rng, world.GIRLS + world.BOYS)
@@ -85,8 +84,8 @@ def describe_turn(rng: Random) -> list[Turn]:
     if chance(rng, 0.65):
         animal = pick(rng, world.ANIMALS)
         ask = (
-            "{Tell me about $plural.|Tell me something about $plural.|Describe a(n) $name.|What is a(n) $name?|"
-            "What do you know about $plural?|Write about $plural.}"
+            "{Tell me about $plural.|Tell me something about $plural.|Describe a(n) $name.|What is a(n) $name?|What "
+            "do you know about $plural?|Write about $plural.}"
         )
         return [(say(rng, ask, animal._asdict()), animal_text(rng, animal))]
     place = pick(rng, world.PLACES)

@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 
 from deltaserve.tinybase.chat import Message, conversation
 from deltaserve.tinybase.facts import fact
-from deltaserve.tinybase.phrase import pick
 from deltaserve.tinybase.stories import story
 from deltaserve.tinybase.writing import animal_text, how_to, letter, notice, person_text, place_text, record
 
@@ -51,7 +50,7 @@ def _plain(rng: Random) -> str:
     if roll < 0.93:
         return " ".join(fact(rng).answer for _ in range(4))
     if roll < 0.97:
-        return notice(rng) if roll < 0.95 else pick(rng, (story, story))(rng).text.upper()
+        return notice(rng) if roll < 0.95 else story(rng).text.upper()
     return "\n".join(record(rng) for _ in range(3))
 
 

@@ -56,11 +56,9 @@ def animal_fact(rng: Random) -> Fact:
             rng, "What {colour|color} {is a(n) $name|are $plural}?", "$plural are {usually|} $colour.", "$colour", slots
         )
     if kind == "skill":
-        return (
-            _fact(rng, "What can {a(n) $name|$plural} do?", "{A(n) $name|$plural} can $skill.", "$skill", slots)
-            if " its " not in (animal.skill)
-            else _fact(rng, "What can a(n) $name do?", "A(n) $name can $skill.", "$skill", slots)
-        )
+        # "its" agrees with one animal only.
+        subject = "a(n) $name" if " its " in animal.skill else "{a(n) $name|$plural}"
+        return _fact(rng, f"What can {subject} do?", f"{subject} can $skill.", "$skill", slots)
     if kind == "young" and " " not in animal.young:
         return _fact(
             rng,
@@ -103,8 +101,7 @@ def tool_fact(rng: Random) -> Fact:
             lambda: _fact(
                 rng,
                 "{What is a(n) $name for?|What do you use a(n) $name for?|What can I do with a(n) $name?|Why do "
-                "people use a(n) "
-                "$name?}",
+                "people use a(n) $name?}",
                 "{You use a(n) $name to $use.|A(n) $name is used to $use.|People use a(n) $name to $use.}",
                 "to $use",
                 slots,

@@ -17,10 +17,8 @@ class Plot(NamedTuple):
 
 _END = (
     "{^$H went home with a happy heart.|That night $H slept very well.|It had been a good day.|From that day on, $H "
-    "and "
-    "$F were good friends.|^$H smiled all the way home.|And they all laughed.|^$H never forgot that day.|In the "
-    "evening "
-    "they sat together and {watched the stars|told stories|drank warm milk|shared some $food}.}"
+    "and $F were good friends.|^$H smiled all the way home.|And they all laughed.|^$H never forgot that day.|In the "
+    "evening they sat together and {watched the stars|told stories|drank warm milk|shared some $food}.}"
 )
 
 PLOTS: tuple[Plot, ...] = (
@@ -51,16 +49,15 @@ PLOTS: tuple[Plot, ...] = (
             "{On $day|One {morning|afternoon}}, $H went for a walk $at. {The sun was shining|The sky was blue} and "
             "{there was no wind|the air was warm}.",
             "{Then dark clouds came over the hill.|But soon the sky turned grey.} {The first drops fell|It began to "
-            "rain}, "
-            "and {a cold wind blew|there was thunder far away}.",
+            "rain}, and {a cold wind blew|there was thunder far away}.",
             '{^$H had no umbrella.|^$he was far from home.} {"I will be wet to the bone," $he said.|"Where can I '
             'hide?" $he thought.}',
             "{^$he ran to a big tree, but water dripped through the leaves.|^$he looked around and saw an old "
             '{barn|bridge|hut}.} {Then $he heard a voice. "Come in here!" called $F. "It is dry."|^$F was already '
             'there. "There is room for two," said $F.}',
-            "{They sat close together and listened to the rain.|They shared some $food and told stories.|They counted "
-            "the seconds between the lightning and the thunder.} {After an hour the rain stopped.|Slowly the clouds "
-            "moved away.}",
+            "{They sat close together and listened to the rain.|They shared some $food and told stories.|They "
+            "counted the seconds between the lightning and the thunder.} {After an hour the rain stopped.|Slowly the "
+            "clouds moved away.}",
             "{A rainbow stood over the fields.|The air smelled fresh, and every leaf was shining.|There were puddles "
             "everywhere, and they jumped into every one.}",
             '{"Rain is not so bad when you have a friend," said $H.|"Next time I will take an umbrella," said $H, '
@@ -81,8 +78,7 @@ PLOTS: tuple[Plot, ...] = (
             'it very still," said the helper.} {^$H watched carefully and then tried it $himself.|They worked slowly '
             "and did not hurry.}",
             "{The first try did not go well.|It took the whole afternoon.|It was harder than it looked.} {But $H did "
-            "not "
-            "give up.|They laughed and tried again.}",
+            "not give up.|They laughed and tried again.}",
             "{In the end the $fix was as good as new.|At last it was done, and the $fix was even stronger than "
             "before.|When the sun went down, the $fix was whole again.}",
             '{"Now I know how to do it," said $H proudly.|"Old things can be good things," said $H.|^$H put the '
@@ -94,19 +90,17 @@ PLOTS: tuple[Plot, ...] = (
         ("baking", "a cake", "a birthday", "a party"),
         (
             "{It was $F's birthday.|Tomorrow was $F's birthday.} ^$H wanted to {bake a cake|make a surprise}.",
-            "{^$he needed flour, eggs, milk and sugar.|^$he put flour and eggs on the table.} {But there was no sugar "
-            "in the house.|But the last egg fell on the floor.|But there were no $foods left.}",
+            "{^$he needed flour, eggs, milk and sugar.|^$he put flour and eggs on the table.} {But there was no "
+            "sugar in the house.|But the last egg fell on the floor.|But there were no $foods left.}",
             '{So $H went to the market|So $H ran to the bakery} {and asked for help.|with a small basket.} {"What do '
             "you "
             'need?" asked $E. "I want to bake a cake for $F," said $H.|^$E gave $him what $he needed and wished $him '
             "luck.}",
             "{At home $he mixed everything in a big bowl.|Back in the kitchen $he stirred and stirred.} {There was "
-            "flour "
-            "on $his nose.|Soon the whole kitchen was white with flour.} {Then the cake went into the oven.|^$he put "
-            "the cake into the hot oven and waited.}",
+            "flour on $his nose.|Soon the whole kitchen was white with flour.} {Then the cake went into the "
+            "oven.|^$he put the cake into the hot oven and waited.}",
             "{After an hour the whole house smelled sweet.|The cake came out golden and warm.|One side of the cake "
-            "was a "
-            "little too dark, but that did not matter.} {^$he put some $foods on top.|^$he put a candle in the "
+            "was a little too dark, but that did not matter.} {^$he put some $foods on top.|^$he put a candle in the "
             "middle.}",
             '{When $F opened the door, everyone sang.|^$F came in and could not believe it.} {"Is this for me?" asked '
             '$F.|"Happy birthday!" cried $H.}',
@@ -121,16 +115,14 @@ PLOTS: tuple[Plot, ...] = (
         (
             "{One {cold|windy|quiet} {morning|evening}|On $day}, $H heard a small cry $at.",
             "{^$he stopped and listened.|^$he followed the sound.} {Behind a bush sat a little $young.|In a deep "
-            "hole sat "
-            "a little $young.|A little $young was stuck between two stones.} {It was shaking with cold.|It looked very "
-            "small and afraid.}",
+            "hole sat a little $young.|A little $young was stuck between two stones.} {It was shaking with cold.|It "
+            "looked very small and afraid.}",
             '{"Do not be afraid," said $H. "I will help you."|"Are you lost?" asked $H softly.|"I want my mother," '
             "said the little one.}",
-            "{^$H tried to lift it, but $he was not strong enough.|^$H pulled and pulled, but nothing moved.} {So $he "
-            "called $F.|Then $he ran to fetch $F.} {Together they brought a rope.|^$F brought a long branch.}",
+            "{^$H tried to lift it, but $he was not strong enough.|^$H pulled and pulled, but nothing moved.} {So "
+            "$he called $F.|Then $he ran to fetch $F.} {Together they brought a rope.|^$F brought a long branch.}",
             '{"One, two, three!" they called, and the $young was free.|Slowly and carefully they pulled it out.|It '
-            "took "
-            "a long time, but at last the $young was safe.}",
+            "took a long time, but at last the $young was safe.}",
             "{They gave it some water and carried it home.|Its mother was already looking for it.} {The mother was so "
             'happy that she could not speak.|"Thank you for your help," said the mother.}',
             '{"You were very brave," said $F.|"Small ones need big friends," said $H.|^$H was tired, but also proud.}',
@@ -148,26 +140,23 @@ PLOTS: tuple[Plot, ...] = (
             '{But then $he said, "Take as many as you like."|Then $he smiled and gave $F half of the $foods.|"Let us '
             'eat together," said $H.} {They sat down under a tree.|They sat in the sun and ate.}',
             "{A few weeks later the winter came, and $H had nothing left.|Some time later $H was in trouble. The "
-            "winter "
-            "was long, and the cupboard was empty.} {There was a knock at the door.|One evening somebody knocked.}",
+            "winter was long, and the cupboard was empty.} {There was a knock at the door.|One evening somebody "
+            "knocked.}",
             '{It was $F with a big bag of $otherfoods.|^$F stood outside in the snow with a bag of $otherfoods.} {"You '
             'shared with me," said $F. "Now I share with you."|"I have not forgotten you," said $F.}',
             "{So a kind deed came back.|^$H learned that sharing makes two hearts warm.|They cooked a hot soup and "
-            "were "
-            "happy.}",
+            "were happy.}",
         ),
     ),
     Plot(
         ("a race", "winning and losing", "a contest"),
         (
             "{Every year there was a race $at.|On $day there was a big race $at.} {Everyone came to watch.|^$H "
-            "wanted to "
-            "win it.}",
+            "wanted to win it.}",
             '{^$H was fast, but $F was faster.|^$F laughed and said, "You will never win."|^$H had practised every '
             "morning.}",
             '{"Ready, steady, go!" called $E, and they ran.|A bell rang and the race began.} {^$F was soon far in '
-            "front."
-            "|At first $H and $F were side by side.}",
+            "front.|At first $H and $F were side by side.}",
             "{Then $F stopped to rest, because $fhe felt so sure.|Halfway, $F fell over a root and hurt $fhis foot.} "
             "{^$H came closer and closer, step by step.|^$H saw it and ran on, but then $he slowed down.}",
             '{^$H could have run past. But $he turned back and said, "Take my hand."|"Are you all right?" asked $H. '
@@ -182,8 +171,8 @@ PLOTS: tuple[Plot, ...] = (
         (
             'In spring $E gave $H a small seed. {"What will it be?" asked $H. "Wait and see," said $E.|"Look after '
             'it well," said $E.}',
-            "{^$H dug a hole in the garden and put the seed into it.|^$H planted it in soft earth.} {Every morning $he "
-            "gave it water.|^$he put a little stick beside it, so that nobody would step on it.}",
+            "{^$H dug a hole in the garden and put the seed into it.|^$H planted it in soft earth.} {Every morning "
+            "$he gave it water.|^$he put a little stick beside it, so that nobody would step on it.}",
             '{One week went by, and nothing happened.|After three days there was still nothing to see.} {"It is too '
             'slow," said $H.|^$H wanted to dig it up again and look.} {"Good things need time," said $E.|"Be '
             'patient," said $F.}',
@@ -192,25 +181,23 @@ PLOTS: tuple[Plot, ...] = (
             '{^$H jumped for joy.|"It is alive!" cried $H.}',
             "{All summer the plant grew and grew.|The plant grew as high as the fence.} {In the end it carried big "
             "$foods.|In autumn there were so many $foods that $H needed two baskets.}",
-            "{^$H gave some to $F and some to $E.|They made soup for the whole village.|^$H kept one seed for the next "
-            "year.}",
+            "{^$H gave some to $F and some to $E.|They made soup for the whole village.|^$H kept one seed for the "
+            "next year.}",
         ),
     ),
     Plot(
         ("the dark", "being afraid", "a noise in the night", "a mystery"),
         (
             "{It was late at night.|The moon was hidden behind the clouds.} ^$H lay awake and could not sleep. "
-            "{There was "
-            "a strange noise|Something went tap, tap, tap} {outside|at the window|under the roof}.",
+            "{There was a strange noise|Something went tap, tap, tap} {outside|at the window|under the roof}.",
             '{"Who is there?" whispered $H. Nobody answered.|^$H hid and held $his breath.} {The noise came again, a '
             "little louder.|Then it was quiet, and then it came again.}",
             '{"It must be a monster," $he thought.|^$his heart was beating fast.} {But lying there was even worse than '
             "looking.|Then $he had an idea and went to wake $F.}",
             "{^$H took a lamp and opened the door a little.|^$F lit a small lamp, and together they crept outside.} "
-            "{The "
-            "light fell on the old tree.|They looked to the left and to the right.}",
-            "{There was no monster. It was only a branch that the wind pushed against the wall.|There sat a very small "
-            "hedgehog, eating an apple.|It was only a loose board that moved in the wind.}",
+            "{The light fell on the old tree.|They looked to the left and to the right.}",
+            "{There was no monster. It was only a branch that the wind pushed against the wall.|There sat a very "
+            "small hedgehog, eating an apple.|It was only a loose board that moved in the wind.}",
             '{^$H laughed out loud.|"So that was all!" said $H.} {"Things look bigger in the dark," said $F.|"Next '
             'time I will look at once," said $H.}',
             "{Then they went back to bed and slept until morning.|Soon everything was quiet, and $H fell asleep.}",

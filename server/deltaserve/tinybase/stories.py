@@ -103,26 +103,23 @@ def _opening(rng: Random, slots: dict[str, str], hero: str, is_animal: bool) -> 
     if is_animal and slots["H"] != f"the {hero}":
         return expand(
             rng,
-            "{Once there was a(n) $one $kind called $H, who lived $home.|A(n) $one $kind named $H lived $home.|$H was "
-            "a(n) $one $kind. ^$he lived $home.}",
+            "{Once there was a(n) $one $kind called $H, who lived $home.|A(n) $one $kind named $H lived $home.|$H "
+            "was a(n) $one $kind. ^$he lived $home.}",
             slots,
         )
     if is_animal:
         return expand(
             rng,
-            "{Once upon a time there was a(n) $one $kind.|A(n) $one $kind lived $home.|There once was a(n) $one $kind "
-            "who lived $home.|Once a(n) $one and $two $kind lived $home.} {^$his best friend was $F.|Everybody knew "
-            "$him."
-            "|}",
+            "{Once upon a time there was a(n) $one $kind.|A(n) $one $kind lived $home.|There once was a(n) $one "
+            "$kind who lived $home.|Once a(n) $one and $two $kind lived $home.} {^$his best friend was $F.|Everybody "
+            "knew $him.|}",
             slots,
         )
     return expand(
         rng,
         "{$H was a(n) $one $child.|Once there was a(n) $one $child called $H.|$H lived $home.|A(n) $one $child named "
-        "$H "
-        "lived $home.|There was once a $child called $H, who was $one and $two.} {^$his best friend was called "
-        "$F.|^$he "
-        "lived with $E.|}",
+        "$H lived $home.|There was once a $child called $H, who was $one and $two.} {^$his best friend was called "
+        "$F.|^$he lived with $E.|}",
         slots,
     )
 

@@ -78,22 +78,18 @@ def place_text(rng: Random, place: world.Place | None = None) -> str:
         rng,
         (
             "$at there are $holds.",
-            "{People come here and $do.|Many people $do.}".replace(" there", ""),
+            "{People come here and $do.|Many people $do.}",
             "{A(n) $one is sitting in the shade.|A(n) $one looks out from behind a wall.|Somewhere a(n) $one is "
             "looking for food.}",
             "{A $person walks by and says hello.|A(n) $person is resting for a moment.|Two children are playing.}",
             "{Everything smells of earth and leaves.|You can hear voices from far away.|Nobody is in a hurry.|Time "
-            "goes "
-            "slowly here.}",
+            "goes slowly here.}",
             "{In the distance a bell rings.|A(n) $two runs across the path.|Light falls on the ground.}",
         ),
         3 + int(rng.random() * 2),
     )
     opening = "$weather. $name is $quality." if rng.random() < 0.5 else "$name is $quality. $weather."
-    return " ".join(
-        say(rng, part.replace(" there", "") if part.startswith("{People") else part, slots)
-        for part in (opening, *parts)
-    )
+    return " ".join(say(rng, part, slots) for part in (opening, *parts))
 
 
 def person_text(rng: Random) -> str:
@@ -115,8 +111,7 @@ def person_text(rng: Random) -> str:
         "{Every day $he $work.|^$he $work.} {^$he works $where.|}",
         "{For this work $he needs $needs.|}",
         "{In the morning $he gets up early and drinks tea.|On $day $he does not work.|After work $he visits $his "
-        "friend "
-        "$friend.|^$he often wears a $col coat.}",
+        "friend $friend.|^$he often wears a $col coat.}",
         "{^$he has a $pet that waits at the door.|^$his favourite food is $food.|^$he likes the quiet of the "
         "evening.|}",
         "{^$he loves $his work.|The work is hard, but $he likes it.|Everybody in the village knows $him.|}".replace(
@@ -139,11 +134,9 @@ def notice(rng: Random) -> str:
     text = say(
         rng,
         "{Please close the gate. There is a(n) $animal inside.|Fresh $foods for sale $at.|Closed on $day. Please "
-        "come back "
-        "tomorrow.|Lost: a small $animal. If you find it, please call $n.|Danger! Do not walk on the ice.|Dear $n, I "
-        "will "
-        "arrive on $day. Please meet me $at.|Quiet, please. This is a library.|Big party $at on $day. Everybody is "
-        "welcome.}",
+        "come back tomorrow.|Lost: a small $animal. If you find it, please call $n.|Danger! Do not walk on the "
+        "ice.|Dear $n, I will arrive on $day. Please meet me $at.|Quiet, please. This is a library.|Big party $at on "
+        "$day. Everybody is welcome.}",
         slots,
     )
     return text.upper()
@@ -176,11 +169,9 @@ def letter(rng: Random) -> str:
     return say(
         rng,
         "Dear $reader,\n{how are you? I am fine.|thank you for your letter.|I hope that you are well.} {Yesterday I "
-        "was $at, "
-        "and I saw a(n) $animal.|The weather is {warm|cold|wet} here, and we stay {outside|inside} all day.|I want "
-        "to become "
-        "a(n) $job one day.} {We have a lot of $foods this year.|On $day we will have a party.|Can you come and "
-        "visit me on "
-        "$day?} {Please write soon.|I miss you.|Give my love to everyone.}\nYour friend $writer",
+        "was $at, and I saw a(n) $animal.|The weather is {warm|cold|wet} here, and we stay {outside|inside} all "
+        "day.|I want to become a(n) $job one day.} {We have a lot of $foods this year.|On $day we will have a "
+        "party.|Can you come and visit me on $day?} {Please write soon.|I miss you.|Give my love to everyone.}\nYour "
+        "friend $writer",
         slots,
     )
