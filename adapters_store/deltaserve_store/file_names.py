@@ -63,6 +63,7 @@ _SKIPPED = frozenset(
         "config.json",
         "eval_results.json",
         "generation_config.json",
+        "manifest.json",
         "merges.txt",
         "preprocessor_config.json",
         "processor_config.json",
