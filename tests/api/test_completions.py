@@ -121,10 +121,20 @@ def test_stop_strings(http: TestClient, engine: FakeEngine, tokens_per_step: int
     body = complete(http, stop=["nowhere", "you t"]).json()
     assert body["choices"][0]["text"] == "hello world, how are "
     assert body["choices"][0]["finish_reason"] == "stop"
-    assert engine.aborted == [engine.requests[0].request_id]
+    assert engine.stopped == [(engine.requests[0].request_id, 0)]
     body = complete(http, stop="you t", include_stop_str_in_output=True).json()
     assert body["choices"][0]["text"] == "hello world, how are you t"
     assert engine.num_open == 0
+
+
+def test_a_stop_string_ends_one_of_several(http: TestClient, engine: FakeEngine) -> None:
+    texts = ["one stop two", "three four five six seven"]
+    engine.script = lambda request, index: engine.tokenizer.encode(texts[index])
+    body = complete(http, stop="stop", n=2).json()
+    assert [choice["text"] for choice in body["choices"]] == ["one ", "three four five six seven"]
+    assert engine.stopped == [(engine.requests[0].request_id, 0)]
+    expected = len(engine.tokenizer.encode("one stop")) + len(engine.tokenizer.encode(texts[1])) + 1
+    assert body["usage"]["completion_tokens"] == expected
 
 
 def test_a_stop_string_counts_only_after_min_tokens(http: TestClient) -> None:

@@ -21,7 +21,8 @@ from deltaserve.core import (
     SequenceDelta,
     TokenLogprob,
 )
-from deltaserve.errors import AdapterRefused, Conflict, ContextLengthExceeded, DeltaserveError, ModelNotFound, Reason
+from deltaserve.engine.limits import EngineLimits
+from deltaserve.errors import AdapterRefused, Conflict, DeltaserveError, ModelNotFound, Reason
 from deltaserve.text import Tokenizer
 from deltaserve_store.manifest import AdapterRecord, BaseRef
 from deltaserve_store.names import AliasEntry, NameEntry, NameMap, Resolved
@@ -86,11 +87,18 @@ class FakeEngine:
     is_draining: bool = False
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    stopped: list[tuple[str, int]] = field(default_factory=list)
     num_open: int = 0
 
     @property
-    def limits(self) -> SimpleNamespace:
-        return SimpleNamespace(max_model_len=self.max_model_len)
+    def limits(self) -> EngineLimits:
+        return EngineLimits(
+            max_model_len=self.max_model_len,
+            max_num_seqs=8,
+            max_num_batched_tokens=64,
+            max_queue=100,
+            vocab_size=self.tokenizer.vocab_size,
+        )
 
     def resolve(self, tenant: str, model: str) -> Resolved:
         return self.names.resolve(tenant, model)
@@ -109,9 +117,7 @@ class FakeEngine:
     def submit(self, request: GenerationRequest) -> FakeStream:
         if self.refuse is not None:
             raise self.refuse
-        total = len(request.prompt_ids) + request.sampling.max_tokens
-        if total > self.max_model_len:
-            raise ContextLengthExceeded(f"{total} tokens, at most {self.max_model_len}", param="max_tokens")
+        self.limits.check(request)
         self.requests.append(request)
         return FakeStream(self, request)
 
@@ -126,6 +132,7 @@ class FakeStream:
         self._engine = engine
         self._request = request
         self._is_open = True
+        self._stopped: set[int] = set()
         self._generator = self._generate()
         engine.num_open += 1
 
@@ -152,6 +159,11 @@ class FakeStream:
     async def aclose(self) -> None:
         self.abort()
 
+    def stop(self, index: int) -> None:
+        """The sequence ends at the next step, as if by a stop token."""
+        self._engine.stopped.append((self._request.request_id, index))
+        self._stopped.add(index)
+
     def _close(self) -> None:
         if self._is_open:
             self._is_open = False
@@ -165,7 +177,7 @@ class FakeStream:
             await asyncio.sleep(engine.step_seconds)
             if engine.fail_after is not None and step >= engine.fail_after:
                 raise engine.failure or DeltaserveError("scripted failure")
-            deltas = tuple(plan[step] for plan in plans if step < len(plan))
+            deltas = tuple(self._step(plan, step) for plan in plans if step < len(plan))
             is_finished = all(step >= len(plan) - 1 for plan in plans)
             if is_finished:
                 self._close()
@@ -179,6 +191,13 @@ class FakeStream:
             )
             if is_finished:
                 return
+
+    def _step(self, plan: list[SequenceDelta], step: int) -> SequenceDelta:
+        index = plan[0].index
+        if index in self._stopped:
+            del plan[step + 1 :]
+            plan[step] = SequenceDelta(index, finish_reason=FinishReason.STOP)
+        return plan[step]
 
     def _plan(self, index: int) -> list[SequenceDelta]:
         """What each step tells of one sequence; a stop token is told by ``stop_token_id`` alone."""

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from deltaserve.api.auth import MAY_ADMINISTER, MAY_UPLOAD, MAY_USE, Caller
 from deltaserve.api.body import parse_json, read_body, read_json
+from deltaserve.api.models import aliased
 from deltaserve.api.schemas.management import AliasRequest, RollbackRequest
 from deltaserve.api.services import Services, services_of
 from deltaserve.api.uploads import receive_upload
@@ -156,8 +157,9 @@ def _alias(services: Services, caller: Caller, alias: str) -> dict[str, Any]:
     entry = services.engine.names.aliases.get(caller.tenant, {}).get(alias)
     if entry is None:
         raise ModelNotFound(f"no alias is named {alias[:64]!a}", param="alias")
-    current = services.engine.resolve(caller.tenant, alias).version
-    return {"id": alias, "object": "alias", "target": entry.target, "pinned": entry.version, "version": current}
+    record = aliased(services.engine.names, caller.tenant, entry)
+    version = None if record is None else record.version
+    return {"id": alias, "object": "alias", "target": entry.target, "pinned": entry.version, "version": version}
 
 
 def _page(http: Request) -> tuple[int, str | None]:

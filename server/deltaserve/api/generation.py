@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from deltaserve.api.choice import Choice, ChoiceDelta
 from deltaserve.api.services import GenerationEngine, OutputStream
-from deltaserve.core import GenerationRequest, RequestOutput, TokenLogprob
+from deltaserve.core import GenerationRequest, RequestOutput, SequenceDelta, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -81,10 +81,7 @@ class Generation:
                 prompt.num_cached_tokens = max(prompt.num_cached_tokens, output.num_cached_tokens)
                 if output.prompt_logprobs is not None:
                     prompt.logprobs = output.prompt_logprobs
-                pushed = [prompt.choices[delta.index].push(delta) for delta in output.deltas]
-                yield prompt, [delta for delta in pushed if delta is not None]
-                if prompt.is_finished:
-                    _stream_of(prompt).abort()  # a stop string ended it; the engine does not know text
+                yield prompt, [shown for delta in output.deltas if (shown := _push(prompt, delta)) is not None]
                 if all(each.is_finished for each in self.prompts):
                     return
 
@@ -129,6 +126,14 @@ class Generation:
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(prompt.num_cached_tokens for prompt in self.prompts)},
         }
+
+
+def _push(prompt: Prompt, delta: SequenceDelta) -> ChoiceDelta | None:
+    """What to show of a delta. When a stop string ends it here, the engine is told, for it does not know text."""
+    shown = prompt.choices[delta.index].push(delta)
+    if shown is not None and shown.finish_reason is not None and delta.finish_reason is None:
+        _stream_of(prompt).stop(delta.index)
+    return shown
 
 
 def _stream_of(prompt: Prompt) -> OutputStream:

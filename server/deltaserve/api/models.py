@@ -10,7 +10,7 @@ from deltaserve.api.auth import MAY_ADMINISTER, MAY_USE, Caller
 from deltaserve.api.services import services_of
 from deltaserve.errors import InvalidRequest
 from deltaserve_store.manifest import AdapterRecord
-from deltaserve_store.names import NameMap, Resolved
+from deltaserve_store.names import AliasEntry, NameMap, Resolved
 
 router = APIRouter()
 OWNER = "deltaserve"
@@ -23,8 +23,8 @@ async def list_models(http: Request, caller: Caller = MAY_USE) -> dict[str, Any]
     limit = services.engine.limits.max_model_len
     models = [_base(name, limit) for name in names.base_names[:1]]
     models += [_adapter(record.name, record, names, limit) for record in names.current(caller.tenant)]
-    for alias in sorted(names.aliases.get(caller.tenant, {})):
-        record = names.resolve(caller.tenant, alias).record
+    for alias, entry in sorted(names.aliases.get(caller.tenant, {}).items()):
+        record = aliased(names, caller.tenant, entry)
         if record is not None:
             models.append(_adapter(alias, record, names, limit))
     return {"object": "list", "data": models}
@@ -47,6 +47,12 @@ async def delete_model(model: str, http: Request, caller: Caller = MAY_ADMINISTE
     await services.admission.delete(caller.tenant, model)
     services.metrics.remove_adapter(model)
     return {"id": model, "object": "model", "deleted": True}
+
+
+def aliased(names: NameMap, tenant: str, alias: AliasEntry) -> AdapterRecord | None:
+    """The record that an alias means now; None when its adapter or version is gone."""
+    entry = names.adapters.get(tenant, {}).get(alias.target)
+    return None if entry is None else entry.records.get(alias.version or entry.current)
 
 
 def _model(model: str, resolved: Resolved, names: NameMap, limit: int) -> dict[str, Any]:
