@@ -37,8 +37,9 @@ def test_low_precision_weights_are_widened_not_rounded_again(name: str, tmp_path
     assert (base.folded_logits(IDS, {}) - wanted).abs().max() < 1e-4
 
 
-def test_paged_low_precision_stays_near_folded(tmp_path: Path) -> None:
-    base = load(build_tiny_model("llama", tmp_path), torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_paged_low_precision_stays_near_folded(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = load(build_tiny_model("llama", tmp_path), dtype)
     runner = ModelRunner(base, KVCache(base.kv_layout, 2, "cpu"))
     found = runner.execute([ScheduledSequence(0, IDS.tolist(), 0, (0,), logits="all")])
     wanted = base.folded_logits(IDS, {})

@@ -221,7 +221,7 @@ def _uniform(seen: Trace) -> tuple[int, int]:
 
 
 def _linear_spec(linear: BaseLinear) -> LinearSpec:
-    return LinearSpec(linear.name, linear.out_features, linear.in_features, linear.bias is not None, linear.transposed)
+    return LinearSpec(linear.name, linear.out_features, linear.in_features, linear.has_bias, linear.transposed)
 
 
 def _max_context(config: PreTrainedConfig) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, current
+from deltaserve.model.weight import BaseWeight
 from deltaserve_kernels import lora_linear, sparse_linear
 
 # Folded mode widens weights piece by piece; a piece holds at most this many elements (64 MiB in fp32).
@@ -31,7 +32,7 @@ class Member(NamedTuple):
 class ProjectionGroup:
     """``weight`` [N, K] and ``bias`` [N] or None of the members in call order; ``depth`` runs 0..1 over the layers."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, members: tuple[Member, ...], depth: float) -> None:
+    def __init__(self, weight: BaseWeight, bias: Tensor | None, members: tuple[Member, ...], depth: float) -> None:
         self.weight = weight
         self.bias = bias
         self.members = members
@@ -39,7 +40,7 @@ class ProjectionGroup:
 
     def apply(self, rows: Tensor, ctx: ForwardContext) -> Tensor:
         """``rows`` [T, K] -> [T, N]: base product plus the adapter terms of the step's work list."""
-        y = F.linear(rows, self.weight, self.bias)
+        y = self.weight.matmul(rows, self.bias)
         work = ctx.work
         if work is None or work.is_empty:
             return y
@@ -58,7 +59,7 @@ class BaseLinear(nn.Module):
     ``BaseModel.linears``; -1 for a linear no adapter may target (the head).
     """
 
-    def __init__(self, name: str, group: ProjectionGroup, member: Member, *, transposed: bool, layer: int) -> None:
+    def __init__(self, name: str, group: ProjectionGroup, member: Member, *, transposed: bool, has_bias: bool) -> None:
         super().__init__()
         self.name = name
         self.index = member.linear
@@ -67,27 +68,28 @@ class BaseLinear(nn.Module):
         self.out_features = member.stop - member.start
         self.in_features = group.weight.shape[1]
         self.transposed = transposed
-        self.layer = layer
+        self.has_bias = has_bias
         self._others = tuple(other for other in group.members if other.linear != member.linear)
         self._is_alone = not self._others
 
     @property
     def weight(self) -> Tensor:
-        """The base weight [out, in] in its stored dtype, a view."""
-        return self.group.weight[self.start : self.stop]
+        """The base weight [out, in] in its stored dtype; may be made anew at each use."""
+        return self.group.weight.plain()[self.start : self.stop]
 
     @property
     def bias(self) -> Tensor | None:
         """The base bias [out], a view, or None."""
-        return None if self.group.bias is None else self.group.bias[self.start : self.stop]
+        return self.group.bias[self.start : self.stop] if self.has_bias and self.group.bias is not None else None
 
     def rows(self, i: int, j: int) -> Tensor:
         """Rows i..j of the base weight as float32 [j - i, in]; folding reads weights through this alone."""
-        return self.group.weight[self.start + i : self.start + j].float()
+        return self.weight[i:j].float()
 
     def matmul(self, x: Tensor) -> Tensor:
         """The base alone: ``x`` [..., in] -> [..., out], bias included."""
-        return F.linear(x, self.weight, self.bias)
+        y = self.group.weight.matmul(x.reshape(-1, self.in_features), self.group.bias)
+        return y[:, self.start : self.stop].reshape(*x.shape[:-1], self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         ctx = current()
@@ -121,9 +123,10 @@ class BaseLinear(nn.Module):
             )
         x = x.float()
         step = max(1, MAX_FOLDED_ELEMENTS // self.in_features)
+        stored = self.weight
         pieces = []
         for i in range(0, self.out_features, step):
-            weight = self.rows(i, min(i + step, self.out_features))
+            weight = stored[i : i + step].float()
             if delta is not None:
                 weight = weight + delta[i : i + step].to(weight)
             pieces.append(F.linear(x, weight))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltaserve.model.linear import BaseLinear, Member, ProjectionGroup
+from deltaserve.model.weight import BaseWeight
 
 
 def find_linears(prefix: str, layers: nn.ModuleList) -> dict[str, nn.Module]:
@@ -36,13 +37,14 @@ def pack(model: nn.Module, prefix: str, num_layers: int, groups: list[tuple[str,
             members.append(Member(len(packed) + offset, start, start + weight.shape[0]))
             start += weight.shape[0]
         group = ProjectionGroup(
-            weights[0].contiguous() if len(weights) == 1 else torch.cat(weights),
+            BaseWeight(weights[0] if len(weights) == 1 else torch.cat(weights)),
             _pack_bias(modules, [weight.shape[0] for weight in weights]),
             tuple(members),
             depth=layer / (num_layers - 1) if num_layers > 1 else 0.0,
         )
         for name, module, member in zip(names, modules, members, strict=True):
-            linear = BaseLinear(name, group, member, transposed=isinstance(module, Conv1D), layer=layer)
+            is_conv = isinstance(module, Conv1D)
+            linear = BaseLinear(name, group, member, transposed=is_conv, has_bias=module.bias is not None)
             packed[name] = linear
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, linear)
@@ -53,8 +55,11 @@ def wrap_head(model: nn.Module, name: str) -> BaseLinear:
     """Put a ``BaseLinear`` that no adapter may target in the head's place; a tied weight stays shared."""
     head = model.get_submodule(name)
     weight = _weight(head)
-    group = ProjectionGroup(weight, _pack_bias([head], [weight.shape[0]]), (Member(-1, 0, weight.shape[0]),), 1.0)
-    linear = BaseLinear(name, group, group.members[0], transposed=False, layer=-1)
+    # Kept as it is, too: a tied weight is the embedding's, and folded mode reads the head in small pieces.
+    group = ProjectionGroup(
+        BaseWeight(weight, keep=True), _pack_bias([head], [weight.shape[0]]), (Member(-1, 0, weight.shape[0]),), 1.0
+    )
+    linear = BaseLinear(name, group, group.members[0], transposed=False, has_bias=head.bias is not None)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, linear)
     return linear
