@@ -80,9 +80,13 @@ class VersionFolders:
                 self.quarantine(target)
                 self._on_step("damaged-moved-away")
             os.rename(build, target)
-            self._on_step("renamed")
-            sync_folder(target.parent)
-            self._on_step("rename-synced")
+            try:
+                self._on_step("renamed")
+                sync_folder(target.parent)
+                self._on_step("rename-synced")
+            except BaseException:
+                os.rename(target, build)
+                raise
             return manifest
         finally:
             remove_tree(build)
