@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import itertools
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from deltaserve.core import (
     TokenLogprob,
 )
 from deltaserve.engine.limits import EngineLimits
-from deltaserve.errors import AdapterRefused, Conflict, DeltaserveError, ModelNotFound, Reason
+from deltaserve.errors import AdapterRefused, Conflict, DeltaserveError, ModelNotFound, Reason, Unavailable
 from deltaserve.text import Tokenizer
 from deltaserve_store.manifest import AdapterRecord, BaseRef
 from deltaserve_store.names import AliasEntry, NameEntry, NameMap, Resolved
@@ -120,6 +121,15 @@ class FakeEngine:
         self.limits.check(request)
         self.requests.append(request)
         return FakeStream(self, request)
+
+    async def stop(self, drain_seconds: float = 0.0) -> None:
+        """As the engine does: nothing new, and what is open after ``drain_seconds`` ends with an error."""
+        self.is_draining = True
+        self.refuse = Unavailable("shutting down")
+        deadline = time.monotonic() + drain_seconds
+        while self.num_open and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        self.fail_after, self.failure = 0, Unavailable("The server is shutting down.")
 
     def tokens_of(self, request: GenerationRequest, index: int) -> list[int]:
         if self.script is not None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import uvicorn
-from starlette.types import ASGIApp
+from fastapi import FastAPI
 
 from deltaserve.api.server import make_server
 from deltaserve.config import ServeConfig
@@ -22,6 +22,7 @@ class LiveServer:
     host: str
     port: int
     loop: asyncio.AbstractEventLoop
+    server: uvicorn.Server
 
     @property
     def url(self) -> str:
@@ -45,7 +46,7 @@ class LiveServer:
 
 
 @contextmanager
-def serve(app: ASGIApp, config: ServeConfig) -> Iterator[LiveServer]:
+def serve(app: FastAPI, config: ServeConfig) -> Iterator[LiveServer]:
     server = make_server(app, config)
     loops: list[asyncio.AbstractEventLoop] = []
 
@@ -60,7 +61,7 @@ def serve(app: ASGIApp, config: ServeConfig) -> Iterator[LiveServer]:
     thread.start()
     try:
         host, port = _address(server, thread)
-        yield LiveServer(host, port, loops[0])
+        yield LiveServer(host, port, loops[0], server)
     finally:
         server.should_exit = True
         thread.join(timeout=20)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import h11
 import uvicorn
-from starlette.types import ASGIApp
+from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deltaserve.config import ServeConfig
@@ -24,6 +26,8 @@ MAX_HEADER_BYTES = 32 << 10
 MIN_BYTES_PER_SECOND = 16 << 10
 KEEP_ALIVE_SECONDS = 75
 WRITE_STALL_SECONDS = 60.0
+GRACE_SECONDS = 5
+"""For sending the last answers once the engine has stopped."""
 
 
 class DeadlineProtocol(H11Protocol):
@@ -121,11 +125,28 @@ class DeadlineProtocol(H11Protocol):
         self.transport.close()
 
 
-def make_server(app: ASGIApp, config: ServeConfig) -> uvicorn.Server:
+class DrainingServer(uvicorn.Server):
+    """On SIGINT or SIGTERM the engine drains while answers are still being sent: what does not finish in time ends
+    with an error that its client can read, never with a cut connection."""
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(config)
+        self._drain = drain
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        draining = asyncio.ensure_future(self._drain())
+        await super().shutdown(sockets)
+        await draining
+
+
+def make_server(app: FastAPI, config: ServeConfig) -> uvicorn.Server:
     """A server for ``config.host`` and ``config.port``; logging is left as the program set it up."""
 
     class Protocol(DeadlineProtocol):
         receive_timeout_seconds = config.receive_timeout_seconds
+
+    async def drain() -> None:
+        await app.state.services.engine.stop(config.drain_seconds)
 
     settings: dict[str, Any] = {
         "host": config.host,
@@ -139,7 +160,7 @@ def make_server(app: ASGIApp, config: ServeConfig) -> uvicorn.Server:
         "proxy_headers": False,
         "timeout_keep_alive": KEEP_ALIVE_SECONDS,
         "h11_max_incomplete_event_size": MAX_HEADER_BYTES,
-        "timeout_graceful_shutdown": int(config.drain_seconds) + 5,
+        "timeout_graceful_shutdown": int(config.drain_seconds) + GRACE_SECONDS,
         "backlog": 2048,
     }
-    return uvicorn.Server(uvicorn.Config(app, **settings))
+    return DrainingServer(uvicorn.Config(app, **settings), drain)
