@@ -184,7 +184,8 @@ class AdapterResidency:
         """Apply what the workers finished since the last call."""
         for done in self.workers.finished():
             resident = self._residents[done.version]
-            self._num_loading -= 1
+            # Preparing is not counted: a proof needs loads of its own, which must never wait for it to end.
+            self._num_loading -= not isinstance(done, Prepared)
             is_unprepared = isinstance(done.error, NotPrepared) and not resident.was_prepared
             if resident.is_unwanted:
                 self._drop(resident)
@@ -193,7 +194,6 @@ class AdapterResidency:
                 self.workers.start_load(resident.version)
             elif is_unprepared and self.workers.prepare is not None:
                 resident.was_prepared = True
-                self._num_loading += 1
                 self.workers.start_prepare(resident.version)
             elif done.error is not None:
                 self._fail(resident, done.error, done.seconds)
