@@ -178,6 +178,7 @@ def peft_greedy(model: torch.nn.Module, folder: Path | None, ids: Sequence[int],
     from peft import PeftModel
 
     subject: Any = copy.deepcopy(model)
+    subject.generation_config.eos_token_id = None
     if folder is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -189,7 +190,6 @@ def peft_greedy(model: torch.nn.Module, folder: Path | None, ids: Sequence[int],
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
-            min_new_tokens=max_tokens,
             max_new_tokens=max_tokens,
             pad_token_id=0,
         )

@@ -10,6 +10,7 @@ import torch
 from deltaserve.core import Binding, Logits
 from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
+from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import KVCache
@@ -23,6 +24,13 @@ class SerialEngine:
     def __init__(self, base: BaseModel, names: NameMap | None = None) -> None:
         self.base = base
         self.names = names or NameMap(base_names=base.spec.names)
+        self.limits = EngineLimits(
+            max_model_len=min(128, base.max_context),
+            max_num_seqs=1,
+            max_num_batched_tokens=128,
+            max_queue=1,
+            vocab_size=base.vocab_size,
+        )
         self.candidates: dict[str, Path] = {}
         self.on_probe: Callable[[Binding, torch.Tensor], torch.Tensor] | None = None
         self.num_probes = 0

@@ -121,7 +121,7 @@ class Admission:
                 adapter = await self._worker.run(lambda: read_adapter(staged_folder, self._base.spec))
                 version = await self._worker.run(lambda: content_digest(staged_folder))
                 known = self._current(tenant, name)
-                is_same = known is not None and known.version == version
+                is_same = known is not None and known.version == version and self._is_for_this_base(known)
                 waived = known.waivers if known is not None and is_same else ()
                 accept_base, accept_no_effect = accept_base or BASE_WAIVER in waived, accept_no_effect or is_same
                 waivers = match_base(adapter, self._base.spec, self._base_names, accept_base=accept_base)
@@ -229,8 +229,10 @@ class Admission:
             for entry in entries.values()
             if version in entry.records
         )
-        fingerprint = self._base.spec.fingerprint
-        return frozenset(w for record in records if record.base.fingerprint == fingerprint for w in record.waivers)
+        return frozenset(waiver for record in records if self._is_for_this_base(record) for waiver in record.waivers)
+
+    def _is_for_this_base(self, record: AdapterRecord) -> bool:
+        return record.base.fingerprint == self._base.spec.fingerprint
 
     def _read_stored(self, version: str) -> ParsedAdapter:
         """The version's own files, linked into a scratch folder: its manifest is no file of an adapter."""

@@ -34,8 +34,16 @@ FLOAT32_TOLERANCE = 1e-4
 NARROW_FACTOR = 4.0
 
 
+class ProbeLimits(Protocol):
+    @property
+    def max_model_len(self) -> int: ...
+
+
 class ProbeEngine(Protocol):
     """The part of ``AsyncEngine`` that a proof needs."""
+
+    @property
+    def limits(self) -> ProbeLimits: ...
 
     async def probe(self, ids: tuple[int, ...], binding: Binding) -> Logits: ...
 
@@ -49,13 +57,13 @@ class Judgement:
     waivers: tuple[str, ...] = ()
 
 
-def probe_ids(version: str, spec: BaseSpec, max_context: int) -> tuple[int, ...]:
+def probe_ids(version: str, spec: BaseSpec, max_model_len: int) -> tuple[int, ...]:
     """Token ids drawn from the version's digest, so that the same bytes always meet the same tokens.
 
     They come from the range the tokenizer can produce (a checkpoint may pad its embedding beyond it).
     """
     generator = random.Random(hashlib.sha256(f"probe {version}".encode()).digest())
-    count = max(1, min(MAX_PROBE_TOKENS, max_context - 1))
+    count = max(1, min(MAX_PROBE_TOKENS, max_model_len - 1))
     return tuple(generator.randrange(spec.num_tokens or spec.vocab_size) for _ in range(count))
 
 
@@ -88,7 +96,7 @@ class Prover:
         Raises ``NonFiniteOutput``, or what the engine raises when the candidate cannot be run.
         """
         started = time.monotonic()
-        ids = probe_ids(version, self._base.spec, self._base.max_context)
+        ids = probe_ids(version, self._base.spec, self._engine.limits.max_model_len)
         binding = Binding((BindingPart(version=version),))
         served = await self._probe(ids, binding, "the engine's logits with the adapter")
         folded_base = await self._folded(ids, {}, "the base's own logits")
