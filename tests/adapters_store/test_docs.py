@@ -1,0 +1,82 @@
+"""``docs/adapter-format.md`` says what the code does: its tables are made from the code's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from deltaserve_store.file_names import CHECKED_FILES, STORED_FILES, FileRole, role_of
+from deltaserve_store.formats.deltaserve_sparse import FIELDS, REQUIRED
+from deltaserve_store.formats.peft_fields import LORA_FIELDS, SHIRA_FIELDS, FieldRule
+from deltaserve_store.reason_codes import REASON_CODES
+
+DOC = Path(__file__).parents[2] / "docs" / "adapter-format.md"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _fields(rules: Mapping[str, FieldRule]) -> str:
+    order = {"understood": 0, "descriptive": 1, "neutral-only": 2}
+    lines = ["| field | treatment | accepted |", "| --- | --- | --- |"]
+    for field, rule in sorted(rules.items(), key=lambda item: (order[item[1].treatment], item[0])):
+        required = ", required" if rule.required else ""
+        lines.append(f"| `{field}` | {rule.treatment}{required} | {_escape(rule.allowed)} |")
+    return "\n".join(lines)
+
+
+def _sparse_fields() -> str:
+    lines = ["| field | accepted |", "| --- | --- |"]
+    lines += [f"| `{field}`{' (required)' if field in REQUIRED else ''} | {FIELDS[field]} |" for field in FIELDS]
+    return "\n".join(lines)
+
+
+def _files() -> str:
+    lines = ["| file | at most | what becomes of it |", "| --- | --- | --- |"]
+    lines += [f"| `{name}` | {cap >> 20} MB | stored |" for name, cap in STORED_FILES.items()]
+    lines += [
+        f"| `{name}` | {cap >> 20} MB | read for added tokens, not stored |" for name, cap in CHECKED_FILES.items()
+    ]
+    return "\n".join(lines)
+
+
+def _codes() -> str:
+    lines = ["| code | meaning |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| `{code}` | {meaning} |" for code, meaning in REASON_CODES.items())])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "files": _files,
+    "lora-fields": lambda: _fields(LORA_FIELDS),
+    "shira-fields": lambda: _fields(SHIRA_FIELDS),
+    "sparse-fields": _sparse_fields,
+    "reason-codes": _codes,
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_table(name: str) -> None:
+    text = DOC.read_text(encoding="utf-8")
+    _, _, rest = text.partition(f"<!-- table: {name} -->\n")
+    table, _, _ = rest.partition("\n<!-- end -->")
+    expected = TABLES[name]()
+    assert table == expected, f"put this table into {DOC.name}:\n{expected}"
+
+
+def test_file_names_in_the_text_have_the_role_it_gives() -> None:
+    assert role_of("README.md") is role_of("tokenizer.json") is FileRole.SKIPPED
+    assert role_of("adapter_model.bin") is role_of("training_args.bin") is FileRole.PICKLE
+    assert role_of("model.safetensors") is FileRole.UNKNOWN
+
+
+def test_every_field_of_the_installed_peft_is_known() -> None:
+    """A field that a newer PEFT brings is refused until it is understood; here is where one hears of it."""
+    import dataclasses
+
+    from peft import LoraConfig, ShiraConfig
+
+    for config, rules in ((LoraConfig, LORA_FIELDS), (ShiraConfig, SHIRA_FIELDS)):
+        assert {field.name for field in dataclasses.fields(config)} <= set(rules)
