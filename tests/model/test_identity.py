@@ -36,7 +36,7 @@ def test_copies_have_the_same_fingerprint_and_their_own_names(folder: Path, tmp_
     assert first.names == ("base",)
     assert second.names == ("copy", "someone/the-base")
     extra = load_base(copy, dtype=torch.float32, extra_names=("third", "copy"), cache_dir=tmp_path / "cache")
-    assert extra.spec.names == ("copy", "someone/the-base", "third")
+    assert extra.spec.names == ("third", "copy", "someone/the-base")
 
 
 def test_any_byte_that_matters_changes_it(folder: Path) -> None:
@@ -94,6 +94,7 @@ def test_the_spec_describes_the_base(folder: Path) -> None:
     assert spec.tied_embeddings
     assert spec.num_tokens is None
     assert base.max_context == 512
+    assert base.folder == folder
     assert base.eos_token_ids == (2,)
     assert tuple(spec.linears) == base.linears
     assert spec.linears["model.layers.1.mlp.down_proj"].in_features == 96

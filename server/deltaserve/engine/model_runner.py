@@ -164,9 +164,12 @@ class ModelRunner:
             if not seq.parts:
                 continue
             row = int(bounds[i]) - seq.start
-            edges = sorted({seq.start, seq.stop, *(p[3] for p in seq.parts if seq.start < p[3] < seq.stop)})
+            joins = [part[3] for part in seq.parts if part[3] > seq.start]
+            edges = (
+                sorted({seq.start, seq.stop, *(j for j in joins if j < seq.stop)}) if joins else (seq.start, seq.stop)
+            )
             for begin, end in pairwise(edges):
-                active = tuple((slot, first, last) for slot, first, last, joins in seq.parts if joins <= begin)
+                active = tuple((slot, first, last) for slot, first, last, since in seq.parts if since <= begin)
                 if active:
                     runs.append((row + begin, end - begin, active))
         if not runs:

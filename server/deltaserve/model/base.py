@@ -46,7 +46,9 @@ class BaseModel:
         longrope_limit: int | None,
         eos_token_ids: tuple[int, ...],
         max_context: int,
+        folder: Path,
     ) -> None:
+        self.folder = folder
         self.spec = spec
         self.kv_layout = kv_layout
         self.max_context = max_context
@@ -144,7 +146,7 @@ def load_base(
     """Load a base from a local folder (or, with ``allow_hub``, a hub id).
 
     ``load_format`` "auto" reads safetensors, "dummy" fills the configuration with random weights. ``extra_names`` are
-    further names that adapters may call this base by. ``cache_dir`` keeps digests of weight files (default: in the
+    the names it is served under, first of all names that adapters may call this base by. ``cache_dir`` keeps digests of weight files (default: in the
     user's cache). Raises ``UnsupportedBase`` naming the component that cannot be served, ``ConfigError`` for settings.
     """
     if dtype not in DTYPES:
@@ -156,6 +158,7 @@ def load_base(
         # transformers looks files up on the hub in corners that no argument reaches.
         huggingface_hub.constants.HF_HUB_OFFLINE = True
     folder = checkpoint.locate(path, allow_hub=allow_hub)
+    hub_id = () if Path(path).is_dir() else (str(path),)
     raw = checkpoint.read_raw_config(folder)
     config = checkpoint.read_config(folder, raw)
     longrope_limit = check_rope(config)
@@ -168,7 +171,7 @@ def load_base(
     kv_heads, head_dim = _uniform(seen)
     spec = BaseSpec(
         fingerprint=identity.fingerprint(folder, raw, weights, cache_dir),
-        names=tuple(dict.fromkeys([*identity.known_names(folder, raw), *extra_names])),
+        names=tuple(dict.fromkeys([*extra_names, *hub_id, *identity.known_names(folder, raw)])),
         model_type=config.model_type,
         linears={name: _linear_spec(linear) for name, linear in linears.items()},
         vocab_size=config.vocab_size,
@@ -185,6 +188,7 @@ def load_base(
         longrope_limit=longrope_limit,
         eos_token_ids=_eos_token_ids(model, config),
         max_context=max_context,
+        folder=folder,
     )
     verify(base, probes, references)
     return base
