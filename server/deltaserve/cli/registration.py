@@ -17,6 +17,7 @@ from deltaserve.cli.local_door import admit_into
 from deltaserve.config import DTypeName, ServeConfig
 from deltaserve.core import Binding, BindingPart
 from deltaserve.deltas.fold import fold
+from deltaserve.remote import RemoteServer
 from deltaserve.runtime import Runtime
 from deltaserve_store.formats import read_adapter
 from deltaserve_trainer.register import register
@@ -47,23 +48,37 @@ def register_result(
             runtime = Runtime.open(config)
             loop.run(runtime.start())
             try:
-
-                def answer(prompts: list[list[int]]) -> list[Tensor]:
-                    say(f"parity   {len(prompts)} held-out prompts through the engine")
-                    return loop.run(engine_logits(runtime, result.adapter_folder, prompts, Path(scratch)))
-
-                def admit(adapter: Path) -> dict[str, Any]:
-                    say("door     " + ("uploading to the server" if remote is not None else "admitting into the store"))
-                    if remote is not None:
-                        return remote.upload(adapter, name)
-                    return loop.run(admit_into(runtime, adapter, name, source="trainer"))
-
-                registration = register(result, answer=answer, admit=admit)
+                return register_here(loop, runtime, result, name, say, remote)
             finally:
                 loop.run(runtime.close())
+
+
+def register_here(
+    loop: asyncio.Runner,
+    runtime: Runtime,
+    result: TrainingResult,
+    name: str,
+    say: Callable[[str], None],
+    remote: RemoteServer | None = None,
+) -> dict[str, Any]:
+    """Parity on ``runtime``'s engine, then its door, or that of ``remote``."""
+
+    def answer(prompts: list[list[int]]) -> list[Tensor]:
+        with tempfile.TemporaryDirectory(prefix="deltaserve-parity-") as scratch:
+            return loop.run(engine_logits(runtime, result.adapter_folder, prompts, Path(scratch)))
+
+    def admit(adapter: Path) -> dict[str, Any]:
+        if remote is not None:
+            return remote.upload(adapter, name)
+        return loop.run(admit_into(runtime, adapter, name, source="trainer"))
+
+    registration = register(result, answer=answer, admit=admit, engine_dtype=runtime.base.dtype)
     parity = registration.parity
-    say(f"parity   largest difference of logits {parity.max_difference:.2g}, allowed {parity.tolerance:.2g}")
-    say(f"served   {name}, version {registration.admitted['version'][:12]}")
+    say(
+        f"parity   {parity.num_tokens} positions, trainer against engine: logits differ by at most "
+        f"{parity.max_difference:.2g}, allowed {parity.tolerance:.2g}"
+    )
+    say(f"door     {name} admitted, version {registration.admitted['version'][:12]}")
     return registration.admitted
 
 

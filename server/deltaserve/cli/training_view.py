@@ -23,21 +23,35 @@ class TrainingView:
 
     def __init__(self, *, is_quiet: bool, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, quiet=is_quiet, highlight=False)
-        self._bar = Progress(
-            TextColumn("{task.description:<11}"),
-            BarColumn(bar_width=28),
-            TextColumn("{task.completed:>5.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[told]}"),
-            console=self.console,
-        )
         self._tasks: dict[str, TaskID] = {}
+        self._bar = self._new_bar()
 
     def __enter__(self) -> TrainingView:
         self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def restart(self) -> None:
+        """A fresh bar for the next run."""
+        self.stop()
+        self._tasks.clear()
+        self._bar = self._new_bar()
+        self._bar.start()
+
+    def stop(self) -> None:
+        """Leave the bar as it stands; idempotent."""
         self._bar.stop()
+
+    def _new_bar(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description:<11}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.completed:>5.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[told]}"),
+            console=self.console,
+        )
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
