@@ -132,6 +132,11 @@ def test_wrong_forms_are_named(
     assert not admission.admitted
 
 
+def test_parts_are_bounded(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "MAX_PARTS", 2)
+    assert error_of(upload(http), 400)["param"] == "files"
+
+
 @pytest.mark.parametrize(
     "name", ["../../evil", "/etc/passwd", "a/b.json", "training_args.bin", "x.py", "adapter_model.bin", "A\x00B"]
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import socket
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import uvicorn
@@ -47,32 +47,54 @@ class LiveServer:
 
 @contextmanager
 def serve(app: FastAPI, config: ServeConfig) -> Iterator[LiveServer]:
-    server = make_server(app, config)
-    loops: list[asyncio.AbstractEventLoop] = []
+    """Serves an application that needs nothing started."""
+
+    @asynccontextmanager
+    async def as_it_is() -> AsyncIterator[FastAPI]:
+        yield app
+
+    with serve_within(as_it_is, config) as live:
+        yield live
+
+
+@contextmanager
+def serve_within(
+    open_app: Callable[[], AbstractAsyncContextManager[FastAPI]], config: ServeConfig, *, start_seconds: float = 60
+) -> Iterator[LiveServer]:
+    """Serves the application that ``open_app`` opens on the server's own event loop and closes there at the end."""
+    ready: queue.Queue[LiveServer | BaseException] = queue.Queue()
+    servers: list[uvicorn.Server] = []
+
+    async def main() -> None:
+        async with open_app() as app:
+            server = make_server(app, config)
+            servers.append(server)
+            teller = asyncio.create_task(_tell(server, ready))
+            await server.serve()
+            await teller
 
     def run() -> None:
-        async def main() -> None:
-            loops.append(asyncio.get_running_loop())
-            await server.serve()
-
-        asyncio.run(main())
+        try:
+            asyncio.run(main())
+        except BaseException as error:
+            ready.put(error)
 
     thread = threading.Thread(target=run, name="http", daemon=True)
     thread.start()
     try:
-        host, port = _address(server, thread)
-        yield LiveServer(host, port, loops[0], server)
+        live = ready.get(timeout=start_seconds)
+        if isinstance(live, BaseException):
+            raise live
+        yield live
     finally:
-        server.should_exit = True
-        thread.join(timeout=20)
+        for server in servers:
+            server.should_exit = True
+        thread.join(timeout=30)
         assert not thread.is_alive(), "the server did not stop"
 
 
-def _address(server: uvicorn.Server, thread: threading.Thread) -> tuple[str, int]:
-    deadline = time.monotonic() + 20
+async def _tell(server: uvicorn.Server, ready: queue.Queue[LiveServer | BaseException]) -> None:
     while not server.started:
-        assert thread.is_alive(), "the server did not start"
-        assert time.monotonic() < deadline, "the server took too long to start"
-        time.sleep(0.005)
+        await asyncio.sleep(0.005)
     host, port = server.servers[0].sockets[0].getsockname()[:2]
-    return host, port
+    ready.put(LiveServer(host, port, asyncio.get_running_loop(), server))
