@@ -11,8 +11,9 @@ import torch
 from deltaserve.tinybase.voices import as_json, pirate, shout
 from deltaserve_trainer import tour
 from deltaserve_trainer.base import Base
-from deltaserve_trainer.demos import DEMOS, GENERAL_DATA, JSON, PIRATE, SHOUT
+from deltaserve_trainer.demos import DEMOS, JSON, PIRATE, SHOUT
 from deltaserve_trainer.errors import GateRefused, TrainingError
+from deltaserve_trainer.evaluate import BUNDLED_GENERAL_TEXT
 from deltaserve_trainer.tour import TOUR_NAMES, run_tour, tour_prompts
 from deltaserve_trainer.train import TrainingResult
 from deltatest.trainer_base import make_base
@@ -38,7 +39,7 @@ def test_demos_are_the_three_promised_kinds_on_bundled_data() -> None:
     assert patterned.lora.rslora
     assert patterned.lora.rank_pattern
     assert sparse.sparse is not None
-    assert GENERAL_DATA.is_file()
+    assert BUNDLED_GENERAL_TEXT.is_file()
     for demo in DEMOS:
         assert demo.data.is_file()
         assert demo.eval_data.is_file()
@@ -95,6 +96,6 @@ def test_the_tour_trains_registers_and_asks_all_models_in_one_batch(
     for row in found.rows:
         assert row.answers == (row.prompt, shout(row.prompt), as_json(row.prompt))
     assert found.shows == (0, len(found.rows), len(found.rows))
-    assert [result.evaluation.base_general is not None for result in found.results] == [True, True]
+    assert all(result.evaluation.num_general_rows == 2 for result in found.results)
     with pytest.raises(TrainingError, match="0 answers to"):
         run_tour(base=base, work_folder=work, register=register, answer_batch=lambda asked: [])

@@ -22,10 +22,6 @@ def render_card(
     parity: Mapping[str, Any] | None = None,
 ) -> str:
     """Markdown: base, data, hyperparameters, evaluation against the base, parity with the engine."""
-    if evaluation.base_general is not None and evaluation.adapter_general is not None:
-        general = f"{evaluation.base_general:.4f} | {evaluation.adapter_general:.4f} | {evaluation.forgetting:+.4f}"
-    else:
-        general = "not measured | not measured | -"
     lines = [
         f"# {title}",
         "",
@@ -49,7 +45,8 @@ def render_card(
         "| --- | --- | --- | --- |",
         f"| held-out target ({evaluation.num_target_rows} rows) | {evaluation.base_target:.4f} | "
         f"{evaluation.adapter_target:.4f} | {-evaluation.gain:+.4f} |",
-        f"| general text ({evaluation.num_general_rows} rows) | {general} |",
+        f"| general text ({evaluation.num_general_rows} rows) | {evaluation.base_general:.4f} | "
+        f"{evaluation.adapter_general:.4f} | {evaluation.forgetting:+.4f} |",
         "",
     ]
     if parity is not None:

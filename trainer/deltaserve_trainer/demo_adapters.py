@@ -16,7 +16,7 @@ from pathlib import Path
 from deltaserve.tinybase import CHECKPOINT, DEMO_ADAPTERS
 from deltaserve_trainer.base import Base, load_model
 from deltaserve_trainer.data import read_dataset
-from deltaserve_trainer.demos import DEMOS, GENERAL_DATA, Demo
+from deltaserve_trainer.demos import DEMOS, Demo
 from deltaserve_trainer.encoding import Encoder
 from deltaserve_trainer.errors import GateRefused
 from deltaserve_trainer.evaluate import greedy_answer
@@ -41,7 +41,6 @@ def build_demo(demo: Demo, base: Base, out: Path) -> TrainingResult:
             base=base,
             data=demo.data,
             eval_data=demo.eval_data,
-            general_data=GENERAL_DATA,
             out_dir=Path(scratch) / demo.name,
             title=demo.name,
             on_progress=_log,

@@ -11,8 +11,6 @@ from typing import Any
 from deltaserve.tinybase import DEMO_DATA
 from deltaserve_trainer.recipe import Recipe, resolve_recipe
 
-GENERAL_DATA = DEMO_DATA / "general.eval.jsonl"
-
 
 @dataclass(frozen=True, slots=True)
 class Demo:

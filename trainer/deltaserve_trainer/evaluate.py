@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 
+from deltaserve.tinybase import DEMO_DATA
 from deltaserve_trainer.base import Base, load_model
 from deltaserve_trainer.data import Example, read_dataset
 from deltaserve_trainer.encoding import EncodedExample, Encoder
+from deltaserve_trainer.errors import DataInvalid
 from deltaserve_trainer.loss import mean_loss
 from deltaserve_trainer.methods import Method, load_method
 from deltaserve_trainer.report import encode_all
 
+BUNDLED_GENERAL_TEXT = DEMO_DATA / "general.eval.jsonl"
 NUM_SAMPLES = 4
 MAX_SAMPLE_TOKENS = 64
 
@@ -32,12 +35,12 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Mean nats per trained token. General losses are None when no general text was given."""
+    """Mean nats per trained token."""
 
     base_target: float
     adapter_target: float
-    base_general: float | None
-    adapter_general: float | None
+    base_general: float
+    adapter_general: float
     num_target_rows: int
     num_general_rows: int
     samples: tuple[Sample, ...] = ()
@@ -48,10 +51,8 @@ class Evaluation:
         return self.base_target - self.adapter_target
 
     @property
-    def forgetting(self) -> float | None:
+    def forgetting(self) -> float:
         """How much worse the adapter is on general text, nats per token; negative is better."""
-        if self.base_general is None or self.adapter_general is None:
-            return None
         return self.adapter_general - self.base_general
 
     def to_json(self) -> dict[str, Any]:
@@ -79,9 +80,9 @@ def evaluate_method(
         pad = encoder.pad_token_id
         return mean_loss(method.model, rows, batch_size=batch_size, pad_token_id=pad, precision=precision)
 
-    def losses() -> tuple[float, float | None, list[str]]:
+    def losses() -> tuple[float, float, list[str]]:
         answers = [greedy_answer(method, encoder, encoder.prompt_ids(row)) for row in sample_rows]
-        return loss(target), loss(general) if general else None, answers
+        return loss(target), loss(general), answers
 
     method.model.eval()
     adapter_target, adapter_general, adapter_answers = losses()
@@ -127,12 +128,15 @@ def evaluate_adapter(
 ) -> Evaluation:
     """Measure any adapter folder that the store's checks accept on the rows of ``data``.
 
-    Raises ``DataInvalid`` for the data and the store's ``AdapterInvalid`` for the adapter.
+    Without ``general_data`` the bundled general text is used. Raises ``DataInvalid`` for the data and the store's
+    ``AdapterInvalid`` for the adapter.
     """
     encoder = Encoder.from_folder(base.folder, max_length)
     examples = read_dataset(data).examples[:max_rows]
     target, _ = encode_all(encoder, examples)
-    general = read_general(general_data, encoder, max_rows)
+    if not target:
+        raise DataInvalid(data.name, [f"no row has a trained token within {max_length} tokens"], 1)
+    general = read_general(general_data or BUNDLED_GENERAL_TEXT, encoder, max_rows)
     method = load_method(load_model(base.folder, device=device), adapter_folder, base)
     return evaluate_method(
         method,
@@ -145,8 +149,9 @@ def evaluate_adapter(
     )
 
 
-def read_general(path: Path | None, encoder: Encoder, max_rows: int) -> list[EncodedExample]:
-    """The first ``max_rows`` rows of general text, encoded; empty without a file."""
-    if path is None:
-        return []
-    return encode_all(encoder, read_dataset(path).examples[:max_rows])[0]
+def read_general(path: Path, encoder: Encoder, max_rows: int) -> list[EncodedExample]:
+    """The first ``max_rows`` rows of general text, encoded. Raises ``DataInvalid``."""
+    rows, _ = encode_all(encoder, read_dataset(path).examples[:max_rows])
+    if not rows:
+        raise DataInvalid(path.name, ["no row of general text has a trained token within max_length"], 1)
+    return rows

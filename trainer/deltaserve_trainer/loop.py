@@ -24,7 +24,7 @@ from deltaserve_trainer.run_folder import RunFolder
 
 @dataclass(frozen=True, slots=True)
 class LoopData:
-    """Encoded rows. ``general`` may be empty, then forgetting is not measured."""
+    """Encoded rows to train on, held out, and of general text; none is empty."""
 
     train: Sequence[EncodedExample]
     target: Sequence[EncodedExample]
@@ -141,8 +141,8 @@ class Loop:
         step = self._counters.step
         self._report("evaluating")
         target = self._mean_loss(self._data.target)
-        general = self._mean_loss(self._data.general) if self._data.general else None
-        if not abs(target) < float("inf") or (general is not None and not abs(general) < float("inf")):
+        general = self._mean_loss(self._data.general)
+        if not (abs(target) < float("inf") and abs(general) < float("inf")):
             raise TrainingDiverged(
                 f"held-out loss {target} and general loss {general} at step {step}; lower learning_rate"
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deltaserve.tinybase import DEMO_DATA
 from deltaserve_trainer.base import Base
-from deltaserve_trainer.demos import GENERAL_DATA, JSON, SHOUT, Demo
+from deltaserve_trainer.demos import JSON, SHOUT, Demo
 from deltaserve_trainer.errors import TrainingError
 from deltaserve_trainer.progress import Progress
 from deltaserve_trainer.report import DataReport
@@ -65,7 +65,6 @@ def run_tour(
             base=base,
             data=demo.data,
             eval_data=demo.eval_data,
-            general_data=GENERAL_DATA,
             out_dir=work_folder / name,
             resume=True,
             title=name,

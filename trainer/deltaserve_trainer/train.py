@@ -18,7 +18,7 @@ from deltaserve_trainer.checkpoint import newest_checkpoint
 from deltaserve_trainer.data import Dataset, Example, read_dataset, split_held_out
 from deltaserve_trainer.encoding import EncodedExample, Encoder
 from deltaserve_trainer.errors import DataInvalid, ResumeRefused, TrainingInterrupted
-from deltaserve_trainer.evaluate import NUM_SAMPLES, Evaluation, evaluate_method, read_general
+from deltaserve_trainer.evaluate import BUNDLED_GENERAL_TEXT, NUM_SAMPLES, Evaluation, evaluate_method, read_general
 from deltaserve_trainer.interrupt import StopSignals
 from deltaserve_trainer.loop import Loop, LoopData
 from deltaserve_trainer.loss import summed_loss
@@ -110,6 +110,8 @@ def run_training(
 ) -> TrainingResult:
     """Train, keep the best state, evaluate it against the base, write the run directory.
 
+    Forgetting is measured on ``general_data``, or on the bundled general text.
+
     Raises ``DataInvalid``, ``RecipeInvalid``, ``ResumeRefused``, ``TrainingDiverged``; and ``TrainingInterrupted``
     after SIGINT or SIGTERM, once the state is saved. ``resume`` continues from the newest complete checkpoint and ends
     in the same state as a run that was never stopped.
@@ -118,9 +120,9 @@ def run_training(
     prepared, encoder = check_data(recipe, base_folder=base.folder, data=data, eval_data=eval_data)
     if on_data is not None:
         on_data(prepared.report)
-    general = read_general(general_data, encoder, recipe.max_eval_rows)
-    if general_data is not None:
-        prepared.digests["general_data"] = hashlib.sha256(general_data.read_bytes()).hexdigest()
+    general_file = general_data or BUNDLED_GENERAL_TEXT
+    general = read_general(general_file, encoder, recipe.max_eval_rows)
+    prepared.digests["general_data"] = hashlib.sha256(general_file.read_bytes()).hexdigest()
     folder = RunFolder(out_dir)
     folder.open(_identity(recipe, base, prepared), resume=resume)
     if folder.is_finished:
