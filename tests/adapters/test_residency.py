@@ -156,6 +156,25 @@ def test_composition_takes_all_or_nothing() -> None:
     bench.release("v1", "v2", "v1")
 
 
+def test_a_composition_larger_than_the_host_goes_up_part_by_part() -> None:
+    bench = Bench(slots=2, host=1)
+    for _ in range(4):
+        bench.load("v1", "v2")
+        slots = bench.acquire("v1", "v2")
+    assert slots is not None
+    assert [bench.content(slot) for slot in slots] == [2.0, 3.0]
+
+
+def test_a_composition_larger_than_the_device_is_refused() -> None:
+    bench = Bench(slots=3, device=1)
+    bench.load("v1", "v2")
+    with pytest.raises(AdapterUnavailable, match="2 adapters of 128 bytes are needed at once"):
+        bench.acquire("v1", "v2")
+    bench = Bench(slots=1)
+    with pytest.raises(AdapterUnavailable, match="the device has 1 slots"):
+        bench.acquire("v1", "v2")
+
+
 def test_bytes_bound_the_device_too() -> None:
     bench = Bench(slots=8, device=2)
     bench.load("v1", "v2")

@@ -24,6 +24,11 @@ class Demand:
         """How far back in the queue the version is wanted first. Raises ``KeyError`` when nobody wants it."""
         return self._order[version]
 
+    def is_sooner(self, version: str, other: str) -> bool:
+        """Whether ``version`` is wanted, and before ``other``."""
+        own, others = self._order.get(version), self._order.get(other)
+        return own is not None and (others is None or own < others)
+
     def eviction_rank(self, hosted: Resident, newcomer: Resident) -> int | None:
         """When ``hosted`` goes from the host to make room for ``newcomer``: lowest first, None never.
 

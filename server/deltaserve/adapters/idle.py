@@ -22,6 +22,12 @@ class IdleAdapters:
     def __len__(self) -> int:
         return len(self._residents)
 
+    def versions(self) -> list[str]:
+        return list(self._residents)
+
+    def get(self, version: str) -> Resident:
+        return self._residents[version]
+
     def add(self, resident: Resident) -> None:
         self._residents[resident.version] = resident
         self.nbytes += resident.nbytes

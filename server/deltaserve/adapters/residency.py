@@ -246,7 +246,9 @@ class AdapterResidency:
     def _place(self, residents: Sequence[Resident]) -> bool:
         """Bring every resident into a slot, evicting idle ones; True when all are READY. Nothing is evicted in vain."""
         needed = {resident.version: resident for resident in residents}
+        self._tiers.check_fits(needed)
         if any(resident.state not in ON_HOST for resident in needed.values()):
+            self._place_ahead(needed)
             return False
         if max(self._tiers.shortfall(needed)) > 0:
             return False
@@ -256,16 +258,24 @@ class AdapterResidency:
                 self._move_to_device(resident)
         return all(resident.state is AdapterState.READY for resident in needed.values())
 
+    def _place_ahead(self, needed: Mapping[str, Resident]) -> None:
+        """Bring what is on the host already to the device, unpinned: the host may be too small for all at once."""
+        for resident in needed.values():
+            if resident.state is AdapterState.HOST and self._tiers.may_place_ahead(resident, needed, self._demand):
+                self._make_device_room(resident.nbytes, needed)
+                self._move_to_device(resident)
+
     def _make_device_room(self, nbytes: int, keep: Collection[str]) -> None:
         while not self._tiers.has_room_for(nbytes):
-            victim = self._tiers.idle.victim(keep, self._demand)
-            hosted = victim.hosted
-            self._tiers.leave_device(victim)
-            is_hosted = victim.version in self.cache
-            self._set(victim, AdapterState.HOST if is_hosted else AdapterState.STORED)
-            if hosted is not None:
-                self._return_to_host(victim, hosted, keep)
-            self.observer.on_adapter_eviction("device", "capacity")
+            self._evict_from_device(self._tiers.idle.victim(keep, self._demand), keep)
+
+    def _evict_from_device(self, victim: Resident, keep: Collection[str]) -> None:
+        hosted = victim.hosted
+        self._tiers.leave_device(victim)
+        self._set(victim, AdapterState.HOST if victim.version in self.cache else AdapterState.STORED)
+        if hosted is not None:
+            self._return_to_host(victim, hosted, keep)
+        self.observer.on_adapter_eviction("device", "capacity")
 
     def _move_to_device(self, resident: Resident) -> None:
         hosted = self.cache.get(resident.version)

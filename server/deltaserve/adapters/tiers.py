@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from deltaserve.adapters.demand import Demand
 from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.adapters.host_cache import HostCache
 from deltaserve.adapters.idle import IdleAdapters
 from deltaserve.adapters.resident import Resident
+from deltaserve.errors import AdapterUnavailable
 
 Level = Literal["host", "device"]
 
@@ -48,6 +50,22 @@ class Tiers:
     def has_room_for(self, nbytes: int) -> bool:
         """Whether one more adapter fits on the device without evicting anything."""
         return self.pool.num_free_slots > 0 and self.pool.free_bytes >= nbytes
+
+    def check_fits(self, needed: Mapping[str, Resident]) -> None:
+        """Raise ``AdapterUnavailable`` when the versions could not be on an empty device together."""
+        nbytes = sum(resident.nbytes for resident in needed.values())
+        if len(needed) > self.pool.num_slots or nbytes > self.pool.max_bytes:
+            raise AdapterUnavailable(
+                f"{len(needed)} adapters of {nbytes} bytes are needed at once; the device has {self.pool.num_slots} "
+                f"slots and {self.pool.max_bytes} bytes for adapters. Raise --adapter-device-bytes or compose fewer.",
+                param="adapters",
+            )
+
+    def may_place_ahead(self, resident: Resident, needed: Mapping[str, Resident], demand: Demand) -> bool:
+        """Whether one of ``needed`` fits without evicting what some sequence wants no later."""
+        later = [v for v in self.idle.versions() if v not in needed and not demand.is_sooner(v, resident.version)]
+        nbytes = sum(self.idle.get(version).nbytes for version in later)
+        return self.pool.num_free_slots + len(later) > 0 and self.pool.free_bytes + nbytes >= resident.nbytes
 
     def take_out(self, resident: Resident) -> Level | None:
         """Out of both tiers; returns the highest one it was in."""
