@@ -40,8 +40,8 @@ class NameTables:
             self.adapters.setdefault(tenant, {})[name] = entry
 
     def snapshot(self) -> NameMap:
-        adapters = {tenant: dict(entries) for tenant, entries in self.adapters.items()}
-        aliases = {tenant: dict(entries) for tenant, entries in self.aliases.items()}
+        adapters = {tenant: dict(entries) for tenant, entries in self.adapters.items() if entries}
+        aliases = {tenant: dict(entries) for tenant, entries in self.aliases.items() if entries}
         return NameMap(self._base_names, adapters, aliases)
 
     def page(self, tenant: str, limit: int, after: str | None) -> Sequence[AdapterRecord]:
