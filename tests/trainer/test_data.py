@@ -12,7 +12,7 @@ from deltaserve_trainer.data import DataFormat, read_dataset, split_held_out
 from deltaserve_trainer.encoding import Encoder
 from deltaserve_trainer.errors import DataInvalid, TrainingError
 from deltaserve_trainer.report import encode_all, report_on
-from deltatest.trainer_base import TEMPLATE, make_tokenizer, write_pairs
+from deltatest.trainer_base import TEMPLATE, make_base, make_tokenizer, write_pairs
 
 
 def _write(path: Path, *rows: object) -> Path:
@@ -203,3 +203,11 @@ def test_format_can_be_demanded(tmp_path: Path) -> None:
     assert read_dataset(path).format is DataFormat.PROMPT_COMPLETION
     with pytest.raises(DataInvalid, match="line 1"):
         read_dataset(path, DataFormat.TEXT)
+
+
+def test_rows_never_exceed_the_context_of_the_base(tmp_path: Path) -> None:
+    make_base(tmp_path / "base", architecture="gpt2")
+    dataset = read_dataset(_write(tmp_path / "a.jsonl", {"text": "the cat sat " * 400}))
+    (row,) = Encoder.from_folder(tmp_path / "base", 100_000).encode(dataset.examples[0])
+    assert len(row.input_ids) == 256
+    assert row.is_truncated

@@ -6,6 +6,7 @@ serving computes for that prompt; the trained part ends with the end-of-sequence
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,8 @@ class Encoder:
 
     @classmethod
     def from_folder(cls, base_folder: Path, max_length: int) -> Encoder:
-        """Reads the tokenizer of a base from disk; never from the network."""
-        return cls(Tokenizer.from_folder(base_folder), max_length)
+        """Reads the tokenizer of a base from disk; never from the network. Rows never exceed the base's context."""
+        return cls(Tokenizer.from_folder(base_folder), min(max_length, _context_length(base_folder) or max_length))
 
     @property
     def pad_token_id(self) -> int:
@@ -135,3 +136,10 @@ class Encoder:
         trained = [is_trained for piece, is_trained in pieces for _ in piece]
         cut = self._max_length
         return EncodedExample(line, tuple(ids[:cut]), tuple(trained[:cut]), len(ids) > cut)
+
+
+def _context_length(base_folder: Path) -> int | None:
+    """Positions the base knows, in tokens; None where its config names no limit."""
+    config = json.loads((base_folder / "config.json").read_text("utf-8"))
+    config = config.get("text_config", config)
+    return config.get("max_position_embeddings") or config.get("n_positions")

@@ -59,7 +59,8 @@ class Recipe(_Frozen):
 
     ``epochs`` counts unless ``max_steps`` is given. ``micro_batch_size`` rows go through the model at once; the step is
     that of ``batch_size`` rows all the same. ``patience`` stops the run after so many evaluations without a better
-    held-out loss. ``precision`` "bfloat16" computes in bfloat16 over float32 weights. ``save_dtype`` is that of the
+    held-out loss. Rows are cut at ``max_length`` or at the base's context,
+    whichever is less. ``precision`` "bfloat16" computes in bfloat16 over float32 weights. ``save_dtype`` is that of the
     adapter file; what is evaluated is what is saved.
     """
 
