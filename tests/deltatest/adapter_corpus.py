@@ -231,6 +231,18 @@ def _repeat_first(indices: torch.Tensor) -> torch.Tensor:
     return indices
 
 
+def _smuggle(data: bytes) -> bytes:
+    """Sixteen bytes between the first tensor and the second, which no tensor accounts for."""
+    length = struct.unpack("<Q", data[:8])[0]
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    entries = sorted((entry for key, entry in header.items() if key != "__metadata__"), key=lambda e: e["data_offsets"])
+    cut = entries[0]["data_offsets"][1]
+    for entry in entries[1:]:
+        entry["data_offsets"] = [offset + 16 for offset in entry["data_offsets"]]
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body[:cut] + PICKLE[:16].ljust(16) + body[cut:]
+
+
 class _Canary:
     """Unpickling this would leave a trace; nothing may ever do so."""
 
@@ -399,6 +411,7 @@ _HEADER = (
     BadAdapter(
         "bytes after the end", "lora", edit_bytes(lambda data: data + b"PK\x03\x04"), (("bad_offsets", TENSORS),)
     ),
+    BadAdapter("bytes between tensors", "lora", edit_bytes(_smuggle), (("bad_offsets", Q0_B),)),
     BadAdapter("the same tensor twice", "lora", edit_bytes(_duplicate_header_key), (("bad_header", TENSORS),)),
     BadAdapter(
         "a path as tensor name",
