@@ -467,6 +467,25 @@ async def test_a_version_without_folded_file_is_prepared_off_the_loop_and_may_pr
             await asyncio.wait_for(tokens_of(engine.submit(request("c", [1], "v3"))), 5)
 
 
+async def test_two_versions_being_prepared_leave_room_for_the_loads_of_their_proofs() -> None:
+    rig = make_rig(contents=CONTENTS)
+    loader: Any = with_candidates(rig)
+    loader.unprepared = {"v1", "v2", "v3"}
+    async with serving(rig, loader=loader) as engine:
+
+        async def prepare(version: str) -> None:
+            await asyncio.sleep(0.02)
+            engine.register_candidate(version, Path("somewhere"))
+            await engine.probe((1, 2, 3), Binding((BindingPart(version),)))
+            engine.unregister_candidate(version)
+            loader.unprepared.discard(version)
+
+        engine.on_prepare = prepare
+        requests = [request(f"r{i}", [1, 2], f"v{i}", max_tokens=4) for i in (1, 2, 3)]
+        results = await asyncio.wait_for(asyncio.gather(*(tokens_of(engine.submit(req)) for req in requests)), 10)
+        assert results == [solo(req) for req in requests]
+
+
 async def test_a_stop_string_found_outside_ends_the_sequence() -> None:
     rig = make_rig()
     rig.runner.before_step = lambda: time.sleep(0.002)
