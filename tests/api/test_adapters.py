@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from deltaserve.api import uploads
+from deltaserve.api import upload_form, uploads
 from deltaserve.api.app import create_app
 from deltaserve.config import ServeConfig
 from deltaserve.errors import QueueFull, StorageFull
@@ -133,7 +133,7 @@ def test_wrong_forms_are_named(
 
 
 def test_parts_are_bounded(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "MAX_PARTS", 2)
+    monkeypatch.setattr(upload_form, "MAX_PARTS", 2)
     assert error_of(upload(http), 400)["param"] == "files"
 
 
@@ -211,13 +211,50 @@ def test_a_full_disk_is_507(http: TestClient, admission: FakeAdmission, monkeypa
 
 
 def test_uploads_at_once_are_bounded(http: TestClient, app: FastAPI) -> None:
-    slots = uploads.UploadSlots(1)
-    app.state.upload_slots = slots
-    with slots:
-        response = upload(http)
+    app.state.uploads = uploads.Uploads(0)
+    response = upload(http)
     assert error_of(response, 429)["code"] == QueueFull.code
     assert response.headers["retry-after"] == "5"
-    assert upload(http).status_code == 201
+    app.state.uploads = uploads.Uploads(1)
+    for _ in range(3):  # each gives its place back, whatever its end
+        assert upload(http).status_code in (200, 201)
+        assert upload(http, files=[("files", ("adapter_model.safetensors", b"bad"))]).status_code == 422
+        assert upload(http, "../x").status_code == 400
+
+
+def test_a_long_proof_is_answered_later(
+    live: LiveServer, admission: FakeAdmission, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import httpx
+
+    monkeypatch.setattr(admission, "seconds", 0.3)
+    with httpx.Client(base_url=live.url) as http:
+        files = [CONFIG, WEIGHTS]
+        taken = http.post("/v1/adapters", data={"name": "slow"}, files=files, headers={"prefer": "respond-async"})
+        assert taken.status_code == 202
+        assert taken.json()["state"] == "checking"
+        address = taken.json()["status_url"]
+        assert taken.headers["location"] == address
+        assert http.get(address).status_code == 202
+        done = wait_for_verdict(http, address)
+        assert (done.status_code, done.json()["id"]) == (201, "slow")
+        assert http.get("/v1/adapters/slow").json()["version"] == done.json()["version"]
+        bad = [CONFIG, ("files", ("adapter_model.safetensors", b"bad"))]
+        taken = http.post("/v1/adapters", data={"name": "b"}, files=bad, headers={"prefer": "respond-async"})
+        refused = wait_for_verdict(http, taken.json()["status_url"])
+        assert len(error_of(refused, 422)["reasons"]) == 2
+        assert http.get("/v1/uploads/upload-none").status_code == 404
+    assert b'uploads_total{outcome="created"} 1.0' in metrics.render()
+
+
+def wait_for_verdict(http: Any, address: str) -> Any:
+    import time
+
+    deadline = time.monotonic() + 5
+    while (response := http.get(address)).status_code == 202:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return response
 
 
 def test_a_client_that_leaves_in_mid_upload_leaves_nothing(live: LiveServer, tmp_path: Path, metrics: Metrics) -> None:

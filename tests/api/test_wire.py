@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -153,11 +154,18 @@ def test_slow_sockets_do_not_hold_up_others(impatient: LiveServer) -> None:
 
 
 def test_a_stalled_reader_is_cut(live: LiveServer, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    connected = DeadlineProtocol.connection_made
+
+    def with_small_buffer(self: DeadlineProtocol, transport: Any) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+        connected(self, transport)
+
+    monkeypatch.setattr(DeadlineProtocol, "connection_made", with_small_buffer)
     monkeypatch.setattr(DeadlineProtocol, "write_stall_seconds", 0.3)
     engine.max_model_len = 40_000
-    engine.tokens_per_step = 500
-    engine.script = lambda request, index: [40] * 30_000
-    body = json.dumps({"model": BASE, "prompt": "user", "max_tokens": 30_000, "stream": True, "logprobs": 5}).encode()
+    engine.tokens_per_step = 50
+    engine.script = lambda request, index: [40] * 5000
+    body = json.dumps({"model": BASE, "prompt": "user", "max_tokens": 5000, "stream": True, "logprobs": 5}).encode()
     with live.connect() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(post(body))

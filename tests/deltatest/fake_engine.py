@@ -258,6 +258,7 @@ class FakeAdmission:
     def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
         self.admitted: list[dict[str, bytes]] = []
+        self.seconds = 0.0
 
     async def admit(
         self,
@@ -270,6 +271,7 @@ class FakeAdmission:
         accept_no_effect: bool = False,
         source: str = "upload",
     ) -> SimpleNamespace:
+        await asyncio.sleep(self.seconds)
         files = {path.name: path.read_bytes() for path in staged_folder.iterdir()}
         weights = files.get("adapter_model.safetensors", b"")
         if weights.startswith(b"bad"):

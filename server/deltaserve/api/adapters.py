@@ -12,7 +12,7 @@ from deltaserve.api.body import parse_json, read_body, read_json
 from deltaserve.api.models import aliased
 from deltaserve.api.schemas.management import AliasRequest, RollbackRequest
 from deltaserve.api.services import Services, services_of
-from deltaserve.api.uploads import receive_upload
+from deltaserve.api.uploads import Upload, is_settled, uploads_of, verdict_of, wait_seconds
 from deltaserve.core import AdapterState, AdapterStatus
 from deltaserve.errors import InvalidRequest, ModelNotFound
 from deltaserve_store.manifest import AdapterRecord
@@ -26,12 +26,25 @@ MAX_SMALL_BODY = 64 << 10
 
 @router.post("/v1/adapters")
 async def upload_adapter(http: Request, caller: Caller = MAY_UPLOAD) -> Response:
-    """201 for a new version, 200 when the name has these bytes already, 422 with every reason."""
-    services = services_of(http)
-    result = await receive_upload(http, services, caller)
-    view = adapter_view(services, result.record) | {"warnings": list(result.warnings)}
-    http.scope["state"].setdefault("log_fields", {})["version"] = result.record.version
-    return JSONResponse(view, status_code=201 if result.created else 200)
+    """201 for a new version, 200 for bytes that the name has already, 422 with every reason, 202 when it takes long."""
+    services, uploads = services_of(http), uploads_of(http)
+    upload = await uploads.receive(http, services, caller)
+    if await is_settled(upload, wait_seconds(http)):
+        return _verdict(services, upload)
+    uploads.remember(upload)
+    address = f"/v1/uploads/{upload.id}"
+    body = {"id": upload.id, "object": "upload", "name": upload.name, "state": "checking", "status_url": address}
+    return JSONResponse(body, status_code=202, headers={"location": address, "retry-after": "2"})
+
+
+@router.get("/v1/uploads/{id}")
+async def show_upload(id: str, http: Request, caller: Caller = MAY_UPLOAD) -> Response:
+    """How an upload that was answered with 202 goes on: 202 until it ends, then what the upload would have got."""
+    upload = uploads_of(http).find(id, caller)
+    if await is_settled(upload, 0):
+        return _verdict(services_of(http), upload)
+    body = {"id": upload.id, "object": "upload", "name": upload.name, "state": "checking"}
+    return JSONResponse(body, status_code=202, headers={"retry-after": "2"})
 
 
 @router.get("/v1/adapters")
@@ -107,6 +120,13 @@ async def set_alias(alias: str, http: Request, caller: Caller = MAY_UPLOAD) -> d
     fields = AliasRequest.model_validate(await read_json(http, MAX_SMALL_BODY))
     await services.admission.alias(caller.tenant, validate_name(alias, param="alias"), fields.target)
     return _alias(services, caller, alias)
+
+
+def _verdict(services: Services, upload: Upload) -> Response:
+    """The door's answer. Raises its refusal."""
+    result = verdict_of(upload)
+    view = adapter_view(services, result.record) | {"warnings": list(result.warnings)}
+    return JSONResponse(view, status_code=201 if result.created else 200)
 
 
 def adapter_view(services: Services, record: AdapterRecord) -> dict[str, Any]:

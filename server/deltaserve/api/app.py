@@ -13,7 +13,7 @@ from deltaserve.api.errors import install_error_handlers
 from deltaserve.api.keys import KeyRing
 from deltaserve.api.request_context import RequestContext
 from deltaserve.api.services import Door, GenerationEngine, Services
-from deltaserve.api.uploads import UploadSlots
+from deltaserve.api.uploads import Uploads
 from deltaserve.config import ServeConfig
 from deltaserve.metrics import Metrics
 from deltaserve.text import Tokenizer
@@ -31,7 +31,7 @@ def create_app(
     """Starting and stopping the collaborators is the caller's business. Without ``keys`` only loopback is served."""
     app = FastAPI(title="deltaserve", version=deltaserve.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.services = Services(engine, admission, store, tokenizer, metrics, config, keys)
-    app.state.upload_slots = UploadSlots()
+    app.state.uploads = Uploads()
     metrics.watch(engine.status)
     for router in (
         status.public,

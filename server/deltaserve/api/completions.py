@@ -69,26 +69,26 @@ class CompletionFormat:
             return []
         text, entries = self._echo(prompt)
         self._num_echoed_chars[id(prompt)] = len(text)
-        return [self._write(prompt, choice.index, text, entries, 0, None) for choice in prompt.choices]
+        return [self._write(choice.index, text, entries, 0, None) for choice in prompt.choices]
 
     def chunk(self, prompt: Prompt, delta: ChoiceDelta) -> list[dict[str, Any]]:
         tells_tokens = self._fields.logprobs is not None or self._fields.return_token_ids
         if not (delta.text or delta.finish_reason or (delta.tokens and tells_tokens)):
             return []
         offset = self._num_echoed_chars.get(id(prompt), 0)
-        return [self._write(prompt, delta.index, delta.text, delta.tokens, offset, delta.finish_reason)]
+        return [self._write(delta.index, delta.text, delta.tokens, offset, delta.finish_reason)]
 
     def choice(self, prompt: Prompt, index: int, full: FullChoice) -> dict[str, Any]:
         echo, entries = self._echo(prompt) if self._fields.echo else ("", [])
         shifted = [TokenEntry(entry.token_id, entry.logprob, len(echo) + entry.text_offset) for entry in full.tokens]
-        written = self._write(prompt, index, echo + full.text, [*entries, *shifted], 0, full.finish_reason)
+        written = self._write(index, echo + full.text, [*entries, *shifted], 0, full.finish_reason)
         if self._fields.return_token_ids:
             written["token_ids"] = [entry.token_id for entry in full.tokens]
+            written["prompt_token_ids"] = list(prompt.request.prompt_ids)
         return written
 
     def _write(
         self,
-        prompt: Prompt,
         index: int,
         text: str,
         entries: Sequence[TokenEntry],
@@ -104,7 +104,6 @@ class CompletionFormat:
         }
         if self._fields.return_token_ids:
             choice["token_ids"] = [entry.token_id for entry in entries]
-            choice["prompt_token_ids"] = list(prompt.request.prompt_ids)
         return choice
 
     def _echo(self, prompt: Prompt) -> tuple[str, list[TokenEntry]]:

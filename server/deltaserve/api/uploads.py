@@ -1,99 +1,150 @@
-"""Receiving an adapter: a multipart form streamed straight into staging, then the door.
+"""Receiving an adapter: a form streamed into staging, then the door, then an answer at once or later.
 
-Nothing is kept in memory beyond one network chunk and the small fields; no path comes from the client; parsing and
-writing run in a worker thread.
+A proof can take longer than a client waits. After ``ANSWER_SECONDS`` (or at once, with ``Prefer: respond-async``) the
+answer is 202 with an address that tells how it ended.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import secrets
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, cast
 
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from deltaserve.api.body import drain, receive_chunks
-from deltaserve.api.errors import UnsupportedMediaType
+from deltaserve.api.errors import UnsupportedMediaType, internal_error, log
 from deltaserve.api.keys import Caller
 from deltaserve.api.services import Services
-from deltaserve.errors import BodyTooLarge, DeltaserveError, InvalidRequest, QueueFull
+from deltaserve.api.upload_form import UploadForm, boundary_of
+from deltaserve.errors import BodyTooLarge, DeltaserveError, NotFound, QueueFull
 from deltaserve_store.errors import StoreError
-from deltaserve_store.names import validate_name
 from deltaserve_store.staging import StagedUpload, Staging
 
-MAX_PARTS = 64
-MAX_HEADER_BYTES = 4096
-MAX_FIELD_BYTES = 1024
+ANSWER_SECONDS = 300.0
 MAX_CONCURRENT_UPLOADS = 8
+MAX_REMEMBERED = 256
 _DRAIN_BYTES = 8 << 20
-_FLAGS = ("accept_base", "accept_no_effect")
-_FIELDS = ("name", "expected_version", *_FLAGS)
-_VERSION = re.compile(r"[0-9a-f]{64}")
 
 
-class UploadSlots:
-    """How many uploads may be received at once; one more gets 429."""
+@dataclass(slots=True)
+class Upload:
+    """One upload from its first byte to the door's verdict."""
+
+    id: str
+    tenant: str
+    num_bytes: int = 0
+    name: str = ""
+    verdict: asyncio.Future[Any] | None = None
+
+
+class Uploads:
+    """Uploads under way, of which there are few at once, and the last ones that outlived their request."""
 
     def __init__(self, limit: int = MAX_CONCURRENT_UPLOADS) -> None:
         self._limit = limit
-        self._used = 0
+        self._num_open = 0
+        self._remembered: OrderedDict[str, Upload] = OrderedDict()
 
-    def __enter__(self) -> None:
-        if self._used >= self._limit:
-            raise QueueFull(f"{self._limit} uploads are being received already; try again", retry_after_seconds=5)
-        self._used += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._used -= 1
-
-
-async def receive_upload(http: Request, services: Services, caller: Caller) -> Any:
-    """Stages, admits, counts. Returns the door's ``AdmissionResult``; staging is gone afterwards in every case."""
-    num_bytes = 0
-
-    def count(size: int) -> None:
-        nonlocal num_bytes
-        num_bytes += size
-
-    try:
-        with http.app.state.upload_slots:
+    async def receive(self, http: Request, services: Services, caller: Caller) -> Upload:
+        """Stages the form's files and begins admission. ``verdict`` becomes the door's ``AdmissionResult``."""
+        if self._num_open >= self._limit:
+            raise QueueFull(f"{self._limit} uploads are under way already; try again", retry_after_seconds=5)
+        self._num_open += 1
+        upload = Upload(f"upload-{secrets.token_hex(12)}", caller.tenant)
+        staged: StagedUpload | None = None
+        try:
             staged = await asyncio.to_thread(Staging(services.store).open)
-            try:
-                form = await _receive(http, staged, services.config.max_upload_bytes, count)
-                result = await services.admission.admit(staged.folder, tenant=caller.tenant, source="upload", **form)
-            finally:
-                await asyncio.to_thread(staged.discard)
-    except (DeltaserveError, StoreError) as error:
-        outcome = "refused" if error.status < 500 else "failed"
+            form = await _receive(http, staged, services.config.max_upload_bytes, upload)
+        except BaseException as error:
+            await self._close(staged)
+            _count(services, upload, error)
+            raise
+        upload.name = form["name"]
+        upload.verdict = asyncio.ensure_future(self._admit(services, upload, staged, form))
+        return upload
+
+    def remember(self, upload: Upload) -> None:
+        """Keeps an upload for later questions; the oldest is forgotten when there are too many."""
+        self._remembered[upload.id] = upload
+        if len(self._remembered) > MAX_REMEMBERED:
+            self._remembered.popitem(last=False)
+
+    def find(self, upload_id: str, caller: Caller) -> Upload:
+        upload = self._remembered.get(upload_id)
+        if upload is None or upload.tenant != caller.tenant:
+            raise NotFound("no such upload; the last few are remembered until the server stops", param="id")
+        return upload
+
+    async def _admit(self, services: Services, upload: Upload, staged: StagedUpload, form: dict[str, Any]) -> Any:
+        try:
+            result = await services.admission.admit(staged.folder, tenant=upload.tenant, source="upload", **form)
+        except BaseException as error:
+            _count(services, upload, error)
+            if not isinstance(error, DeltaserveError | StoreError | asyncio.CancelledError):
+                log.exception("unexpected error at the door")
+                raise internal_error() from error
+            raise
+        finally:
+            await self._close(staged)
+        services.metrics.on_upload("created" if result.created else "unchanged", upload.num_bytes)
+        return result
+
+    async def _close(self, staged: StagedUpload | None) -> None:
+        self._num_open -= 1
+        if staged is not None:
+            await asyncio.to_thread(staged.discard)
+
+
+def uploads_of(http: Request) -> Uploads:
+    return cast(Uploads, http.app.state.uploads)
+
+
+async def is_settled(upload: Upload, seconds: float) -> bool:
+    """Whether the verdict is there within that time. The upload goes on whoever stops waiting."""
+    verdict = _future(upload)
+    await asyncio.wait({verdict}, timeout=seconds)
+    return verdict.done()
+
+
+def verdict_of(upload: Upload) -> Any:
+    """The settled verdict. Raises what the door raised."""
+    return _future(upload).result()
+
+
+def _future(upload: Upload) -> asyncio.Future[Any]:
+    if upload.verdict is None:
+        raise RuntimeError("the upload was not received")
+    return upload.verdict
+
+
+def wait_seconds(http: Request) -> float:
+    """How long the client wants to wait for the verdict (RFC 7240)."""
+    preferences = {part.strip().lower() for part in http.headers.get("prefer", "").split(",")}
+    return 0.0 if "respond-async" in preferences else ANSWER_SECONDS
+
+
+def _count(services: Services, upload: Upload, error: BaseException) -> None:
+    if isinstance(error, DeltaserveError | StoreError) and error.status < 500:
         codes = [reason.code for reason in error.reasons] or [error.error_code]
-        services.metrics.on_upload(outcome, num_bytes, codes if outcome == "refused" else ())
-        raise
-    except BaseException:
-        services.metrics.on_upload("failed", num_bytes)
-        raise
-    services.metrics.on_upload("created" if result.created else "unchanged", num_bytes)
-    return result
+        services.metrics.on_upload("refused", upload.num_bytes, codes)
+    else:
+        services.metrics.on_upload("failed", upload.num_bytes)
 
 
-async def _receive(http: Request, staged: StagedUpload, max_bytes: int, count: Callable[[int], None]) -> dict[str, Any]:
+async def _receive(http: Request, staged: StagedUpload, max_bytes: int, upload: Upload) -> dict[str, Any]:
     """The form's fields as arguments of ``admit``; its files are in ``staged`` then."""
-    kind, options = parse_options_header(http.headers.get("content-type", ""))
-    boundary = options.get(b"boundary", b"")
-    if kind != b"multipart/form-data" or not 1 <= len(boundary) <= 70:
+    boundary = boundary_of(http.headers.get("content-type", ""))
+    if boundary is None:
         raise UnsupportedMediaType("send the adapter as multipart/form-data with a boundary of 1 to 70 characters")
     stream = receive_chunks(http)
-    left = max_bytes
     with UploadForm(staged, boundary) as form:
         try:
             async for chunk in stream:
-                left -= len(chunk)
-                count(len(chunk))
-                if left < 0:
+                upload.num_bytes += len(chunk)
+                if upload.num_bytes > max_bytes:
                     raise BodyTooLarge(f"the upload has more than {max_bytes} bytes, the most this server takes")
                 await asyncio.to_thread(form.feed, chunk)
             await asyncio.to_thread(form.finish)
@@ -101,176 +152,3 @@ async def _receive(http: Request, staged: StagedUpload, max_bytes: int, count: C
             await drain(stream, _DRAIN_BYTES)
             raise
     return form.arguments()
-
-
-class _Sink(Protocol):
-    def write(self, chunk: bytes) -> None: ...
-
-
-@dataclass(slots=True)
-class _Part:
-    headers: dict[bytes, bytes] = field(default_factory=dict)
-    header_name: bytes = b""
-    header_value: bytes = b""
-    num_header_bytes: int = 0
-
-
-class _TextField:
-    """A small field of the form, kept in memory."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.data = b""
-
-    def write(self, chunk: bytes) -> None:
-        self.data += chunk
-        if len(self.data) > MAX_FIELD_BYTES:
-            raise InvalidRequest(f"{self.name} has more than {MAX_FIELD_BYTES} bytes", param=self.name)
-
-
-class UploadForm:
-    """Feeds a multipart body part by part to staging. Used by one worker thread at a time."""
-
-    def __init__(self, staged: StagedUpload, boundary: bytes) -> None:
-        self._staged = staged
-        self._open = ExitStack()
-        self._part = _Part()
-        self._sink: _Sink | None = None
-        self._fields: dict[str, _TextField] = {}
-        self._num_parts = 0
-        self._num_files = 0
-        self._has_archive = False
-        self._is_complete = False
-        callbacks = {
-            "on_part_begin": self._begin,
-            "on_header_field": self._header_name,
-            "on_header_value": self._header_value,
-            "on_header_end": self._header_end,
-            "on_headers_finished": self._headers_finished,
-            "on_part_data": self._data,
-            "on_part_end": self._end,
-            "on_end": self._all_read,
-        }
-        self._parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]
-
-    def __enter__(self) -> UploadForm:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
-
-    def feed(self, chunk: bytes) -> None:
-        try:
-            self._parser.write(chunk)
-        except FormParserError as error:
-            raise InvalidRequest("the multipart form is malformed", code="invalid_multipart") from error
-
-    def finish(self) -> None:
-        """Checks that the form ended and unpacks an archive."""
-        if not self._is_complete:
-            raise InvalidRequest("the multipart form ends before its last boundary", code="invalid_multipart")
-        if not self._has_archive and not self._num_files:
-            raise InvalidRequest("send the adapter's files as 'files', or one 'archive'", param="files")
-        if self._has_archive:
-            self._staged.unpack()
-
-    def arguments(self) -> dict[str, Any]:
-        """``name``, ``expected_version``, ``accept_base``, ``accept_no_effect``, checked."""
-        values = {name: _text(field) for name, field in self._fields.items()}
-        version = values.get("expected_version")
-        if version is not None and not _VERSION.fullmatch(version):
-            raise InvalidRequest("expected_version must be 64 hex digits", param="expected_version")
-        if "name" not in values:
-            raise InvalidRequest("name is required", param="name", code="missing_required_parameter")
-        flags = {name: _flag(name, values.get(name)) for name in _FLAGS}
-        return {"name": validate_name(values["name"]), "expected_version": version, **flags}
-
-    def _begin(self) -> None:
-        self._num_parts += 1
-        if self._num_parts > MAX_PARTS:
-            raise InvalidRequest(f"the form has more than {MAX_PARTS} parts; send an archive", param="files")
-        self._part = _Part()
-
-    def _header_name(self, data: bytes, start: int, end: int) -> None:
-        self._count_header(end - start)
-        self._part.header_name += data[start:end]
-
-    def _header_value(self, data: bytes, start: int, end: int) -> None:
-        self._count_header(end - start)
-        self._part.header_value += data[start:end]
-
-    def _count_header(self, size: int) -> None:
-        self._part.num_header_bytes += size
-        if self._part.num_header_bytes > MAX_HEADER_BYTES:
-            raise InvalidRequest(f"a part has more than {MAX_HEADER_BYTES} bytes of headers", code="invalid_multipart")
-
-    def _header_end(self) -> None:
-        part = self._part
-        part.headers[part.header_name.lower()] = part.header_value
-        part.header_name = part.header_value = b""
-
-    def _headers_finished(self) -> None:
-        _, options = parse_options_header(self._part.headers.get(b"content-disposition", b""))
-        name = _printable(options.get(b"name", b""))
-        if name in _FIELDS:
-            self._sink = self._new_field(name)
-        elif name == "files":
-            self._sink = self._new_file(_file_name(options))
-        elif name == "archive":
-            self._sink = self._new_archive()
-        else:
-            known = ", ".join((*_FIELDS, "files", "archive"))
-            raise InvalidRequest(f"the form has a field {name}; it may have {known}", param=name)
-
-    def _new_field(self, name: str) -> _TextField:
-        if name in self._fields:
-            raise InvalidRequest(f"{name} appears twice in the form", param=name)
-        self._fields[name] = _TextField(name)
-        return self._fields[name]
-
-    def _new_file(self, name: str) -> _Sink:
-        if self._has_archive:
-            raise InvalidRequest("send either files or one archive", param="files")
-        self._num_files += 1
-        return self._open.enter_context(self._staged.writer(name))
-
-    def _new_archive(self) -> _Sink:
-        if self._has_archive or self._num_files:
-            raise InvalidRequest("send either files or one archive", param="archive")
-        self._has_archive = True
-        return self._open.enter_context(self._staged.archive_writer())
-
-    def _data(self, data: bytes, start: int, end: int) -> None:
-        if self._sink is not None:
-            self._sink.write(data[start:end])
-
-    def _end(self) -> None:
-        self._sink = None
-        self._open.close()  # the file of this part; the stack can be used again
-
-    def _all_read(self) -> None:
-        self._is_complete = True
-
-
-def _file_name(options: dict[bytes, bytes]) -> str:
-    name = options.get(b"filename", b"")
-    if not name:
-        raise InvalidRequest("each part 'files' needs a filename", param="files")
-    return name.decode("utf-8", "replace")
-
-
-def _printable(name: bytes) -> str:
-    return name[:64].decode("ascii", "backslashreplace") or "without a name"
-
-
-def _text(field: _TextField) -> str:
-    try:
-        return field.data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{field.name} is not UTF-8", param=field.name) from error
-
-
-def _flag(name: str, value: str | None) -> bool:
-    if value not in (None, "true", "false"):
-        raise InvalidRequest(f"{name} must be true or false", param=name)
-    return value == "true"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 from jinja2.exceptions import TemplateError
@@ -157,7 +158,7 @@ def _pieces(rendered: str, control: Mapping[str, int], opening: str, closing: st
 def _unused_characters(messages: Sequence[Message]) -> tuple[str, str]:
     """Two private-use characters that no message contains, so that a fence cannot be forged and no text is lost."""
     used = {character for message in messages for value in message.values() for character in value}
-    free = [chr(code) for code in _PRIVATE_USE if chr(code) not in used][:2]
+    free = list(islice((chr(code) for code in _PRIVATE_USE if chr(code) not in used), 2))
     if len(free) < 2:
         raise InvalidRequest("messages use every private-use character of Unicode; remove some", param="messages")
     return free[0], free[1]
