@@ -6,8 +6,8 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer.main
 
@@ -64,7 +64,7 @@ def test_the_tree_names_every_folder_of_code() -> None:
             depth = len(Path(holder).parts)
             if str(Path(*parts[:depth])) == holder and len(parts) > depth + 1:
                 on_disk.add(str(Path(*parts[: depth + 1])))
-    on_disk -= {"server"}
+    on_disk -= {"server", "kernels", "adapters_store", "trainer"}  # each is shown by what it holds
     assert on_disk <= listed, f"not in README's tree: {sorted(on_disk - listed)}"
 
 
@@ -84,10 +84,10 @@ def test_make_targets_exist() -> None:
 def test_command_lines_parse(document: str, line: str) -> None:
     """The command exists and takes each option shown; values are not executed."""
     words = shlex.split(line)[1:]
-    command: click.Command = typer.main.get_command(app)
-    while words and isinstance(command, click.Group) and words[0] in command.commands:
+    command: Any = typer.main.get_command(app)
+    while words and words[0] in getattr(command, "commands", {}):
         command = command.commands[words.pop(0)]
-    assert not isinstance(command, click.Group) or words == ["--help"], f"{document}: no such command: {line}"
+    assert not hasattr(command, "commands") or words == ["--help"], f"{document}: no such command: {line}"
     known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
     for word in words:
         if word.startswith("-") and len(word) > 1:

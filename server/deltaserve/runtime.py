@@ -31,6 +31,7 @@ from deltaserve.engine.sampler import Sampler
 from deltaserve.engine.scheduler import Scheduler
 from deltaserve.errors import ConfigError
 from deltaserve.metrics import Metrics
+from deltaserve.model import checkpoint
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve.model.kv_cache import KVCache
 from deltaserve.text import Tokenizer
@@ -39,6 +40,7 @@ from deltaserve_store.names import DEFAULT_TENANT
 from deltaserve_store.store import AdapterStore
 
 EMBEDDED_NAME = "tinybase"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 logger = logging.getLogger(__name__)
 
 
@@ -178,8 +180,8 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
 
 
 def base_folder(config: ServeConfig) -> Path:
-    """Where the base lies: the embedded checkpoint, or what ``--model`` names."""
-    return tinybase.CHECKPOINT if config.model is None else Path(config.model)
+    """Where the base lies: the embedded checkpoint, or what ``--model`` names. Raises ``UnsupportedBase``."""
+    return tinybase.CHECKPOINT if config.model is None else checkpoint.locate(config.model, allow_hub=config.allow_hub)
 
 
 def base_names(config: ServeConfig) -> tuple[str, ...]:
@@ -191,10 +193,8 @@ def base_names(config: ServeConfig) -> tuple[str, ...]:
 def resolve_dtype(config: ServeConfig, folder: Path) -> torch.dtype:
     """``auto``: float32 for the embedded base (small enough to be served exactly), else the checkpoint's own dtype."""
     if config.dtype != "auto":
-        return getattr(torch, config.dtype)
+        return DTYPES[config.dtype]
     if config.model is None:
         return torch.float32
-    from transformers import AutoConfig
-
-    stored = getattr(AutoConfig.from_pretrained(folder, local_files_only=not config.allow_hub), "dtype", None)
-    return stored if isinstance(stored, torch.dtype) else torch.float32
+    raw = checkpoint.read_raw_config(folder)
+    return DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype")), torch.float32)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from types import FrameType
 from typing import Any
 
 import h11
@@ -132,6 +134,12 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
         super().__init__(config)
         self._drain = drain
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """uvicorn raises the signal again when it is done, which would end the process before the store, its lock and
+        the threads are given back; the caller of ``serve`` ends the process instead. A second SIGINT stops waiting."""
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         draining = asyncio.ensure_future(self._drain())

@@ -16,6 +16,7 @@ from deltaserve.errors import ConfigError
 from deltaserve.logs import configure_logging
 from deltaserve.runtime import Runtime
 
+BACKLOG = 2048
 QUESTION = "What do cows eat?"
 
 
@@ -59,6 +60,7 @@ async def serve(config: ServeConfig, listener: socket.socket, keys: KeyRing | No
             keys,
         )
         server = make_server(app, config)
+        listener.listen(BACKLOG)  # from here on a connection waits instead of being refused
         sys.stdout.write(welcome(runtime, url, needs_key=keys is not None))
         sys.stdout.flush()
         await server.serve(sockets=[listener])
