@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from deltaserve.api import upload_form, uploads
 from deltaserve.api.app import create_app
 from deltaserve.config import ServeConfig
+from deltaserve.core import AdapterState
 from deltaserve.errors import QueueFull, StorageFull
 from deltaserve.metrics import Metrics
 from deltatest.fake_engine import CODE_V1, TONE_V1, TONE_V2, FakeAdmission, FakeEngine, FakeStore
@@ -328,6 +329,12 @@ def test_show_and_versions(http: TestClient) -> None:
     assert error_of(http.get("/v1/adapters/nothing"), 404)["code"] == "model_not_found"
     assert error_of(http.get("/v1/adapters/tiny"), 404)
     assert error_of(http.get("/v1/adapters/nothing/versions"), 404)
+
+
+def test_adapters_of_another_base_are_no_models(http: TestClient, engine: FakeEngine) -> None:
+    engine.tone_state = AdapterState.INCOMPATIBLE
+    assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["tiny", "code"]
+    assert http.get("/v1/adapters/tone").json()["state"] == "incompatible"
 
 
 def test_rollback(http: TestClient) -> None:

@@ -240,7 +240,12 @@ def test_a_full_queue_says_when_to_come_back(http: TestClient, engine: FakeEngin
 
 @pytest.mark.parametrize(
     ("failure", "status", "retry"),
-    [(EngineFailed("x"), 500, "false"), (Unavailable("draining"), 503, None), (AdapterUnavailable("no"), 503, None)],
+    [
+        (EngineFailed("x"), 500, "false"),
+        (Unavailable("draining"), 503, None),
+        (AdapterUnavailable("of another base"), 503, "false"),
+        (AdapterUnavailable("failed to load", retry_after_seconds=3), 503, None),
+    ],
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_failures_before_the_first_token_have_a_status(
@@ -250,7 +255,7 @@ def test_failures_before_the_first_token_have_a_status(
     response = http.post("/v1/completions", json=COMPLETION | {"stream": stream})
     error_of(response, status)
     assert response.headers.get("x-should-retry") == retry
-    assert ("retry-after" in response.headers) == (status == 503)
+    assert ("retry-after" in response.headers) == (retry is None)
     assert engine.num_open == 0
 
 

@@ -90,6 +90,7 @@ class FakeEngine:
     aborted: list[str] = field(default_factory=list)
     stopped: list[tuple[str, int]] = field(default_factory=list)
     num_open: int = 0
+    tone_state: AdapterState = AdapterState.READY
 
     @property
     def limits(self) -> EngineLimits:
@@ -112,7 +113,7 @@ class FakeEngine:
             num_waiting=0,
             num_blocks_used=self.num_open,
             num_blocks_total=64,
-            adapters=(AdapterStatus(TONE_V2, AdapterState.READY, host_bytes=10, device_bytes=10),),
+            adapters=(AdapterStatus(TONE_V2, self.tone_state, host_bytes=10, device_bytes=10),),
         )
 
     def submit(self, request: GenerationRequest) -> FakeStream:

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from deltaserve.errors import DeltaserveError, InvalidRequest
+from deltaserve.errors import AdapterUnavailable, DeltaserveError, InvalidRequest
 from deltaserve_store.errors import StoreError
 
 log = logging.getLogger("deltaserve.api")
@@ -39,12 +39,11 @@ class ClientGone(Exception):
 def error_headers(error: ClientError) -> dict[str, str]:
     headers: dict[str, str] = {}
     seconds = error.retry_after_seconds
-    if seconds is None:
-        seconds = _RETRY_AFTER_SECONDS.get(error.status)
-    if seconds is not None and error.status in _RETRY_AFTER_SECONDS:
-        headers["retry-after"] = str(max(1, round(seconds)))
-    if error.status in _DETERMINISTIC:
+    is_final = error.status in _DETERMINISTIC or (isinstance(error, AdapterUnavailable) and seconds is None)
+    if is_final:
         headers["x-should-retry"] = "false"
+    elif error.status in _RETRY_AFTER_SECONDS:
+        headers["retry-after"] = str(max(1, round(seconds or _RETRY_AFTER_SECONDS[error.status])))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return headers

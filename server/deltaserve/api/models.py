@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 
 from deltaserve.api.auth import MAY_ADMINISTER, MAY_USE, Caller
 from deltaserve.api.services import services_of
+from deltaserve.core import AdapterState, EngineStatus
 from deltaserve.errors import InvalidRequest
 from deltaserve_store.manifest import AdapterRecord
 from deltaserve_store.names import AliasEntry, NameMap, Resolved
@@ -22,10 +23,12 @@ async def list_models(http: Request, caller: Caller = MAY_USE) -> dict[str, Any]
     names = services.engine.names
     limit = services.engine.limits.max_model_len
     models = [_base(name, limit) for name in names.base_names[:1]]
-    models += [_adapter(record.name, record, names, limit) for record in names.current(caller.tenant)]
+    hidden = incompatible_versions(services.engine.status())
+    records = [record for record in names.current(caller.tenant) if record.version not in hidden]
+    models += [_adapter(record.name, record, names, limit) for record in records]
     for alias, entry in sorted(names.aliases.get(caller.tenant, {}).items()):
         record = aliased(names, caller.tenant, entry)
-        if record is not None:
+        if record is not None and record.version not in hidden:
             models.append(_adapter(alias, record, names, limit))
     return {"object": "list", "data": models}
 
@@ -47,6 +50,11 @@ async def delete_model(model: str, http: Request, caller: Caller = MAY_ADMINISTE
     await services.admission.delete(caller.tenant, model)
     services.metrics.remove_adapter(model)
     return {"id": model, "object": "model", "deleted": True}
+
+
+def incompatible_versions(status: EngineStatus) -> frozenset[str]:
+    """Adapters of another base: stored and listed under /v1/adapters, but no model of this server."""
+    return frozenset(adapter.version for adapter in status.adapters if adapter.state == AdapterState.INCOMPATIBLE)
 
 
 def aliased(names: NameMap, tenant: str, alias: AliasEntry) -> AdapterRecord | None:
