@@ -80,6 +80,8 @@ def test_what_is_applied_right_passes(
     assert evidence.effect > 10 * evidence.tolerance if dtype == torch.float32 else evidence.effect > 0
     assert (evidence.base_error is None) == (dtype == torch.float32)
     assert Evidence.from_dict(evidence.to_dict()) == evidence
+    assert Evidence.from_dict({**evidence.to_dict(), "plain": {}}) is None
+    assert Evidence.from_dict({"effect": 1.0}) is None
 
 
 def scaled(adapter: ParsedAdapter, module: str, factor: float) -> ParsedAdapter:
@@ -159,15 +161,48 @@ def test_no_effect_is_refused_unless_waived(
     assert len(waived.warnings) == 1
 
 
-def test_an_effect_below_noise_is_told(bases: dict[torch.dtype, BaseModel], adapters: Path, tmp_path: Path) -> None:
-    base = bases[torch.float32]
-    adapter = read_adapter(adapters / "lora", base.spec)
-    faint = replace(adapter, deltas=tuple(replace(d, scaling=1e-6) for d in adapter.deltas))  # type: ignore[call-arg]
-    evidence = measure(base, faint, fold(faint, base.spec, torch.float32), tmp_path)
+def faint(adapter: ParsedAdapter, factor: float) -> ParsedAdapter:
+    deltas = tuple(replace(d, scaling=d.scaling * factor) for d in adapter.deltas if isinstance(d, LoraDelta))
+    return replace(adapter, deltas=deltas)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 2e-5), (torch.bfloat16, 0.1)])
+def test_a_faint_adapter_is_proven_at_a_larger_scale(
+    bases: dict[torch.dtype, BaseModel], adapters: Path, tmp_path: Path, dtype: torch.dtype, factor: float
+) -> None:
+    base = bases[dtype]
+    adapter = faint(read_adapter(adapters / "lora", base.spec), factor)
+    evidence = measure(base, adapter, fold(adapter, base.spec, dtype), tmp_path)
     assert 0 < evidence.effect <= evidence.tolerance
+    assert evidence.amplified is not None
+    assert evidence.amplified.effect > 1.5 * evidence.amplified.tolerance
     judgement = judge(evidence, accept_no_effect=False)
     assert judgement.reasons == ()
     assert "below the noise" in judgement.warnings[0]
+    assert Evidence.from_dict(evidence.to_dict()) == evidence
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 2e-5), (torch.bfloat16, 0.1)])
+def test_a_faint_adapter_not_applied_at_all_is_refused(
+    bases: dict[torch.dtype, BaseModel], adapters: Path, tmp_path: Path, dtype: torch.dtype, factor: float
+) -> None:
+    """At scale 1 the fault is smaller than what rounding may do."""
+    base = bases[dtype]
+    adapter = faint(read_adapter(adapters / "lora", base.spec), factor)
+    nothing = fold(read_adapter(adapters / "zero", base.spec), base.spec, dtype)
+    evidence = measure(base, adapter, nothing, tmp_path)
+    assert evidence.plain.is_within_tolerance
+    (reason,) = judge(evidence, accept_no_effect=True).reasons
+    assert reason.code == "proof_failed"
+    assert "at scale" in reason.found
+
+
+def test_a_clear_effect_needs_one_comparison(
+    bases: dict[torch.dtype, BaseModel], adapters: Path, tmp_path: Path
+) -> None:
+    base = bases[torch.float32]
+    adapter = read_adapter(adapters / "lora", base.spec)
+    assert measure(base, adapter, fold(adapter, base.spec, torch.float32), tmp_path).amplified is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

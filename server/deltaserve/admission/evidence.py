@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -25,14 +25,34 @@ class ProofKey:
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
-    """Logits are compared at ``num_tokens`` positions over the whole vocabulary.
+class Comparison:
+    """Logits compared over all probe positions and the whole vocabulary, the adapter applied at ``scale``.
 
     ``effect``: max |folded with adapter - folded base|, both float32: what the adapter changes at all.
     ``max_error``: max |engine with adapter - folded with adapter|, must not exceed ``tolerance``.
-    ``base_error``: max |engine base - folded base|, None where the tolerance does not need it (float32).
     ``logits_rms``: root mean square of the folded logits with adapter. ``greedy_agreement``: share of positions, 0..1,
-    where engine and folded weights agree on the most likely token. ``seconds``: what the proof took.
+    where engine and folded weights agree on the most likely token.
+    """
+
+    scale: float
+    effect: float
+    max_error: float
+    tolerance: float
+    logits_rms: float
+    greedy_agreement: float
+
+    @property
+    def is_within_tolerance(self) -> bool:
+        return self.max_error <= self.tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """``plain`` is the adapter as it will be served. ``amplified`` is it at a larger scale, where at scale 1 its effect
+    does not stand out from rounding, so that a fault in applying it would not either; None where it does.
+
+    ``base_error``: max |engine base - folded base|, None where the tolerance does not need it (float32). ``seconds``:
+    what the proof took.
     """
 
     version: str
@@ -42,12 +62,9 @@ class Evidence:
     operators: str
     fold_version: int
     num_tokens: int
-    effect: float
-    max_error: float
-    tolerance: float
+    plain: Comparison
+    amplified: Comparison | None
     base_error: float | None
-    logits_rms: float
-    greedy_agreement: float
     seconds: float
 
     @property
@@ -55,16 +72,35 @@ class Evidence:
         return ProofKey(self.base_fingerprint, self.dtype, self.device, self.operators, self.fold_version)
 
     @property
+    def effect(self) -> float:
+        return self.plain.effect
+
+    @property
+    def max_error(self) -> float:
+        return self.plain.max_error
+
+    @property
+    def tolerance(self) -> float:
+        return self.plain.tolerance
+
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        return (self.plain,) if self.amplified is None else (self.plain, self.amplified)
+
+    @property
     def is_within_tolerance(self) -> bool:
-        return self.max_error <= self.tolerance
+        return all(comparison.is_within_tolerance for comparison in self.comparisons)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """With ``effect`` on top, where the store's records look for it."""
+        return {**asdict(self), "effect": self.effect}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evidence | None:
         """None when the data is not an evidence of this form: the version is then proven again."""
-        names = {field.name for field in fields(cls)}
-        if set(data) != names:
+        values = {name: value for name, value in data.items() if name != "effect"}
+        try:
+            plain, amplified = Comparison(**values.pop("plain")), values.pop("amplified")
+            return cls(plain=plain, amplified=amplified and Comparison(**amplified), **values)
+        except (KeyError, TypeError):
             return None
-        return cls(**data)

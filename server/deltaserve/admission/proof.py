@@ -6,22 +6,28 @@ a time, where ``dW`` comes from the file's own tensors and not from the folded f
 
 Tolerance on max |difference| of logits: float32 ``1e-4 * max(1, rms of the folded logits)``; bfloat16 and float16 four
 times the distance of the base alone from its float32 self on the same tokens, and never below the float32 tolerance.
+
+An adapter whose effect hardly exceeds that would pass although it were not applied at all. It is compared a second time
+at a scale that makes its effect stand out, where the error may be a third of the effect. The scale is data of a
+binding; the terms are the ones that will be served.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from deltaserve.admission.evidence import Evidence, ProofKey
+from deltaserve.admission.evidence import Comparison, Evidence, ProofKey
 from deltaserve.core import BASE_BINDING, Binding, BindingPart, Logits
 from deltaserve.deltas.fold import dense_deltas
 from deltaserve.errors import Reason
@@ -32,6 +38,13 @@ from deltaserve_store.spec import BaseSpec
 MAX_PROBE_TOKENS = 64
 FLOAT32_TOLERANCE = 1e-4
 NARROW_FACTOR = 4.0
+CLEAR_EFFECT = 2.0
+"""Times the tolerance: below that, leaving the adapter out altogether could pass as rounding."""
+AMPLIFIED_EFFECT = 4.0
+"""Times the tolerance: what amplifying aims at."""
+AMPLIFIED_SHARE = 1 / 3
+"""Of the amplified effect: the error allowed there. Far from its training scale an adapter amplifies rounding too."""
+MAX_SCALE = 4096.0
 
 
 class ProbeLimits(Protocol):
@@ -97,16 +110,16 @@ class Prover:
         """
         started = time.monotonic()
         ids = probe_ids(version, self._base.spec, self._engine.limits.max_model_len)
-        binding = Binding((BindingPart(version=version),))
-        served = await self._probe(ids, binding, "the engine's logits with the adapter")
         folded_base = await self._folded(ids, {}, "the base's own logits")
-        folded = await self._folded(ids, dense_deltas(adapter, self._base.spec), "the folded weights' logits")
-        tolerance = FLOAT32_TOLERANCE * max(1.0, _rms(folded))
         base_error = None
         if self._base.dtype != torch.float32:
             served_base = await self._probe(ids, BASE_BINDING, "the engine's logits of the base")
             base_error = _distance(served_base, folded_base)
-            tolerance = max(tolerance, NARROW_FACTOR * base_error)
+        plain = await self._compare(version, adapter, ids, 1.0, folded_base, base_error)
+        amplified = None
+        if (scale := _amplification(plain)) > 1.0:
+            with contextlib.suppress(NonFiniteOutput):  # as it is served it was finite: this scale is too much for it
+                amplified = await self._compare(version, adapter, ids, scale, folded_base, base_error)
         return Evidence(
             version=version,
             base_fingerprint=self._key.base_fingerprint,
@@ -115,13 +128,36 @@ class Prover:
             operators=self._key.operators,
             fold_version=self._key.fold_version,
             num_tokens=len(ids),
-            effect=_distance(folded, folded_base),
+            plain=plain,
+            amplified=amplified,
+            base_error=base_error,
+            seconds=time.monotonic() - started,
+        )
+
+    async def _compare(
+        self,
+        version: str,
+        adapter: ParsedAdapter,
+        ids: tuple[int, ...],
+        scale: float,
+        folded_base: Tensor,
+        base_error: float | None,
+    ) -> Comparison:
+        binding = Binding((BindingPart(version, scale_first=scale, scale_last=scale),))
+        deltas = {name: partial(_scaled, make, scale) for name, make in dense_deltas(adapter, self._base.spec).items()}
+        served = await self._probe(ids, binding, "the engine's logits with the adapter")
+        folded = await self._folded(ids, deltas, "the folded weights' logits")
+        effect = _distance(folded, folded_base)
+        tolerance = max(FLOAT32_TOLERANCE * max(1.0, _rms(folded)), NARROW_FACTOR * (base_error or 0.0))
+        if scale != 1.0:
+            tolerance = max(tolerance, AMPLIFIED_SHARE * effect)
+        return Comparison(
+            scale=scale,
+            effect=effect,
             max_error=_distance(served, folded),
             tolerance=tolerance,
-            base_error=base_error,
             logits_rms=_rms(folded),
             greedy_agreement=float((served.argmax(-1) == folded.argmax(-1)).float().mean()),
-            seconds=time.monotonic() - started,
         )
 
     async def _probe(self, ids: tuple[int, ...], binding: Binding, where: str) -> Tensor:
@@ -136,10 +172,12 @@ class Prover:
 
 def judge(evidence: Evidence, *, accept_no_effect: bool) -> Judgement:
     """What the evidence means for the version."""
-    if not evidence.is_within_tolerance:
-        found = f"served logits differ from folded weights by {evidence.max_error:.3g}"
-        allowed = f"at most {evidence.tolerance:.3g} ({evidence.dtype}, {evidence.num_tokens} tokens)"
-        return Judgement(reasons=(Reason("proof_failed", "logits", found, allowed),))
+    for comparison in evidence.comparisons:
+        if not comparison.is_within_tolerance:
+            at = "" if comparison.scale == 1.0 else f" at scale {comparison.scale:g}"
+            found = f"served logits differ from folded weights by {comparison.max_error:.3g}{at}"
+            allowed = f"at most {comparison.tolerance:.3g} ({evidence.dtype}, {evidence.num_tokens} tokens)"
+            return Judgement(reasons=(Reason("proof_failed", "logits", found, allowed),))
     if evidence.effect == 0.0:
         if not accept_no_effect:
             allowed = "an adapter that changes the base's logits, or accept_no_effect=true"
@@ -149,6 +187,17 @@ def judge(evidence: Evidence, *, accept_no_effect: bool) -> Judgement:
         told = f"the effect {evidence.effect:.3g} is below the noise of {evidence.dtype} ({evidence.tolerance:.3g})"
         return Judgement(warnings=(told,))
     return Judgement()
+
+
+def _amplification(plain: Comparison) -> float:
+    """The power of two that lifts the effect to ``AMPLIFIED_EFFECT`` tolerances; 1 where it is clear (or nothing)."""
+    if plain.effect == 0.0 or not plain.is_within_tolerance or plain.effect >= CLEAR_EFFECT * plain.tolerance:
+        return 1.0
+    return min(MAX_SCALE, 2.0 ** math.ceil(math.log2(AMPLIFIED_EFFECT * plain.tolerance / plain.effect)))
+
+
+def _scaled(make: Callable[[], Tensor], scale: float) -> Tensor:
+    return make().mul_(scale)
 
 
 def _finite(logits: Tensor, where: str) -> Tensor:
