@@ -17,10 +17,11 @@ from transformers import (
 )
 
 from deltaserve.core import BASE_BINDING, SamplingParams
-from deltaserve.engine.sampler import NUM_CANDIDATES, Sampler
+from deltaserve.engine.draw import CANDIDATES
+from deltaserve.engine.sampler import Sampler
 from deltaserve.engine.sequence import Sequence
 
-VOCAB = 1000
+VOCAB = 1500
 GRID = 2000
 
 
@@ -92,7 +93,7 @@ def drawn_probabilities(row: torch.Tensor, **sampling: Any) -> torch.Tensor:
         {"temperature": 1.5, "top_k": 40, "top_p": 0.6, "min_p": 0.02},
         {"temperature": 0.5, "top_k": 1, "top_p": 0.5, "min_p": 0.5},
         {"temperature": 30.0, "top_k": 0, "top_p": 0.9, "min_p": 0.0},  # nearly flat: more than the first candidates
-        {"temperature": 30.0, "top_k": NUM_CANDIDATES + 100, "top_p": 0.99, "min_p": 0.01},
+        {"temperature": 30.0, "top_k": CANDIDATES[0] + 100, "top_p": 0.99, "min_p": 0.01},
         {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "min_p": 0.5},
         {"temperature": 1.0, "top_k": VOCAB * 2, "top_p": 0.9, "min_p": 0.0},
     ],
@@ -115,7 +116,7 @@ def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
         ids = torch.tensor([[*prompt, *completion]])
         expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, row[None].clone())[0]
         made = seq(prompt=prompt, completion=completion, temperature=0.0, repetition_penalty=penalty)
-        assert torch.equal(Sampler(VOCAB)._adjusted(row, made), expected)
+        assert torch.equal(Sampler(VOCAB)._adjust(row[None], [made])[0], expected)
 
 
 def test_presence_and_frequency_count_sampled_tokens_only() -> None:
@@ -124,7 +125,7 @@ def test_presence_and_frequency_count_sampled_tokens_only() -> None:
     expected = row.clone()
     expected[3] -= 0.5 + 2 * 0.25
     expected[4] -= 0.5 + 0.25
-    assert torch.allclose(Sampler(VOCAB)._adjusted(row, made), expected)  # type: ignore[arg-type]
+    assert torch.allclose(Sampler(VOCAB)._adjust(row[None], [made])[0], expected)
     flat = torch.zeros(1, VOCAB)
     flat[0, 10] = 0.4
     sampler, greedy = Sampler(VOCAB), seq(temperature=0.0, presence_penalty=0.5)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deltaserve.core import SamplingParams
+
 
 class TokenCounts:
     """``completion`` float32 [vocab]: times sampled. ``seen`` bool [vocab]: in prompt or completion."""
@@ -22,11 +24,23 @@ class TokenCounts:
         self.completion[token_id] += 1.0
         self.seen[token_id] = True
 
-    def penalize(self, row: Tensor, *, repetition: float, presence: float, frequency: float) -> Tensor:
-        """A new row of logits [vocab]. Repetition as in the CTRL paper: divides positive logits of seen tokens,
-        multiplies negative ones; presence and frequency as OpenAI defines them, over sampled tokens."""
-        if repetition != 1.0:
-            row = torch.where(self.seen, torch.where(row > 0, row / repetition, row * repetition), row)
-        if presence or frequency:
-            row = row - frequency * self.completion - presence * (self.completion > 0)
-        return row
+
+def penalize(rows: Tensor, counts: Sequence[TokenCounts], sampling: Sequence[SamplingParams]) -> Tensor:
+    """New rows of logits [n, vocab]; row i by ``counts[i]`` and ``sampling[i]``.
+
+    Repetition (CTRL, Keskar et al. 2019) divides positive logits of seen tokens and multiplies negative ones; presence
+    and frequency are OpenAI's, over sampled tokens. Neutral values leave a row bit for bit as it was.
+    """
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=rows.dtype, device=rows.device)[:, None]
+
+    if any(s.repetition_penalty != 1.0 for s in sampling):
+        penalty = column([s.repetition_penalty for s in sampling])
+        seen = torch.stack([count.seen for count in counts])
+        rows = torch.where(seen, torch.where(rows > 0, rows / penalty, rows * penalty), rows)
+    if any(s.presence_penalty or s.frequency_penalty for s in sampling):
+        sampled = torch.stack([count.completion for count in counts])
+        rows = rows - column([s.frequency_penalty for s in sampling]) * sampled
+        rows -= column([s.presence_penalty for s in sampling]) * (sampled > 0)
+    return rows
