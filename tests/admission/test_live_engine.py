@@ -26,6 +26,7 @@ def state_of(runtime: TinyRuntime, version: str) -> AdapterState:
     return next(status.state for status in runtime.engine.status().adapters if status.version == version)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_admitted_adapters_answer_like_peft(base: BaseModel, hf_model: Any, shelf: Path, tmp_path: Path) -> None:
     async def steps() -> None:
         async with open_runtime(base, tmp_path / "store", check_each_step=True) as runtime:
