@@ -28,7 +28,16 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE_FOLDER = Path(__file__).parent
-SOURCES = ("ops.cpp", "linear.inc", "paged.inc", "kernels.inc", "vec.inc")
+SOURCES = (
+    "ops.cpp",
+    "linear.inc",
+    "paged.inc",
+    "kernels.inc",
+    "vec.inc",
+    "lora.inc",
+    "sparse.inc",
+    "attention.inc",
+)
 COMPILERS = ("g++", "c++", "clang++")
 # Contraction is off because portable code must round the same in its row and its tile form; intrinsics fuse by name.
 FLAGS = (

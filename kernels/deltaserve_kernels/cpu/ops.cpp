@@ -109,8 +109,8 @@ struct Kernels {
   void (*shrink)(const T* const*, int64_t, const T*, int64_t, int64_t, float*, int64_t);
   void (*expand)(T* const*, int64_t, const ExpandPart<T>*, int, int64_t, int64_t, int64_t, const float*, int64_t);
   void (*sparse_stage)(const T* const*, int64_t, int64_t, float*);
-  void (*sparse_row)(const float*, T*, const SparsePart<T>*, int, int64_t, int64_t);
-  void (*sparse_rows)(const float*, T* const*, int64_t, const SparsePart<T>*, int, int64_t, int64_t);
+  void (*sparse_row)(const float*, T*, const SparsePart<T>*, int, int64_t, float*);
+  void (*sparse_rows)(const float*, T* const*, int64_t, const SparsePart<T>*, int, int64_t);
   void (*attend)(const AttendTask<T>&);
 };
 
