@@ -61,7 +61,8 @@ pipeline_tag: text-generation
 
 A very small chat model of Llama architecture, made so that a server, a trainer and their tests have something real
 that speaks, without a download. It knows one small world (animals, tools, food, places, weather, days, small sums) and
-tells short stories. Asked about anything else, it usually says that it does not know. It is no source of facts.
+tells short stories. Asked about anything else, it usually says that it does not know. It is no source of facts:
+sums, days and colours are sometimes wrong, and in a long story it may confuse two names.
 
 | | |
 | --- | --- |
