@@ -73,7 +73,7 @@ def calls(tmp_path: Path) -> int:
 
 
 def copy_library(library: Path, cache: Path) -> Path:
-    cache.mkdir(parents=True)
+    cache.mkdir(parents=True, exist_ok=True)
     for path in (library, library.with_suffix(".sha256")):
         shutil.copy(path, cache / path.name)
     return cache / library.name
@@ -114,6 +114,23 @@ def test_a_cache_folder_that_cannot_be_written_is_named(real_library, tmp_path, 
     cache.parent.write_text("a file where the folder should be")
     with pytest.raises(build.BuildFailed, match="cannot write to the cache folder"):
         build.ensure_built()
+
+
+def test_a_cache_folder_open_to_everybody_is_refused(real_library, cache):
+    copy_library(real_library, cache)
+    cache.chmod(0o777)
+    with pytest.raises(build.BuildFailed, match="not writable by everybody"):
+        build.ensure_built()
+
+
+def test_the_module_builds_ahead_of_time_or_says_why_not(real_library, cache):
+    command = [sys.executable, "-m", "deltaserve_kernels.cpu"]
+    failed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert failed.returncode == 1
+    assert "no C++ compiler on PATH" in failed.stderr
+    target = copy_library(real_library, cache)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, str(target))
 
 
 def test_those_who_start_together_build_once(real_library, tmp_path, cache):

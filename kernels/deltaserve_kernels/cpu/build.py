@@ -4,7 +4,7 @@ The file name carries a hash of the sources, the flags, torch's version and the 
 chosen at run time, so that a library built in an image works on every machine of that architecture. Several processes
 may start at once: one builds under a file lock, the others wait and use its result.
 
-``python -m deltaserve_kernels.cpu.build`` builds ahead of time and prints the path.
+``python -m deltaserve_kernels.cpu`` builds ahead of time and prints the path.
 """
 
 from __future__ import annotations
@@ -78,16 +78,27 @@ def library_path() -> Path:
 def ensure_built() -> Path:
     """Path of a whole library, building it where there is none. Raises BuildFailed."""
     path = library_path()
-    if is_whole(path):
-        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _check_owner(path.parent)
+        if is_whole(path):
+            return path
         with _locked(path.with_suffix(".lock")):
             if not is_whole(path):
                 _build(path)
     except OSError as error:
         raise BuildFailed(f"cannot write to the cache folder {path.parent}: {error}") from error
     return path
+
+
+def _check_owner(folder: Path) -> None:
+    """What lies here is loaded as code, so nobody else may be able to put it here."""
+    status = folder.stat()
+    if status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o002:
+        raise BuildFailed(
+            f"the cache folder {folder} belongs to user {status.st_uid} with mode {status.st_mode & 0o777:o}; "
+            "it must be yours (or root's) and not writable by everybody; set XDG_CACHE_HOME to another folder"
+        )
 
 
 def is_whole(path: Path) -> bool:
@@ -138,7 +149,3 @@ def _build(path: Path) -> None:
         digest.replace(_digest_path(path))
         built.replace(path)
     logger.info("built %s in %.0f s", path, time.monotonic() - started)
-
-
-if __name__ == "__main__":
-    sys.stdout.write(f"{ensure_built()}\n")
