@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from deltaserve.core import Binding, BindingPart
@@ -106,3 +108,25 @@ def test_running_sequences_are_not_stopped_for_a_claimant() -> None:
         ends += [output.request_id for output in outcome.outputs if output.is_finished]
     assert ends == ["long", "next"]
     assert num_preempted == 0
+
+
+def test_running_work_is_counted_once_a_step_however_many_wait() -> None:
+    """Thousands may wait for adapters that are still loading; looking for whose turn it is must not multiply."""
+
+    class Counted(list):  # type: ignore[type-arg]
+        passes = 0
+
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            Counted.passes += 1
+            return super().__iter__()
+
+    rig = make_rig(contents=CONTENTS, num_slots=2, patience_seconds=0.0)
+    rig.loader.gates = {f"v{i}": threading.Event() for i in range(30)}
+    for i in range(30):
+        rig.engine.add(request(f"r{i}", [1], f"v{i}", max_tokens=1), 0.0)
+    rig.engine.step()
+    rig.scheduler._turn.begin_step(rig.scheduler.waiting, Counted(), now=1e9)
+    assert Counted.passes <= 1
+    for gate in rig.loader.gates.values():
+        gate.set()
+    rig.finish({})

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from deltaserve.core import Binding, GenerationRequest, SamplingParams
 from deltaserve.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 
+MAX_SCALE = 1e38
+"""Scales are float32 in the operators and in cache keys."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
@@ -77,8 +80,12 @@ class EngineLimits:
                 param="adapters",
             )
         for part in binding.parts:
-            if not (math.isfinite(part.scale_first) and math.isfinite(part.scale_last)):
-                raise InvalidRequest("An adapter's scale is not a finite number.", param="adapters")
+            for scale in (part.scale_first, part.scale_last):
+                if not abs(scale) <= MAX_SCALE:
+                    raise InvalidRequest(
+                        f"An adapter's scale is {scale}; it must be a number between -{MAX_SCALE:g} and {MAX_SCALE:g}.",
+                        param="adapters",
+                    )
             if part.start_position < 0:
                 raise InvalidRequest("An adapter's start position is negative.", param="adapters")
 

@@ -23,7 +23,7 @@ from deltaserve.engine.turn import Turn
 from deltaserve.errors import AdapterUnavailable
 
 MAX_ALL_ROWS = 64
-"""Most tokens of a chunk whose every position needs logits: [64, vocab] float32 is held at once."""
+"""Most tokens of a step whose every position needs logits: [64, vocab] float32 is held at once for them."""
 
 MAX_PLANNED = 64
 """How many waiting sequences' adapters are loaded ahead."""
@@ -40,6 +40,7 @@ class Schedule:
     refused: list[tuple[Sequence, AdapterUnavailable]] = field(default_factory=list)
     num_prefill_tokens: int = 0
     num_decode_tokens: int = 0
+    num_all_rows: int = 0
     num_preempted: int = 0
 
 
@@ -87,7 +88,8 @@ class Scheduler:
         self._schedule_decodes(step)
         self._schedule_prefills(step)
         self._residency.plan(self._wanted_versions())
-        if not step.num_preempted:
+        # Where every running sequence had to be preempted, one starts again at once: nothing else would be computed.
+        if not step.num_preempted or not self.running:
             self._start_waiting(step, now)
         return step
 
@@ -116,7 +118,8 @@ class Scheduler:
     def _schedule_chunk(self, seq: Sequence, step: Schedule) -> None:
         num_tokens = min(seq.num_uncomputed_tokens, self._budget_left(step))
         if seq.wants_all_rows:
-            num_tokens = min(num_tokens, MAX_ALL_ROWS)
+            num_tokens = min(num_tokens, MAX_ALL_ROWS - step.num_all_rows)
+            step.num_all_rows += num_tokens
         if num_tokens:
             self._schedule(seq, num_tokens, step)
             step.num_prefill_tokens += num_tokens

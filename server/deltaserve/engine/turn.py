@@ -26,11 +26,13 @@ class Turn:
     def begin_step(self, waiting: Iterable[Sequence], running: Iterable[Sequence], now: float) -> None:
         """Find the claimant among ``waiting`` (oldest first) and what must be drained for it."""
         self._claimant = None
+        remaining: dict[str, int] | None = None
         for seq in waiting:
             since = seq.adapter_blocked_since
             if since is None or now - since < self._patience_seconds:
                 continue
-            drained = self._residency.must_drain(seq.versions, self._remaining(running))
+            remaining = self._remaining(running) if remaining is None else remaining
+            drained = self._residency.must_drain(seq.versions, remaining)
             if drained is not None:
                 self._claimant, self._drained = seq, drained
                 return
