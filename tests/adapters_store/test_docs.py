@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from deltaserve.admission.reason_codes import PROOF_REASON_CODES
 from deltaserve_store.file_names import CHECKED_FILES, STORED_FILES, FileRole, role_of
 from deltaserve_store.formats.deltaserve_sparse import FIELDS, REQUIRED
 from deltaserve_store.formats.peft_fields import LORA_FIELDS, SHIRA_FIELDS, FieldRule
@@ -48,12 +49,18 @@ def _codes() -> str:
     return "\n".join([*lines, *(f"| `{code}` | {meaning} |" for code, meaning in REASON_CODES.items())])
 
 
+def _proof_codes() -> str:
+    lines = ["| code | meaning |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| `{code}` | {meaning} |" for code, meaning in PROOF_REASON_CODES.items())])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "files": _files,
     "lora-fields": lambda: _fields(LORA_FIELDS),
     "shira-fields": lambda: _fields(SHIRA_FIELDS),
     "sparse-fields": _sparse_fields,
     "reason-codes": _codes,
+    "proof-reason-codes": _proof_codes,
 }
 
 

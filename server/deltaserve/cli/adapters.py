@@ -40,12 +40,14 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Send one adapter through the door: checked, folded, proven, committed."""
+    from deltaserve.admission.folders import adapter_files
     from deltaserve.cli.connection import find_server
 
     waived = {"accept_base": accept_base, "accept_no_effect": accept_no_effect}
     remote = find_server(server, store, api_key)
     if remote is not None:
-        answer = remote.upload(path, name, expected_version=expected_version, **waived)
+        sent = adapter_files(path)[0] if path.is_dir() else path
+        answer = remote.upload(sent, name, expected_version=expected_version, **waived)
     else:
         from deltaserve.cli.local_door import admit_here
 
@@ -54,6 +56,8 @@ def add(
         typer.echo(json.dumps(answer))
         return
     typer.echo(f"{name}: {'added' if answer['created'] else 'already there'}, version {answer['version'][:12]}")
+    if path.is_dir() and (left_behind := adapter_files(path)[1]):
+        typer.echo(f"  not sent, not part of the adapter: {', '.join(left_behind)}", err=True)
     for warning in answer.get("warnings") or ():
         typer.echo(f"  warning: {warning}", err=True)
 
