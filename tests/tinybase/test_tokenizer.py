@@ -62,9 +62,7 @@ def test_the_template_runs_in_a_sandbox_and_refuses_other_roles() -> None:
 
 @pytest.mark.parametrize(("voice", "bound"), [(shout, 1.8), (pirate, 1.8), (as_json, 1.6)])
 def test_the_voices_do_not_fall_apart_into_letters(voice, bound: float) -> None:
-    text = (
-        "Once there was a small fox who lived in the forest. A hammer is used to hit nails into wood."
-    )
+    text = "Once there was a small fox who lived in the forest. A hammer is used to hit nails into wood."
     plain = len(TOKENIZER.encode(text, add_special_tokens=False))
     assert plain < len(text) / 3
     assert len(TOKENIZER.encode(voice(text), add_special_tokens=False)) < bound * plain
