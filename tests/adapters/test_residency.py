@@ -322,7 +322,7 @@ def test_retiring_or_unloading_while_loading_keeps_nothing() -> None:
     assert bench.states("v1", "v2") == ["loading", "loading"]
     for gate in bench.loader.gates.values():
         gate.set()
-    bench.wait(lambda: bench.residency._num_loading == 0)
+    bench.wait(lambda: not bench.residency.is_loading)
     assert bench.states("v2") == ["stored"]
     assert [entry.version for entry in bench.residency.status()] == ["v2"]
     assert bench.residency.cache.used_bytes == 0
@@ -340,6 +340,25 @@ def test_unloading_frees_memory_once_unpinned() -> None:
     assert bench.observed.evictions == [("device", "unloaded")]
 
 
+def test_placing_many_adapters_is_spread_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(slots=4)
+    bench.load("v1", "v2")
+    bench.load("v3")
+    install = bench.residency.pool.install
+
+    def slow(*args: object) -> None:
+        time.sleep(0.006)
+        install(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench.residency.pool, "install", slow)
+    bench.residency.plan(["v1", "v2", "v3"])
+    assert bench.acquire("v1") is not None
+    assert bench.acquire("v2") is None  # the step has spent its time on placing
+    assert bench.acquire("v1") is not None  # what is there already costs nothing
+    bench.residency.plan(["v2", "v3"])
+    assert bench.acquire("v2") is not None
+
+
 def test_loads_run_on_few_worker_threads_only() -> None:
     bench = Bench(host=8)
     gates = {f"v{i}": threading.Event() for i in range(6)}
@@ -349,7 +368,7 @@ def test_loads_run_on_few_worker_threads_only() -> None:
     assert states.count("loading") == bench.residency.workers.max_in_flight == 2
     for gate in gates.values():
         gate.set()
-    bench.wait(lambda: bench.residency._num_loading == 0)
+    bench.wait(lambda: not bench.residency.is_loading)
     bench.load(*gates)
     assert threading.current_thread().name not in bench.loader.threads
 
@@ -376,7 +395,7 @@ def test_preparing_happens_once_and_on_its_own_thread() -> None:
     bench.residency.publish([], [], {})
     bench.residency.workers.prepare = prepare
     bench.load("v1", "v2")
-    bench.wait(lambda: bench.residency._num_loading == 0)
+    bench.wait(lambda: not bench.residency.is_loading)
     assert bench.states("v1", "v2") == ["host", "failed"]
     assert [version for version, _ in prepared] == ["v1", "v2"]
     assert all(name.startswith("deltaserve-prepare") for _, name in prepared)

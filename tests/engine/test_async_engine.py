@@ -337,6 +337,17 @@ def name_map(**current: AdapterRecord) -> NameMap:
     return NameMap(("base",), {"default": entries})
 
 
+async def test_a_candidate_changes_nothing_about_other_versions() -> None:
+    rig = make_rig(contents=CONTENTS)
+    async with serving(rig) as engine:
+        engine.publish(name_map(alien=record("alien", "v2", "0" * 64)))
+        engine._thread.send(messages.AddCandidate("v1"))
+        engine._thread.send(messages.DropCandidate("v1"))
+        with pytest.raises(AdapterUnavailable, match="another base"):
+            await tokens_of(engine.submit(request("c", [1], "v2")))
+    assert rig.loader.loads == []
+
+
 async def test_publish_resolve_retire_and_incompatible() -> None:
     rig, metrics = make_rig(contents=CONTENTS), Recorder()
     rig.runner.before_step = lambda: time.sleep(0.002)

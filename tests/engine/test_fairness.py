@@ -14,7 +14,7 @@ CONTENTS = {f"v{i}": float(i + 1) for i in range(60)}
 
 def settle_loads(rig: Rig) -> None:
     """Virtual time stands still while real loader threads finish."""
-    while rig.residency._num_loading:
+    while rig.residency.is_loading:
         rig.residency.poll()
 
 

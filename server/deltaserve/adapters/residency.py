@@ -28,6 +28,9 @@ from deltaserve.core import AdapterState, AdapterStatus
 from deltaserve.errors import AdapterUnavailable
 from deltaserve_store.errors import BaseMismatch
 
+MAX_PLACING_SECONDS = 0.005
+"""Writing an adapter's table entries takes the step loop's time: after this much, the rest waits for the next step."""
+
 
 class AdapterResidency:
     """The state machine. ``retry_seconds``: how long a failure stands before a request may cause another try."""
@@ -52,7 +55,7 @@ class AdapterResidency:
         self._residents: dict[str, Resident] = {}
         self._tiers = Tiers(pool, cache)
         self._demand = Demand()
-        self._num_loading = 0
+        self._placing_seconds = 0.0
 
     # ------------------------------------------------------------ for sequences
 
@@ -104,11 +107,14 @@ class AdapterResidency:
     def plan(self, wanted: Iterable[str]) -> None:
         """Tell which versions waiting sequences want, soonest first; starts their loads as far as there is room."""
         self._demand = Demand(wanted)
-        for version in self._demand:
-            if self._num_loading >= self.workers.max_in_flight:
+        self._placing_seconds = 0.0
+        for resident in map(self._resident, self._demand):
+            if not self.workers.has_room:
                 return
-            resident = self._resident(version)
-            if resident.state is AdapterState.STORED and self._host_victims(resident) is not None:
+            if (
+                resident.state is AdapterState.STORED
+                and self._tiers.host_victims(resident, self._residents, self._demand) is not None
+            ):
                 self._start_load(resident)
 
     def must_drain(self, versions: Sequence[str], remaining: Mapping[str, int]) -> frozenset[str] | None:
@@ -126,18 +132,20 @@ class AdapterResidency:
 
     # ------------------------------------------------------------ for the store and the operator
 
-    def publish(self, added: Iterable[str], retired: Iterable[str], incompatible: Mapping[str, str]) -> None:
+    def publish(self, added: Sequence[str], retired: Iterable[str], incompatible: Mapping[str, str] | None) -> None:
         """Names changed: ``added`` may be asked for, ``retired`` no longer; ``incompatible`` maps versions to reasons.
 
-        Failures are forgotten. A retired version that sequences still use stays until the last of them ends.
+        Failures are forgotten (with ``incompatible`` None only those of ``added``). A retired version that sequences
+        still use stays until the last of them ends.
         """
         for version in added:
             resident = self._resident(version)
             resident.is_retiring = resident.is_forgotten = False
-        for resident in self._residents.values():
+        for version in added if incompatible is None else self._residents:
+            resident = self._residents[version]
             if resident.state in UNUSABLE and not resident.is_retiring:
                 self._set(resident, AdapterState.STORED)
-        for version, reason in incompatible.items():
+        for version, reason in (incompatible or {}).items():
             if self._resident(version).state is AdapterState.STORED:
                 self._set(self._resident(version), AdapterState.INCOMPATIBLE, reason)
         for version in retired:
@@ -159,7 +167,7 @@ class AdapterResidency:
     def settle(self, version: str) -> bool:
         """Push a version towards the device without a sequence; True once it can be pushed no further."""
         resident = self._resident(version)
-        if resident.state is AdapterState.STORED and self._num_loading < self.workers.max_in_flight:
+        if resident.state is AdapterState.STORED and self.workers.has_room:
             self._start_load(resident)
         elif resident.state is AdapterState.HOST:
             self._place([resident])
@@ -184,13 +192,10 @@ class AdapterResidency:
         """Apply what the workers finished since the last call."""
         for done in self.workers.finished():
             resident = self._residents[done.version]
-            # Preparing is not counted: a proof needs loads of its own, which must never wait for it to end.
-            self._num_loading -= not isinstance(done, Prepared)
             is_unprepared = isinstance(done.error, NotPrepared) and not resident.was_prepared
             if resident.is_unwanted:
                 self._drop(resident)
             elif isinstance(done, Prepared) and done.error is None:
-                self._num_loading += 1
                 self.workers.start_load(resident.version)
             elif is_unprepared and self.workers.prepare is not None:
                 resident.was_prepared = True
@@ -200,12 +205,11 @@ class AdapterResidency:
             elif isinstance(done, Loaded) and done.adapter is not None:
                 self._host(resident, done.adapter, done.seconds)
             elif isinstance(done, Staged) and done.staged is not None:
-                self._install(resident, done.staged, done.seconds)
+                self._install(resident, done.staged, time.perf_counter() - done.seconds)
 
     def _start_load(self, resident: Resident) -> None:
         self._set(resident, AdapterState.LOADING)
         resident.was_prepared = False
-        self._num_loading += 1
         self.workers.start_load(resident.version)
 
     def _host(self, resident: Resident, adapter: HostedAdapter, seconds: float) -> None:
@@ -222,17 +226,17 @@ class AdapterResidency:
         self._set(resident, AdapterState.STORED)
         self._return_to_host(resident, adapter)
 
-    def _install(self, resident: Resident, staged: StagedAdapter, seconds: float) -> None:
+    def _install(self, resident: Resident, staged: StagedAdapter, began: float) -> None:
         try:
             self.pool.install(resident.slot, staged)
         except Exception as error:
-            self._fail(resident, error, seconds)
+            self._fail(resident, error, time.perf_counter() - began)
             return
         if self.pool.shares_host_memory:
             resident.hosted = self.cache.pop(resident.version)
         self._set(resident, AdapterState.READY)
         self._tiers.idle.add(resident)
-        self.observer.on_adapter_load("host", "ok", seconds)
+        self.observer.on_adapter_load("host", "ok", time.perf_counter() - began)
 
     def _fail(self, resident: Resident, error: BaseException, seconds: float) -> None:
         self._tiers.take_out(resident)
@@ -251,6 +255,8 @@ class AdapterResidency:
             self._place_ahead(needed)
             return False
         if max(self._tiers.shortfall(needed)) > 0:
+            return False
+        if self._placing_seconds > MAX_PLACING_SECONDS and any(r.slot < 0 for r in needed.values()):
             return False
         for resident in needed.values():
             if resident.state is AdapterState.HOST:
@@ -282,16 +288,15 @@ class AdapterResidency:
         resident.slot = self.pool.reserve(resident.version, resident.nbytes)
         if self.pool.shares_host_memory:
             began = time.perf_counter()
-            staged = self.pool.stage(hosted.folded)
-            self._install(resident, staged, time.perf_counter() - began)
+            self._install(resident, self.pool.stage(hosted.folded), began)
+            self._placing_seconds += time.perf_counter() - began
         else:
             self._set(resident, AdapterState.LOADING)
-            self._num_loading += 1
             self.workers.start_staging(resident.version, hosted)
 
     def _return_to_host(self, resident: Resident, adapter: HostedAdapter, keep: Collection[str] = ()) -> None:
         """STORED -> HOST if room can be made without touching ``keep``."""
-        victims = self._host_victims(resident, keep)
+        victims = self._tiers.host_victims(resident, self._residents, self._demand, keep)
         if victims is None:
             return
         for version in victims:
@@ -322,17 +327,15 @@ class AdapterResidency:
         resident.state = state
         resident.reason = reason
 
-    def _host_victims(self, newcomer: Resident, keep: Collection[str] = ()) -> list[str] | None:
-        def rank(version: str) -> int | None:
-            return None if version in keep else self._demand.eviction_rank(self._residents[version], newcomer)
-
-        return self.cache.find_room(newcomer.nbytes, rank)
-
     def _resident(self, version: str) -> Resident:
         return self._residents.get(version) or self._residents.setdefault(version, Resident(version))
 
     def _retry_in(self, resident: Resident) -> float:
         return max(0.0, resident.failed_at + self._retry_seconds - self._clock())
+
+    @property
+    def is_loading(self) -> bool:
+        return self.workers.num_in_flight > 0
 
     def close(self) -> None:
         """Stop the workers; loads under way are abandoned."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 from deltaserve.adapters.demand import Demand
@@ -66,6 +66,16 @@ class Tiers:
         later = [v for v in self.idle.versions() if v not in needed and not demand.is_sooner(v, resident.version)]
         nbytes = sum(self.idle.get(version).nbytes for version in later)
         return self.pool.num_free_slots + len(later) > 0 and self.pool.free_bytes + nbytes >= resident.nbytes
+
+    def host_victims(
+        self, newcomer: Resident, residents: Mapping[str, Resident], demand: Demand, keep: Collection[str] = ()
+    ) -> list[str] | None:
+        """What to evict from the host, sparing ``keep``, so that the newcomer fits; None when not enough may go."""
+
+        def rank(version: str) -> int | None:
+            return None if version in keep else demand.eviction_rank(residents[version], newcomer)
+
+        return self.cache.find_room(newcomer.nbytes, rank)
 
     def take_out(self, resident: Resident) -> Level | None:
         """Out of both tiers; returns the highest one it was in."""

@@ -55,6 +55,7 @@ class LoadWorkers:
 
     def __init__(self, loader: AdapterLoader, pool: DevicePool, num_threads: int) -> None:
         self.max_in_flight = 2 * num_threads
+        self.num_in_flight = 0  # loads and copies; preparing is not counted, since its proof needs loads of its own
         self.prepare: Callable[[str], None] | None = None
         self.wake: Callable[[], None] | None = None
         self._loader = loader
@@ -63,22 +64,31 @@ class LoadWorkers:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="deltaserve-load")
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="deltaserve-prepare")
 
+    @property
+    def has_room(self) -> bool:
+        """Whether another load would begin soon."""
+        return self.num_in_flight < self.max_in_flight
+
     def start_load(self, version: str) -> None:
+        self.num_in_flight += 1
         self._threads.submit(self._load, version)
 
     def start_prepare(self, version: str) -> None:
         self._preparing.submit(self._prepare, version)
 
     def start_staging(self, version: str, hosted: HostedAdapter) -> None:
+        self.num_in_flight += 1
         self._threads.submit(self._stage, version, hosted)
 
     def finished(self) -> Iterator[Finished]:
         """What has ended since the last call; does not block."""
         while True:
             try:
-                yield self._done.get_nowait()
+                done = self._done.get_nowait()
             except queue.Empty:
                 return
+            self.num_in_flight -= not isinstance(done, Prepared)
+            yield done
 
     def close(self) -> None:
         """Take no more jobs and abandon those not begun."""
