@@ -138,7 +138,7 @@ class EngineThread:
                 residency.publish(added, retired, incompatible)
                 self._labels = labels
             case AddCandidate(version):
-                residency.publish((CANDIDATE_PREFIX + version,), (), {})
+                residency.publish((CANDIDATE_PREFIX + version,), (), None)
             case DropCandidate(version):
                 residency.retire(CANDIDATE_PREFIX + version, forget=True)
             case Preload(version):
