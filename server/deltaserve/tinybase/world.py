@@ -244,88 +244,23 @@ a bottle|green|glass|keep water in
 """,
 )
 
-GIRLS = [
-    "Anna",
-    "Mia",
-    "Lily",
-    "Rosa",
-    "Emma",
-    "Nora",
-    "Ella",
-    "Ida",
-    "Clara",
-    "Lucy",
-    "Alice",
-    "Ruth",
-    "Maya",
-    "Zoe",
-    "Ivy",
-    "Hanna",
-    "Sara",
-    "Lena",
-    "Tess",
-    "Molly",
-    "Nina",
-    "Vera",
-    "Olga",
-    "June",
-    "May",
-    "Iris",
-    "Dora",
-    "Kate",
-    "Amy",
-    "Eva",
-]
-BOYS = [
-    "Tom",
-    "Ben",
-    "Max",
-    "Leo",
-    "Sam",
-    "Jack",
-    "Paul",
-    "Finn",
-    "Noah",
-    "Oscar",
-    "Hugo",
-    "Adam",
-    "Peter",
-    "Luke",
-    "Omar",
-    "Theo",
-    "Karl",
-    "Ned",
-    "Will",
-    "George",
-    "Otto",
-    "Emil",
-    "Ravi",
-    "Dan",
-    "Joe",
-    "Nick",
-    "Tim",
-    "Felix",
-    "Ali",
-    "Henry",
-]
-PETS = [
-    "Rusty",
-    "Pip",
-    "Bramble",
-    "Clover",
-    "Moss",
-    "Pebble",
-    "Hazel",
-    "Button",
-    "Acorn",
-    "Willow",
-    "Fern",
-    "Biscuit",
-    "Nutmeg",
-    "Sage",
-    "Tansy",
-    "Bracken",
-]
+GIRLS = tuple(
+    """
+Anna Mia Lily Rosa Emma Nora Ella Ida Clara Lucy Alice Ruth Maya Zoe Ivy Hanna Sara Lena Tess Molly Nina Vera
+Olga June May Iris Dora Kate Amy Eva
+""".strip().split()
+)
+BOYS = tuple(
+    """
+Tom Ben Max Leo Sam Jack Paul Finn Noah Oscar Hugo Adam Peter Luke Omar Theo Karl Ned Will George Otto Emil Ravi
+Dan Joe Nick Tim Felix Ali Henry
+""".strip().split()
+)
+PETS = tuple(
+    """
+Rusty Pip Bramble Clover Moss Pebble Hazel Button Acorn Willow Fern Biscuit Nutmeg Sage Tansy Bracken
+""".strip().split()
+)
 
 COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown", "grey", "pink", "purple", "orange", "silver")
 MIXES = (
@@ -336,20 +271,11 @@ MIXES = (
     ("black", "white", "grey"),
 )
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
+MONTHS = tuple(
+    """
+January February March April May June July August September October November December
+""".strip().split()
+)
 SEASONS = {"spring": (2, 3, 4), "summer": (5, 6, 7), "autumn": (8, 9, 10), "winter": (11, 0, 1)}
 SEASON_FACTS = {
     "spring": "the snow melts and the first flowers open",
@@ -357,78 +283,21 @@ SEASON_FACTS = {
     "autumn": "the leaves turn red and yellow and fall",
     "winter": "the days are short and cold",
 }
-NUMBERS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-    "twenty",
-]
+NUMBERS = tuple(
+    """
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+eighteen nineteen twenty
+""".strip().split()
+)
 OPPOSITES = tuple(
     tuple(pair.split("/"))
-    for pair in [
-        "big/small",
-        "hot/cold",
-        "long/short",
-        "high/low",
-        "old/young",
-        "new/old",
-        "fast/slow",
-        "happy/sad",
-        "light/dark",
-        "day/night",
-        "up/down",
-        "open/closed",
-        "full/empty",
-        "wet/dry",
-        "hard/soft",
-        "loud/quiet",
-        "strong/weak",
-        "early/late",
-        "near/far",
-        "good/bad",
-        "rich/poor",
-        "clean/dirty",
-        "thick/thin",
-        "wide/narrow",
-        "heavy/light",
-        "sweet/sour",
-        "left/right",
-        "in/out",
-        "first/last",
-        "true/false",
-        "easy/difficult",
-        "warm/cool",
-        "begin/end",
-        "push/pull",
-        "give/take",
-        "buy/sell",
-        "win/lose",
-        "laugh/cry",
-        "ask/answer",
-        "remember/forget",
-        "love/hate",
-        "arrive/leave",
-        "brave/afraid",
-        "black/white",
-        "summer/winter",
-    ]
+    for pair in """
+big/small hot/cold long/short high/low old/young new/old fast/slow happy/sad light/dark day/night up/down
+open/closed full/empty wet/dry hard/soft loud/quiet strong/weak early/late near/far good/bad rich/poor
+clean/dirty thick/thin wide/narrow heavy/light sweet/sour left/right in/out first/last true/false easy/difficult
+warm/cool begin/end push/pull give/take buy/sell win/lose laugh/cry ask/answer remember/forget love/hate
+arrive/leave brave/afraid black/white summer/winter
+""".strip().split()
 )
 SENSES = (
     ("eyes", "see"),
