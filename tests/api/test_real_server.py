@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
-from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM
 
-from deltaserve.api.app import create_app
 from deltaserve.config import MIB, EngineConfig, ServeConfig
 from deltaserve.remote import RemoteServer
-from deltaserve.runtime import Runtime
-from deltatest.live_server import LiveServer, serve_within
+from deltatest.live_runtime import serve_runtime
+from deltatest.live_server import LiveServer
 from deltatest.peft_adapters import make_peft_lora, peft_greedy
 from deltatest.tiny_models import save_random, tiny_config
 from deltatest.tokenizers import byte_level
@@ -63,17 +59,7 @@ def live(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         ),
     )
 
-    @asynccontextmanager
-    async def open_app() -> AsyncIterator[FastAPI]:
-        runtime = await asyncio.to_thread(Runtime.open, config)
-        try:
-            await runtime.start()
-            parts = (runtime.engine, runtime.admission, runtime.store, runtime.tokenizer, runtime.metrics)
-            yield create_app(*parts, config)
-        finally:
-            await runtime.close()
-
-    with serve_within(open_app, config, start_seconds=200) as server:
+    with serve_runtime(config) as server:
         door = RemoteServer(server.url)
         for name in ("tone", "code"):
             assert door.upload(folders[name], name)["state"] in ("stored", "host", "ready", "loading")
