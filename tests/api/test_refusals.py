@@ -203,6 +203,20 @@ def test_a_surrogate_pair_and_deep_text_are_fine(http: TestClient) -> None:
     assert http.post("/v1/completions", content=body, headers={"content-type": "application/json"}).status_code == 200
 
 
+def test_an_unterminated_string_costs_its_length_not_its_square() -> None:
+    """A megabyte of escaped quotes would otherwise hold the event loop for hours."""
+    import time
+
+    from deltaserve.api.body import parse_json
+    from deltaserve.errors import InvalidRequest
+
+    body = b'{"prompt": [' + b"[]," * 40 + b'"' + b'\\"' * 500_000
+    started = time.monotonic()
+    with pytest.raises(InvalidRequest):
+        parse_json(body)
+    assert time.monotonic() - started < 2
+
+
 @pytest.mark.parametrize("content_type", ["text/plain", "", "application/x-www-form-urlencoded"])
 def test_only_json_is_read(http: TestClient, content_type: str) -> None:
     headers = {"content-type": content_type}

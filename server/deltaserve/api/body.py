@@ -19,6 +19,8 @@ MAX_DEPTH = 32
 _DRAIN_FACTOR = 4
 _DRAIN_SECONDS = 1.0
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+# Possessive, and an unterminated string runs to the end: linear in the body whatever it holds.
+_STRING_OR_BRACKET = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[{\]}]', re.DOTALL)
 
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def _depth_exceeds(body: bytes, limit: int) -> bool:
     if body.count(b"[") + body.count(b"{") <= limit:
         return False
     depth = 0
-    for match in re.finditer(rb'"(?:[^"\\]|\\.)*"|[\[{\]}]', body, re.DOTALL):
+    for match in _STRING_OR_BRACKET.finditer(body):
         token = match[0]
         if token in b"[{":
             depth += 1
