@@ -315,6 +315,8 @@ def test_listing_is_paged(http: TestClient) -> None:
         "limit=",
         "after=../x",
         "limit=" + "9" * 50,
+        "limit=000100000",
+        "limit=000100" + "0" * 5000,
     ):
         assert http.get(f"/v1/adapters?{query}").status_code == 400, query
 

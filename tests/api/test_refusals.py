@@ -56,6 +56,7 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"-1": 1}}, "logit_bias"),
     ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
     ({"logit_bias": []}, "logit_bias"),
+    ({"logit_bias": {"1": 5, "01": -5}}, "logit_bias"),
     ({"stop": [""]}, "stop"),
     ({"stop": ["x"] * 17}, "stop"),
     ({"stop": "x" * 257}, "stop[0]"),
@@ -231,6 +232,7 @@ def test_too_large(http: TestClient) -> None:
 def test_unknown_routes_and_methods(http: TestClient) -> None:
     assert error_of(http.get("/v1/nothing"), 404)["code"] == "unknown_route"
     assert error_of(http.post("/v1/responses", json={}), 404)["code"] == "unknown_route"
+    assert error_of(http.post("/v1/completions/", json=COMPLETION), 404)["code"] == "unknown_route"
     assert error_of(http.get("/v1/completions"), 405)["code"] == "method_not_allowed"
     assert "POST" in error_of(http.get("/v1/completions"), 405)["message"]
 
@@ -296,10 +298,11 @@ def test_a_bug_shows_neither_path_nor_message(http: TestClient, engine: FakeEngi
     assert engine.num_open == 0
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
-    max_leaves=8,
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20)
+)
+json_values: st.SearchStrategy[Any] = st.deferred(
+    lambda: scalars | st.lists(json_values, max_size=3) | st.dictionaries(st.text(max_size=10), json_values, max_size=3)
 )
 FIELD_NAMES = sorted(
     {*REFUSED, "temperature", "prompt", "messages", "stop", "logit_bias", "stream_options", "n", "model"}

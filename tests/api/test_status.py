@@ -24,7 +24,8 @@ def test_health(http: TestClient, engine: FakeEngine) -> None:
 
 
 def test_version(http: TestClient) -> None:
-    assert http.get("/version").json() == {"version": deltaserve.__version__}
+    told = {"version": deltaserve.__version__, "base": BASE, "base_fingerprint": "f" * 64}
+    assert http.get("/version").json() == told
 
 
 def test_metrics_count_requests_by_route_pattern(http: TestClient) -> None:
@@ -78,8 +79,13 @@ def test_tokenize_and_detokenize(http: TestClient, engine: FakeEngine) -> None:
         ("/detokenize", {"tokens": [-1]}),
         ("/detokenize", {"tokens": "x"}),
         ("/detokenize", {"tokens": [1], "x": 1}),
+        ("/tokenize", {"messages": messages, "add_special_tokens": True}),
+        ("/tokenize", {"prompt": "x", "add_generation_prompt": False}),
     ):
         assert http.post(route, json=wrong).status_code == 400, wrong
+    for route, known in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": ids})):
+        assert http.post(route, json=known | {"model": "tone"}).status_code == 200
+        assert http.post(route, json=known | {"model": "secret"}).status_code == 404, "a model is never ignored"
 
 
 def ask(live: LiveServer, answers: list[bytes], *, stream: bool) -> threading.Thread:

@@ -91,6 +91,7 @@ class FakeEngine:
     stopped: list[tuple[str, int]] = field(default_factory=list)
     num_open: int = 0
     tone_state: AdapterState = AdapterState.READY
+    base_fingerprint: str = "f" * 64
 
     @property
     def limits(self) -> EngineLimits:

@@ -185,7 +185,7 @@ def _alias(services: Services, caller: Caller, alias: str) -> dict[str, Any]:
 def _page(http: Request) -> tuple[int, str | None]:
     query = http.query_params
     text = query.get("limit", str(DEFAULT_PAGE))
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:6]) <= MAX_PAGE):
+    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= MAX_PAGE):
         raise InvalidRequest(f"limit must be a whole number from 1 to {MAX_PAGE}", param="limit")
     after = query.get("after")
     return int(text), None if after is None else validate_name(after, param="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -60,8 +61,14 @@ def describe_adapters(metrics: Metrics, names: NameMap) -> None:
 
 
 @router.get("/version")
-async def read_version(caller: Caller = MAY_USE) -> dict[str, str]:
-    return {"version": deltaserve.__version__}
+async def read_version(http: Request, caller: Caller = MAY_USE) -> dict[str, str]:
+    """Which program, and which base: adapters made with our own formats carry the fingerprint."""
+    engine = services_of(http).engine
+    return {
+        "version": deltaserve.__version__,
+        "base": engine.names.base_names[0],
+        "base_fingerprint": engine.base_fingerprint,
+    }
 
 
 @router.post("/tokenize")
@@ -71,7 +78,7 @@ async def tokenize(http: Request, caller: Caller = MAY_USE) -> dict[str, Any]:
     ids = await _ids(services, caller, fields)
     answer = {"tokens": ids, "count": len(ids), "max_model_len": services.engine.limits.max_model_len}
     if fields.return_token_strs:
-        answer["token_strs"] = [services.tokenizer.token_text(i) for i in ids]
+        answer["token_strs"] = await asyncio.to_thread(lambda: [services.tokenizer.token_text(i) for i in ids])
     return answer
 
 
@@ -82,11 +89,14 @@ async def _ids(services: Services, caller: Caller, fields: TokenizeRequest) -> l
     if fields.prompt is not None:
         return await encode_text(services, fields.prompt, add_special_tokens=fields.add_special_tokens)
     messages = [message.for_template() for message in fields.messages or ()]
-    return services.tokenizer.render_chat(messages, template, fields.add_generation_prompt)
+    return await asyncio.to_thread(services.tokenizer.render_chat, messages, template, fields.add_generation_prompt)
 
 
 @router.post("/detokenize")
 async def detokenize(http: Request, caller: Caller = MAY_USE) -> dict[str, str]:
     services = services_of(http)
     fields = DetokenizeRequest.model_validate(await read_json(http, services.config.max_body_bytes))
-    return {"prompt": services.tokenizer.decode(fields.tokens, skip_special_tokens=fields.skip_special_tokens)}
+    if fields.model is not None:
+        resolve_target(services.engine, caller, fields.model)
+    text = await asyncio.to_thread(services.tokenizer.decode, fields.tokens, fields.skip_special_tokens)
+    return {"prompt": text}

@@ -123,6 +123,10 @@ class AsyncEngine:
     def limits(self) -> EngineLimits:
         return self._engine.limits
 
+    @property
+    def base_fingerprint(self) -> str:
+        return self._engine.base_fingerprint
+
     # ------------------------------------------------------------ requests
 
     def submit(self, request: GenerationRequest) -> RequestStream:

@@ -27,6 +27,10 @@ class TokenizeRequest(Strict):
     def _one_input(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("send either prompt or messages", param="prompt")
+        if self.messages is not None and self.add_special_tokens and "add_special_tokens" in self.model_fields_set:
+            raise InvalidRequest("the template writes the special tokens of messages", param="add_special_tokens")
+        if self.prompt is not None and "add_generation_prompt" in self.model_fields_set:
+            raise InvalidRequest("add_generation_prompt goes with messages", param="add_generation_prompt")
         return self
 
 

@@ -38,7 +38,10 @@ def _biases(value: Any) -> Any:
         raise ValueError(f"at most {MAX_BIASES} entries are allowed, found {len(value)}")
     if not all(key.isascii() and key.isdigit() and len(key) <= 10 for key in value):
         raise ValueError("keys must be token ids")
-    return {int(key): bias for key, bias in value.items()}
+    biases = {int(key): bias for key, bias in value.items()}
+    if len(biases) != len(value):
+        raise ValueError("one token id is there twice")
+    return biases
 
 
 def _no_empty_stop(stops: list[str]) -> list[str]:
