@@ -18,7 +18,7 @@ from deltaserve_kernels.errors import (
     ShapeMismatch,
 )
 from deltaserve_kernels.operators import lora_linear, paged_attention, sparse_linear, write_kv
-from deltaserve_kernels.tables import LoraTables, SparseTables
+from deltaserve_kernels.tables import LoraTables, SparseEntry, SparseTables
 from deltaserve_kernels.worklist import WorkList, build_work_list, build_work_list_runs
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "NotContiguous",
     "OutOfRange",
     "ShapeMismatch",
+    "SparseEntry",
     "SparseTables",
     "WorkList",
     "build_work_list",

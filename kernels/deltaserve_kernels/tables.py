@@ -7,6 +7,9 @@ entry stands. Only the engine thread changes them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -38,6 +41,7 @@ class _Tables:
         self._filled = [0] * num_linears
         # int32 [num_linears, 2], always on the host: (in_features or 0 while unknown, out_features or 0).
         self.dims = torch.zeros(num_linears, 2, dtype=torch.int32)
+        self._known = self.dims.numpy()  # the same memory: reading single numbers from a tensor is slow
 
     def has_any(self, linear: int) -> bool:
         """True when some slot has an entry for this linear; False lets a caller skip the operator."""
@@ -88,12 +92,16 @@ class _Tables:
         if tensor.numel() and tensor.data_ptr() % ALIGNMENT_BYTES:
             raise Misaligned(f"{name} starts at {tensor.data_ptr():#x}, not on a 16-byte border; copy it")
 
-    def _check_value_dtype(self, name: str, dtype: torch.dtype) -> None:
-        if self.dtype is not None and dtype != self.dtype:
-            raise DtypeMismatch(f"{name} is {dtype}; this table holds {self.dtype}")
+    def _check_value_dtype(self, name: str, dtype: torch.dtype, held: torch.dtype | None) -> None:
+        if held is not None and dtype != held:
+            raise DtypeMismatch(f"{name} is {dtype}; this table holds {held}")
+
+    def _check_distinct(self, linears: Sequence[int]) -> None:
+        if len(set(linears)) != len(linears):
+            raise OutOfRange("a linear is given twice; a slot has one entry for each")
 
     def _check_dim(self, linear: int, axis: int, size: int) -> None:
-        known = int(self.dims[linear, axis])
+        known = int(self._known[linear, axis])
         if known and known != size:
             side = ("in", "out")[axis]
             raise ShapeMismatch(f"linear {linear}: {side}_features {size} differs from the {known} of earlier entries")
@@ -123,21 +131,37 @@ class LoraTables(_Tables):
         Same float dtype as every other entry, contiguous, 16-byte aligned, r >= 1. The caller must not change the
         tensors while the entry stands. Raises a KernelError and leaves the table as it was.
         """
-        self._check_linear(linear)
+        self.set_all(slot, ((linear, a, b_t),))
+
+    def set_all(self, slot: int, entries: Sequence[tuple[int, Tensor, Tensor]]) -> None:
+        """``set`` for (linear, a, b_t) of a whole adapter: as few tensor operations as for one linear."""
         self._check_slot(slot)
-        for name, tensor in (("a", a), ("b_t", b_t)):
-            self._check_tensor(name, tensor, 2, FLOAT_DTYPES)
-            self._check_value_dtype(name, tensor.dtype)
-        if a.dtype != b_t.dtype:
-            raise DtypeMismatch(f"a is {a.dtype} and b_t {b_t.dtype}; both must be the same")
-        if a.shape[0] != b_t.shape[0] or a.shape[0] < 1 or not a.shape[1] or not b_t.shape[1]:
-            raise ShapeMismatch(f"a {list(a.shape)} and b_t {list(b_t.shape)} must be [r, K] and [r, N], r >= 1")
-        self._check_dim(linear, 0, a.shape[1])
-        self._check_dim(linear, 1, b_t.shape[1])
-        self._keep(linear, slot, (a, b_t))
-        self.dims[linear, 0], self.dims[linear, 1] = a.shape[1], b_t.shape[1]
-        self.pointers[linear, :, slot] = torch.tensor([a.data_ptr(), b_t.data_ptr()], device=self.device)
-        self.ranks[linear, slot] = a.shape[0]
+        linears = [linear for linear, _, _ in entries]
+        self._check_distinct(linears)
+        held = self.dtype
+        for linear, a, b_t in entries:
+            self._check_linear(linear)
+            for name, tensor in (("a", a), ("b_t", b_t)):
+                self._check_tensor(name, tensor, 2, FLOAT_DTYPES)
+                self._check_value_dtype(name, tensor.dtype, held)
+            if a.dtype != b_t.dtype:
+                raise DtypeMismatch(f"a is {a.dtype} and b_t {b_t.dtype}; both must be the same")
+            held = a.dtype
+            if a.shape[0] != b_t.shape[0] or a.shape[0] < 1 or not a.shape[1] or not b_t.shape[1]:
+                raise ShapeMismatch(f"a {list(a.shape)} and b_t {list(b_t.shape)} must be [r, K] and [r, N], r >= 1")
+            self._check_dim(linear, 0, a.shape[1])
+            self._check_dim(linear, 1, b_t.shape[1])
+        if not entries:
+            return
+        for linear, a, b_t in entries:
+            self._keep(linear, slot, (a, b_t))
+        self.dims[linears] = torch.tensor([(a.shape[1], b_t.shape[1]) for _, a, b_t in entries], dtype=torch.int32)
+        addresses = [(a.data_ptr(), b_t.data_ptr()) for _, a, b_t in entries]
+        index = torch.tensor(linears, device=self.device)
+        self.pointers[index, :, slot] = torch.tensor(addresses, dtype=torch.int64, device=self.device)
+        self.ranks[index, slot] = torch.tensor(
+            [a.shape[0] for _, a, _ in entries], dtype=torch.int32, device=self.device
+        )
 
     def _grow_tables(self, extra: int) -> None:
         self.pointers = torch.nn.functional.pad(self.pointers, (0, extra))
@@ -146,6 +170,15 @@ class LoraTables(_Tables):
     def _clear_tables(self, slot: int) -> None:
         self.pointers[:, :, slot] = 0
         self.ranks[:, slot] = 0
+
+
+class SparseEntry(NamedTuple):
+    """A scanned CSR delta (``SparseTables.scan``): its contents may be trusted. ``num_columns``: largest column + 1."""
+
+    indptr: Tensor
+    cols: Tensor
+    values: Tensor
+    num_columns: int
 
 
 class SparseTables(_Tables):
@@ -168,28 +201,48 @@ class SparseTables(_Tables):
         is checked when the operator meets ``x``). Contents are scanned once here and must not change while the entry
         stands. Raises a KernelError and leaves the table as it was.
         """
-        self._check_linear(linear)
-        self._check_slot(slot)
+        self.set_all(slot, ((linear, self.scan(indptr, cols, values)),))
+
+    def scan(self, indptr: Tensor, cols: Tensor, values: Tensor) -> SparseEntry:
+        """The checks of ``set`` that concern one delta alone, its contents among them. Changes nothing: callable from
+        any thread, so that large deltas do not hold up the one that changes the tables.
+        """
         self._check_tensor("indptr", indptr, 1, (torch.int32,))
         self._check_tensor("cols", cols, 1, (torch.int32,))
         self._check_tensor("values", values, 1, FLOAT_DTYPES)
-        self._check_value_dtype("values", values.dtype)
         nnz = values.numel()
         if indptr.numel() < 2 or cols.numel() != nnz or nnz > _MAX_INT32:
             raise ShapeMismatch(
                 f"indptr [{indptr.numel()}], cols [{cols.numel()}], values [{nnz}] must be [N+1], [nnz], [nnz], N >= 1"
             )
-        self._check_dim(linear, 1, indptr.numel() - 1)
         if int(indptr[0]) != 0 or int(indptr[-1]) != nnz or bool((indptr[1:] < indptr[:-1]).any()):
             raise OutOfRange(f"indptr must rise from 0 to nnz = {nnz}; it runs {int(indptr[0])}..{int(indptr[-1])}")
         low, high = (int(cols.min()), int(cols.max())) if nnz else (0, -1)
         if low < 0 or high == _MAX_INT32:
             raise OutOfRange(f"cols run {low}..{high}; they must be in 0..K-1")
-        self._keep(linear, slot, (indptr, cols, values))
-        self.dims[linear, 1] = indptr.numel() - 1
-        addresses = [indptr.data_ptr(), cols.data_ptr(), values.data_ptr()]
-        self.pointers[linear, :, slot] = torch.tensor(addresses, dtype=torch.int64, device=self.device)
-        self.extents[linear, :, slot] = torch.tensor([nnz, high + 1], dtype=torch.int32, device=self.device)
+        return SparseEntry(indptr, cols, values, high + 1)
+
+    def set_all(self, slot: int, entries: Sequence[tuple[int, SparseEntry]]) -> None:
+        """``set`` for the scanned deltas of a whole adapter: as few tensor operations as for one linear."""
+        self._check_slot(slot)
+        linears = [linear for linear, _ in entries]
+        self._check_distinct(linears)
+        held = self.dtype
+        for linear, entry in entries:
+            self._check_linear(linear)
+            self._check_value_dtype("values", entry.values.dtype, held)
+            held = entry.values.dtype
+            self._check_dim(linear, 1, entry.indptr.numel() - 1)
+        if not entries:
+            return
+        for linear, entry in entries:
+            self._keep(linear, slot, (entry.indptr, entry.cols, entry.values))
+        self.dims[linears, 1] = torch.tensor([entry.indptr.numel() - 1 for _, entry in entries], dtype=torch.int32)
+        addresses = [(e.indptr.data_ptr(), e.cols.data_ptr(), e.values.data_ptr()) for _, e in entries]
+        extents = [(entry.values.numel(), entry.num_columns) for _, entry in entries]
+        index = torch.tensor(linears, device=self.device)
+        self.pointers[index, :, slot] = torch.tensor(addresses, dtype=torch.int64, device=self.device)
+        self.extents[index, :, slot] = torch.tensor(extents, dtype=torch.int32, device=self.device)
 
     def _grow_tables(self, extra: int) -> None:
         self.pointers = torch.nn.functional.pad(self.pointers, (0, extra))

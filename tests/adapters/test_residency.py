@@ -273,7 +273,7 @@ def test_terms_for_an_unknown_linear_are_refused_not_skipped() -> None:
         bench.acquire("v1")
 
 
-def test_terms_the_tables_refuse_fail_the_version_and_free_its_slot() -> None:
+def test_damaged_terms_are_found_by_the_worker_that_reads_them() -> None:
     bench = Bench()
 
     class Wrong:
@@ -284,8 +284,29 @@ def test_terms_the_tables_refuse_fail_the_version_and_free_its_slot() -> None:
 
     bench.residency.workers._loader = Wrong()
     bench.load("v1")
-    assert bench.acquire("v1") is None
+    with pytest.raises(AdapterUnavailable, match="indptr must rise"):
+        bench.acquire("v1")
     assert bench.states("v1") == ["failed"]
+    assert bench.residency.pool.num_free_slots == 2
+
+
+def test_terms_the_tables_refuse_fail_the_version_and_free_its_slot() -> None:
+    bench = Bench()
+
+    class Wrong:
+        def load(self, version: str) -> FoldedAdapter:
+            half = {"float": LowRankTerm(torch.zeros(1, 8), torch.zeros(1, 8))}
+            half["half"] = LowRankTerm(torch.zeros(1, 8).half(), torch.zeros(1, 8).half())
+            return FoldedAdapter({LINEAR: (half[version],)}, FINGERPRINT, torch.float32)
+
+    bench.residency.workers._loader = Wrong()
+    bench.load("float")
+    assert bench.acquire("float") is not None
+    bench.release("float")
+    bench.residency.unload("float")
+    bench.load("half")
+    assert bench.acquire("half") is None
+    assert bench.states("half") == ["failed"]
     assert not bench.lora.has_any(0)
     assert bench.residency.pool.num_free_slots == 2
 

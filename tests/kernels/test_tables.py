@@ -134,3 +134,38 @@ def test_a_sparse_entry_may_be_empty():
     tables.set(0, 0, torch.zeros(3, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0))
     assert tables.has_any(0)
     assert tables.extents[0, :, 0].tolist() == [0, 0]
+
+
+def test_a_whole_adapter_is_set_as_linear_by_linear():
+    terms = [(i, torch.randn(i + 1, 8), torch.randn(i + 1, 6)) for i in (2, 0, 1)]
+    deltas = [(i, INDPTR.clone(), COLS.clone(), torch.randn(3)) for i in (1, 2)]
+    singly, whole = (LoraTables(3, 4), SparseTables(3, 4)), (LoraTables(3, 4), SparseTables(3, 4))
+    for term in terms:
+        singly[0].set(term[0], 2, *term[1:])
+    for delta in deltas:
+        singly[1].set(delta[0], 2, *delta[1:])
+    whole[0].set_all(2, terms)
+    whole[1].set_all(2, [(index, whole[1].scan(*tensors)) for index, *tensors in deltas])
+    for one, other in zip(singly, whole, strict=True):
+        assert torch.equal(one.pointers, other.pointers)
+        assert torch.equal(one.dims, other.dims)
+        assert [one.has_any(i) for i in range(3)] == [other.has_any(i) for i in range(3)]
+    assert torch.equal(singly[0].ranks, whole[0].ranks)
+    assert torch.equal(singly[1].extents, whole[1].extents)
+    whole[0].set_all(3, [])
+
+
+def test_a_refused_term_leaves_nothing_of_its_adapter():
+    tables = LoraTables(3, 4)
+    tables.set(1, 0, torch.randn(2, 8), torch.randn(2, 6))
+    good = (0, torch.randn(2, 8), torch.randn(2, 6))
+    for bad in (
+        (1, torch.randn(2, 9), torch.randn(2, 6)),
+        (3, torch.randn(2, 8), torch.randn(2, 6)),
+        (2, torch.randn(2, 8).half(), torch.randn(2, 6).half()),
+        good,
+    ):
+        with pytest.raises((ShapeMismatch, OutOfRange, DtypeMismatch)):
+            tables.set_all(2, [good, bad])
+        assert not tables.has_any(0)
+        assert not tables.pointers[:, :, 2].any()

@@ -9,20 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm, SparseTerm, Term
-from deltaserve_kernels import LoraTables, SparseTables
+from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm
+from deltaserve_kernels import LoraTables, SparseEntry, SparseTables
 
 
 @dataclass(frozen=True, slots=True)
 class StagedAdapter:
-    """The terms of an adapter on the device, by linear index; ready to be pointed at."""
+    """The terms of an adapter on the device, by linear index; checked and ready to be pointed at."""
 
-    terms: tuple[tuple[int, Term], ...]
+    lora: tuple[tuple[int, Tensor, Tensor], ...]
+    sparse: tuple[tuple[int, SparseEntry], ...]
 
 
 class DevicePool:
-    """``num_slots`` slots and ``max_bytes`` bytes. For the engine thread; ``check`` and ``stage`` for any.
+    """``num_slots`` slots and ``max_bytes`` bytes. For the engine thread; ``stage`` for any, best for a worker.
 
     ``linears`` are the base's linears in table order.
     """
@@ -69,18 +71,29 @@ class DevicePool:
                 raise ValueError(f"the base has no linear {name!r}")
 
     def stage(self, folded: FoldedAdapter) -> StagedAdapter:
-        """Bring the terms to the device. On CUDA this copies: call it on a worker thread; complete when it returns."""
-        staged = [(self._linear_index[name], term) for name, terms in folded.terms.items() for term in terms]
-        if self._copy_stream is not None:
-            with torch.cuda.stream(self._copy_stream):
-                staged = [(index, self._copy(term)) for index, term in staged]
-            self._copy_stream.synchronize()
-        return StagedAdapter(tuple(staged))
+        """Check the terms and bring them to the device; complete when it returns. Reads all of a sparse term and, on
+        CUDA, copies. Raises ``ValueError`` for a linear that the base does not have and for terms the tables refuse.
+        """
+        self.check(folded)
+        if self._copy_stream is None:
+            return self._stage(folded)
+        with torch.cuda.stream(self._copy_stream):
+            staged = self._stage(folded)
+        self._copy_stream.synchronize()
+        return staged
 
-    def _copy(self, term: Term) -> Term:
-        if isinstance(term, LowRankTerm):
-            return LowRankTerm(term.a.to(self.device), term.b_t.to(self.device))
-        return SparseTerm(term.indptr.to(self.device), term.cols.to(self.device), term.values.to(self.device))
+    def _stage(self, folded: FoldedAdapter) -> StagedAdapter:
+        lora: list[tuple[int, Tensor, Tensor]] = []
+        sparse: list[tuple[int, SparseEntry]] = []
+        for name, terms in folded.terms.items():
+            index = self._linear_index[name]
+            for term in terms:
+                if isinstance(term, LowRankTerm):
+                    lora.append((index, term.a.to(self.device), term.b_t.to(self.device)))
+                else:
+                    parts = (part.to(self.device) for part in (term.indptr, term.cols, term.values))
+                    sparse.append((index, self._sparse.scan(*parts)))
+        return StagedAdapter(tuple(lora), tuple(sparse))
 
     def reserve(self, version: str, nbytes: int) -> int:
         """Take a free slot and book the bytes. Raises ``ValueError`` without room: evict first."""
@@ -94,11 +107,8 @@ class DevicePool:
     def install(self, slot: int, staged: StagedAdapter) -> None:
         """Point the tables' ``slot`` at the terms. On an error of the tables the slot is left empty, still reserved."""
         try:
-            for index, term in staged.terms:
-                if isinstance(term, LowRankTerm):
-                    self._lora.set(index, slot, term.a, term.b_t)
-                else:
-                    self._sparse.set(index, slot, term.indptr, term.cols, term.values)
+            self._lora.set_all(slot, staged.lora)
+            self._sparse.set_all(slot, staged.sparse)
         except Exception:
             self._clear(slot)
             raise

@@ -6,15 +6,17 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from deltaserve.adapters.device_pool import StagedAdapter
 from deltaserve.deltas.folded import FoldedAdapter
 
 
 @dataclass(frozen=True, slots=True)
 class HostedAdapter:
-    """A folded adapter and its size, measured once."""
+    """A folded adapter and its size, measured once. ``staged``: where host memory is the device's, ready to use."""
 
     folded: FoldedAdapter
     nbytes: int
+    staged: StagedAdapter | None = None
 
 
 class HostCache:

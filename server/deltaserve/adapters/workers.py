@@ -100,7 +100,9 @@ class LoadWorkers:
         try:
             folded = self._loader.load(version)
             self._pool.check(folded)
-            result = Loaded(version, time.perf_counter() - began, adapter=HostedAdapter(folded, folded.nbytes))
+            staged = self._pool.stage(folded) if self._pool.shares_host_memory else None
+            hosted = HostedAdapter(folded, folded.nbytes, staged)
+            result = Loaded(version, time.perf_counter() - began, adapter=hosted)
         except BaseException as error:
             result = Loaded(version, time.perf_counter() - began, error=error)
         self._finish(result)
