@@ -29,7 +29,14 @@ def create_app(
     keys: KeyRing | None = None,
 ) -> FastAPI:
     """Starting and stopping the collaborators is the caller's business. Without ``keys`` only loopback is served."""
-    app = FastAPI(title="deltaserve", version=deltaserve.__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="deltaserve",
+        version=deltaserve.__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,  # a redirect would be built from the Host header
+    )
     app.state.services = Services(engine, admission, store, tokenizer, metrics, config, keys)
     app.state.uploads = Uploads()
     metrics.watch(engine.status)

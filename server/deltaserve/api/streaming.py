@@ -19,13 +19,14 @@ from deltaserve_store.errors import StoreError
 log = logging.getLogger("deltaserve.api")
 Result = TypeVar("Result")
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 DONE = b"data: [DONE]\n\n"
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 def event(data: Mapping[str, Any]) -> bytes:
     """One event. JSON escapes line breaks, so the data is one line."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _ENCODER.encode(data).encode() + b"\n\n"
 
 
 class EventStream(Response):
