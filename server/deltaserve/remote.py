@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from deltaserve.errors import DeltaserveError, InvalidRequest, Reason, Unavailab
 
 CHUNK_BYTES = 1 << 20
 MAX_RESPONSE_BYTES = 64 << 20
+POLL_SECONDS = 2.0
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 
 
@@ -27,8 +29,12 @@ class RemoteServer:
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout_seconds: float = 600.0) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        try:
+            parts = urlsplit(url)
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # a port that is no number, half an IPv6 address
+            is_address = False
+        if not is_address or parts.query or parts.fragment:
             raise InvalidRequest(f"The server address {url!r} is not of the form http://HOST:PORT.", param="server")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise InvalidRequest("The API key holds characters that no key has.", param="api_key")
@@ -49,7 +55,8 @@ class RemoteServer:
     ) -> dict[str, Any]:
         """Send a folder (its plain files), chosen files or one archive through the door; returns the admitted adapter.
 
-        ``created`` is True for a new version and False where the server already had these bytes under the name.
+        ``created`` is True for a new version and False where the server already had these bytes under the name. A
+        server whose proof takes long answers 202 first; then its verdict is waited for.
         Raises ``AdapterRefused`` with every reason, ``Conflict``, ``StorageFull``, ``QueueFull``, ``InvalidRequest``.
         """
         fields = {"name": name}
@@ -64,6 +71,9 @@ class RemoteServer:
         length = sum(len(head) for head in heads) + sum(file.stat().st_size for file in files)
         headers = {"Content-Type": f"multipart/form-data; boundary={boundary}", "Content-Length": str(length)}
         status, answer = self._call("POST", "/v1/adapters", _stream(heads, files), headers)
+        while status == 202:
+            time.sleep(POLL_SECONDS)
+            status, answer = self._call("GET", f"/v1/uploads/{_quoted(str(answer.get('id')))}")
         return {**answer, "created": status != 200}
 
     def list(self, *, limit: int = 100) -> Iterator[dict[str, Any]]:

@@ -114,6 +114,23 @@ def test_upload_of_an_archive_and_of_known_bytes(recorder: Recorder, tmp_path: P
     assert "Authorization" not in headers
 
 
+def test_an_upload_whose_proof_takes_long_is_waited_for(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltaserve.remote.POLL_SECONDS", 0.01)
+    (tmp_path / "a.zip").write_bytes(b"archive")
+    checking = {"id": "upload-1", "state": "checking", "status_url": "/v1/uploads/upload-1"}
+    recorder.answers = [(202, checking), (202, checking), (201, {"id": "a", "version": "f" * 64})]
+    answer = RemoteServer(recorder.url, api_key="key-1").upload(tmp_path / "a.zip", "a")
+    assert answer == {"id": "a", "version": "f" * 64, "created": True}
+    assert [call[:2] for call in recorder.calls[1:]] == [("GET", "/v1/uploads/upload-1")] * 2
+    assert recorder.calls[2][2]["Authorization"] == "Bearer key-1"
+    refusal = {"error": {"message": "no", "code": "adapter_refused", "reasons": [{"code": "no_effect"}]}}
+    recorder.answers = [(202, checking), (422, refusal)]
+    with pytest.raises(AdapterRefused):
+        RemoteServer(recorder.url).upload(tmp_path / "a.zip", "a")
+
+
 def test_routes(recorder: Recorder) -> None:
     server = RemoteServer(recorder.url + "/")
     recorder.answers = [
@@ -192,7 +209,9 @@ def test_nobody_listens() -> None:
         RemoteServer("http://127.0.0.1:9", timeout_seconds=5).show("a")
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:80", "ftp://x", "http://", "http://h/?q=1"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:80", "ftp://x", "http://", "http://h/?q=1", "http://h:abc", "http://h:99999", "http://[::1"]
+)
 def test_bad_addresses_are_refused(url: str) -> None:
     with pytest.raises(InvalidRequest):
         RemoteServer(url)
