@@ -90,6 +90,7 @@ def test_models_resolve_to_versions(http: TestClient, engine: FakeEngine, model:
 def test_the_base_has_no_adapter_version(http: TestClient, engine: FakeEngine) -> None:
     response = complete(http, model=BASE)
     assert "x-adapter-version" not in response.headers
+    assert response.json()["system_fingerprint"] == engine.base_fingerprint
     assert engine.requests[0].binding.is_base
 
 

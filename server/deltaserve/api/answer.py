@@ -80,7 +80,7 @@ class Envelope:
             "object": kind,
             "created": self.created,
             "model": self.target.model,
-            "system_fingerprint": self.target.version,
+            "system_fingerprint": self.target.fingerprint,
             "choices": choices,
         }
 

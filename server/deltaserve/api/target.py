@@ -11,11 +11,15 @@ from deltaserve.core import BASE_BINDING, Binding, BindingPart
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """``model`` is what the client wrote and reads back. ``version`` None is the base alone."""
+    """``model`` is what the client wrote and reads back. ``version`` None is the base alone.
+
+    ``fingerprint`` names the bytes that answer: the version's digest, or the base's fingerprint.
+    """
 
     model: str
     name: str
     version: str | None
+    fingerprint: str
     chat_template: str | None = None
     stop_token_ids: tuple[int, ...] = ()
 
@@ -32,6 +36,9 @@ def resolve_target(engine: GenerationEngine, caller: Caller, model: str) -> Targ
     """Reads the in-memory names only. Raises ``model_not_found`` (404), also for another tenant's adapters."""
     resolved = engine.resolve(caller.tenant, model)
     record = resolved.record
+    fingerprint = resolved.version or engine.base_fingerprint
     if record is None:
-        return Target(model, resolved.name, resolved.version)
-    return Target(model, resolved.name, resolved.version, record.chat_template, tuple(record.stop_token_ids))
+        return Target(model, resolved.name, resolved.version, fingerprint)
+    return Target(
+        model, resolved.name, resolved.version, fingerprint, record.chat_template, tuple(record.stop_token_ids)
+    )
