@@ -21,7 +21,8 @@ def reconcile(folders: VersionFolders, database: Database, catalog: Catalog) -> 
             report.append(f"quarantined {name[:64]!a}: no name was ever given to it")
     with database.transaction() as connection:
         for version, (state, _) in known.items():
-            faults = folders.faults(version)
+            # A quick look cannot tell that a damaged file was mended; what failed before is read back.
+            faults = folders.verify(version) if state == "failed" else folders.faults(version)
             if faults:
                 reason = f"{faults[0].code}: {faults[0].where}"
                 catalog.mark(connection, version, "failed", reason)

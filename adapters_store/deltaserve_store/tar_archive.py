@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ BLOCK = 512
 MAX_EXTENDED_HEADER = 64 << 10
 CHUNK_BYTES = 1 << 20
 _FILE_TYPES = (b"0", b"\0", b"7")
+_DECIMAL = re.compile(r"[0-9]{1,20}")
 _TYPE_NAMES = {
     b"1": "a hard link",
     b"2": "a symbolic link",
@@ -71,7 +73,7 @@ class TarArchive:
                 continue
             path = extended.get("path", path)
             if "size" in extended:
-                size = int(extended["size"]) if extended["size"].isascii() and extended["size"].isdecimal() else -1
+                size = int(extended["size"]) if _DECIMAL.fullmatch(extended["size"]) else -1
             if any(key.startswith("GNU.sparse") for key in extended):
                 kind = b"S"
             extended = {}

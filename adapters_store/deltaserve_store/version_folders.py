@@ -52,7 +52,8 @@ class VersionFolders:
         return self.root / "derived" / check_version(version) / key
 
     def install(self, source: Path, parsed: ParsedAdapter, check_room: Callable[[int], None]) -> AdapterManifest:
-        """Puts the two files of ``source`` in place and returns their manifest; quick when they are there already.
+        """Puts the two files of ``source`` in place and returns their manifest. Files that are there already stay when
+        their bytes are what was admitted; damaged ones are replaced.
 
         Files in our own scratch area are linked, others copied (nobody outside may keep a name for our bytes).
         ``check_room`` is asked with the size of a version that is new. A failure leaves nothing behind.
@@ -69,7 +70,7 @@ class VersionFolders:
                 self._on_step(f"synced:{name}")
             manifest = _describe(build, names, parsed)
             target = self.path(manifest.version)
-            if target.exists() and not self.faults(manifest.version):
+            if target.exists() and not self.verify(manifest.version):
                 return self.manifest(manifest.version)
             check_room(manifest.bytes)
             write_durably(build / MANIFEST_NAME, manifest.to_json().encode())

@@ -22,6 +22,8 @@ _END_BYTES = 22
 _MAX_COMMENT = 65535
 _LOCAL_HEADER_BYTES = 30
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, struct.error, ValueError)
+"""What the standard library raises over bytes that are no zip (ValueError: names that are not UTF-8, bad seeks)."""
 
 
 class ZipArchive:
@@ -33,7 +35,7 @@ class ZipArchive:
         _check_directory_size(file, limits)
         try:
             self._zip = zipfile.ZipFile(file)
-        except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as error:
+        except _DAMAGE as error:
             raise refuse("bad_archive", "archive", f"damaged ({error})", "an intact zip") from None
         findings = Findings()
         names = ArchiveNames(findings)
@@ -56,7 +58,7 @@ class ZipArchive:
                     if left < 0:
                         raise refuse("archive_bomb", entry.filename, "more bytes than announced", "honest sizes")
                     yield chunk
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
+        except _DAMAGE as error:
             raise refuse("bad_archive", entry.filename, f"damaged ({error})", "an intact zip") from None
         if left:
             raise refuse("bad_archive", entry.filename, f"{left} bytes missing", "an intact zip")

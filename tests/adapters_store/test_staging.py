@@ -341,6 +341,15 @@ def _zip_bad_crc(path: Path) -> Path:
     return path
 
 
+def _zip_local_name(path: Path) -> Path:
+    """The entry's own header has a name that is not the UTF-8 it says it is."""
+    data = bytearray(make_zip(path, {CONFIG: b"{}"}).read_bytes())
+    struct.pack_into("<H", data, 6, 0x800)
+    data[30] = 0xFF
+    path.write_bytes(data)
+    return path
+
+
 def _zip_cut(path: Path) -> Path:
     path.write_bytes(make_zip(path, {CONFIG: b"{}" * 50}).read_bytes()[:-30])
     return path
@@ -392,6 +401,14 @@ def _tar_negative(path: Path) -> Path:
     return path
 
 
+def _tar_pax_size(path: Path) -> Path:
+    """A size of so many digits that Python refuses to make a number of it."""
+    record = b"5011 size=" + b"9" * 5000 + b"\n"
+    header = _raw_header(b"x", b"%011o\0" % len(record), b"pax")
+    path.write_bytes(header + record + bytes(-len(record) % 512) + _raw_header(b"0", b"00000000000\0", CONFIG.encode()))
+    return path
+
+
 def _tar_huge(path: Path) -> Path:
     path.write_bytes(_raw_header(b"0", b"\x80" + b"\0" * 3 + b"\xff" * 8, CONFIG.encode()) + bytes(2048))
     return path
@@ -440,6 +457,7 @@ BAD_ARCHIVES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "zip with a script in front": (_zip_hidden_front, "bad_archive"),
     "zip bad checksum": (_zip_bad_crc, "bad_archive"),
     "zip cut": (_zip_cut, "bad_archive"),
+    "zip local name": (_zip_local_name, "bad_archive"),
     "zip64 sizes": (_zip64, "bad_archive"),
     "tar symlink": (lambda path: tar_with(path, type=tarfile.SYMTYPE, linkname="/etc/passwd"), "not_a_regular_file"),
     "tar hard link": (lambda path: tar_with(path, type=tarfile.LNKTYPE, linkname="../../x"), "not_a_regular_file"),
@@ -452,6 +470,7 @@ BAD_ARCHIVES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "tar header bomb": (_tar_header_bomb, "archive_bomb"),
     "tar negative size": (_tar_negative, "file_too_large"),
     "tar huge size": (_tar_huge, "file_too_large"),
+    "tar size of 5000 digits": (_tar_pax_size, "file_too_large"),
     "tar cut": (_tar_cut, "bad_archive"),
     "tar bad checksum": (_tar_checksum, "bad_archive"),
     "gzip of text": (_gz_of_nothing, "bad_archive"),

@@ -425,6 +425,20 @@ def test_reupload_mends_a_damaged_version(store: AdapterStore) -> None:
     assert store.get("default", "a").state == "stored"
 
 
+def test_reupload_mends_rot_that_kept_the_size(tmp_path: Path) -> None:
+    with AdapterStore.open(tmp_path / "s") as store:
+        version = commit(store).record.version
+        path = store.version_dir(version) / TENSORS
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        assert [reason.code for reason in store.verify(version)] == ["bit_rot"]
+    with AdapterStore.open(tmp_path / "s") as store:
+        assert store.get("default", "a").state == "failed", "a restart does not make damaged bytes good"
+        assert commit(store).record.version == version
+        assert path.read_bytes() == good
+        assert store.get("default", "a").state == "stored"
+
+
 def test_start_finds_missing_and_unknown_folders(tmp_path: Path) -> None:
     with AdapterStore.open(tmp_path / "s") as store:
         gone, cut, good = (commit(store, name=name, seed=i).record.version for i, name in enumerate("abc"))
