@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from deltaserve.admission import proof
 from deltaserve.admission.evidence import Evidence, ProofKey
 from deltaserve.admission.proof import MAX_PROBE_TOKENS, NonFiniteOutput, Prover, judge, probe_ids
 from deltaserve.core import Binding
@@ -82,6 +85,26 @@ def test_what_is_applied_right_passes(
     assert Evidence.from_dict(evidence.to_dict()) == evidence
     assert Evidence.from_dict({**evidence.to_dict(), "plain": {}}) is None
     assert Evidence.from_dict({"effect": 1.0}) is None
+
+
+def test_logits_are_looked_at_in_the_worker_alone(
+    bases: dict[torch.dtype, BaseModel], adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a large vocabulary that takes a second, in which the event loop would answer nobody."""
+    threads: set[int] = set()
+    for name in ("_distance", "_rms", "_finite", "_rows"):
+        original = getattr(proof, name)
+
+        def spy(*args: Any, original: Callable[..., Any] = original) -> Any:
+            threads.add(threading.get_ident())
+            return original(*args)
+
+        monkeypatch.setattr(proof, name, spy)
+    base = bases[torch.bfloat16]
+    adapter = read_adapter(adapters / "lora", base.spec)
+    assert measure(base, adapter, fold(adapter, base.spec, base.dtype), tmp_path).is_within_tolerance
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 def scaled(adapter: ParsedAdapter, module: str, factor: float) -> ParsedAdapter:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -89,14 +89,16 @@ class NonFiniteOutput(Exception):
 
 
 class Prover:
-    """Measures one version at a time. ``in_worker(function)`` runs blocking work off the event loop."""
+    """Measures one version at a time. ``in_worker(function)`` runs blocking work off the event loop: with a large
+    vocabulary, looking at the logits of a probe takes a good part of a second.
+    """
 
     def __init__(
         self,
         base: BaseModel,
         engine: ProbeEngine,
         key: ProofKey,
-        in_worker: Callable[[Callable[[], Tensor]], Awaitable[Tensor]],
+        in_worker: Callable[[Callable[[], Any]], Awaitable[Any]],
     ) -> None:
         self._base = base
         self._engine = engine
@@ -114,7 +116,7 @@ class Prover:
         base_error = None
         if self._base.dtype != torch.float32:
             served_base = await self._probe(ids, BASE_BINDING, "the engine's logits of the base")
-            base_error = _distance(served_base, folded_base)
+            base_error = await self._in_worker(lambda: _distance(served_base, folded_base))
         plain = await self._compare(version, adapter, ids, 1.0, folded_base, base_error)
         amplified = None
         if (scale := _amplification(plain)) > 1.0:
@@ -147,27 +149,30 @@ class Prover:
         deltas = {name: partial(_scaled, make, scale) for name, make in dense_deltas(adapter, self._base.spec).items()}
         served = await self._probe(ids, binding, "the engine's logits with the adapter")
         folded = await self._folded(ids, deltas, "the folded weights' logits")
-        effect = _distance(folded, folded_base)
-        tolerance = max(FLOAT32_TOLERANCE * max(1.0, _rms(folded)), NARROW_FACTOR * (base_error or 0.0))
-        if scale != 1.0:
-            tolerance = max(tolerance, AMPLIFIED_SHARE * effect)
-        return Comparison(
-            scale=scale,
-            effect=effect,
-            max_error=_distance(served, folded),
-            tolerance=tolerance,
-            logits_rms=_rms(folded),
-            greedy_agreement=float((served.argmax(-1) == folded.argmax(-1)).float().mean()),
-        )
+
+        def compare() -> Comparison:
+            effect, rms = _distance(folded, folded_base), _rms(folded)
+            tolerance = max(FLOAT32_TOLERANCE * max(1.0, rms), NARROW_FACTOR * (base_error or 0.0))
+            if scale != 1.0:
+                tolerance = max(tolerance, AMPLIFIED_SHARE * effect)
+            return Comparison(
+                scale=scale,
+                effect=effect,
+                max_error=_distance(served, folded),
+                tolerance=tolerance,
+                logits_rms=rms,
+                greedy_agreement=float((served.argmax(-1) == folded.argmax(-1)).float().mean()),
+            )
+
+        return await self._in_worker(compare)
 
     async def _probe(self, ids: tuple[int, ...], binding: Binding, where: str) -> Tensor:
         logits = await self._engine.probe(ids, binding)
-        flat = torch.frombuffer(bytearray(logits.data), dtype=torch.float32)
-        return _finite(flat.view(logits.num_tokens, logits.vocab_size), where)
+        return await self._in_worker(lambda: _finite(_rows(logits), where))
 
     async def _folded(self, ids: tuple[int, ...], deltas: Mapping[str, Callable[[], Tensor]], where: str) -> Tensor:
         tokens = torch.tensor(ids, dtype=torch.int64)
-        return _finite(await self._in_worker(lambda: self._base.folded_logits(tokens, deltas).cpu()), where)
+        return await self._in_worker(lambda: _finite(self._base.folded_logits(tokens, deltas).cpu(), where))
 
 
 def judge(evidence: Evidence, *, accept_no_effect: bool) -> Judgement:
@@ -194,6 +199,11 @@ def _amplification(plain: Comparison) -> float:
     if plain.effect == 0.0 or not plain.is_within_tolerance or plain.effect >= CLEAR_EFFECT * plain.tolerance:
         return 1.0
     return min(MAX_SCALE, 2.0 ** math.ceil(math.log2(AMPLIFIED_EFFECT * plain.tolerance / plain.effect)))
+
+
+def _rows(logits: Logits) -> Tensor:
+    flat = torch.frombuffer(bytearray(logits.data), dtype=torch.float32)
+    return flat.view(logits.num_tokens, logits.vocab_size)
 
 
 def _scaled(make: Callable[[], Tensor], scale: float) -> Tensor:
