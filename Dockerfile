@@ -9,7 +9,7 @@ COPY adapters_store adapters_store
 COPY trainer trainer
 RUN python -m venv /opt/deltaserve \
     && /opt/deltaserve/bin/pip install --no-cache-dir . \
-    && XDG_CACHE_HOME=/opt/deltaserve/cache /opt/deltaserve/bin/python -m deltaserve_kernels.cpu.build
+    && XDG_CACHE_HOME=/opt/deltaserve/cache /opt/deltaserve/bin/python -m deltaserve_kernels.cpu
 
 FROM python:3.11-slim
 RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/* \
