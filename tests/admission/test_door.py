@@ -55,6 +55,20 @@ def test_the_same_bytes_again_cost_no_proof(rig: Rig, shelf: Path) -> None:
     run(twice())
 
 
+def test_the_same_bytes_again_mend_damaged_files(rig: Rig, shelf: Path) -> None:
+    async def steps() -> None:
+        version = (await rig.admit(shelf / "lora-0")).record.version
+        path = rig.store.version_dir(version) / "adapter_model.safetensors"
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        again = await rig.admit(shelf / "lora-0")
+        assert (again.record.version, again.record.state) == (version, "stored")
+        assert path.read_bytes() == good
+        assert rig.store.verify(version) == ()
+
+    run(steps())
+
+
 def test_a_new_version_moves_the_name_and_old_bytes_move_it_back(rig: Rig, shelf: Path) -> None:
     async def steps() -> None:
         one = await rig.admit(shelf / "lora-0")

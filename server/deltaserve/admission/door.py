@@ -127,7 +127,8 @@ class Admission:
                 waivers = match_base(adapter, self._base.spec, self._base_names, accept_base=accept_base)
                 self._check_chat_template(adapter)
                 evidence = await self._worker.run(lambda: self._proven.evidence(version))
-                if known is not None and is_same and evidence is not None:
+                # Whoever uploads the same bytes again may be mending what the disk has lost.
+                if known is not None and is_same and evidence is not None and await self._is_whole(version):
                     return AdmissionResult(known, False, evidence, judge(evidence, accept_no_effect=True).warnings)
                 async with self._folded_candidate(version, adapter) as folded:
                     evidence = evidence or await self._prove(version, adapter)
@@ -233,6 +234,9 @@ class Admission:
 
     def _is_for_this_base(self, record: AdapterRecord) -> bool:
         return record.base.fingerprint == self._base.spec.fingerprint
+
+    async def _is_whole(self, version: str) -> bool:
+        return not await self._worker.run(lambda: self._store.verify(version))
 
     def _read_stored(self, version: str) -> ParsedAdapter:
         """The version's own files, linked into a scratch folder: its manifest is no file of an adapter."""
