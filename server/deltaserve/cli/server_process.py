@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import sys
@@ -48,6 +49,8 @@ async def serve(config: ServeConfig, listener: socket.socket, keys: KeyRing | No
     runtime = await asyncio.to_thread(Runtime.open, config)
     try:
         await runtime.start()
+        gc.collect()
+        gc.freeze()  # the model's objects live as long as the process; a full collection need not walk them each time
         url = url_of(listener)
         runtime.store.set_url(url)
         app = create_app(
