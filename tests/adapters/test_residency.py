@@ -141,6 +141,24 @@ def test_an_idle_adapter_that_someone_waits_for_is_evicted_last() -> None:
     assert bench.states("v1", "v2") == ["ready", "host"]
 
 
+def test_status_costs_little_for_versions_that_were_never_loaded() -> None:
+    bench = Bench()
+    bench.residency.publish(["v1", "v2", "v3"], [], {"v3": "it was admitted for base x"})
+    first, again = bench.residency.status(), bench.residency.status()
+    assert [a is b for a, b in zip(first, again, strict=True)] == [True, True, True]
+    assert [(s.state, s.reason) for s in first[1:]] == [
+        ("stored", None),
+        ("incompatible", "it was admitted for base x"),
+    ]
+    bench.residency.publish([], [], {"v3": "it was admitted for base y"})
+    bench.load("v1")
+    assert bench.acquire("v1") is not None
+    told = bench.residency.status()
+    assert (told[0].state, told[0].num_pins, told[0].device_bytes) == ("ready", 1, ADAPTER_BYTES)
+    assert told[1] is first[1]
+    assert told[2].reason == "it was admitted for base y"
+
+
 def test_composition_takes_all_or_nothing() -> None:
     bench = Bench(slots=2)
     bench.load("v1", "v2")

@@ -34,6 +34,7 @@ class Resident:
     is_retiring: bool = False
     is_unloading: bool = False
     is_forgotten: bool = False
+    at_rest: AdapterStatus | None = None  # what ``status`` last told of a version that was never loaded
 
     @property
     def is_unwanted(self) -> bool:
@@ -41,6 +42,12 @@ class Resident:
         return self.is_unloading or (self.is_retiring and not self.num_holds)
 
     def status(self, now: float, *, is_hosted: bool) -> AdapterStatus:
+        if not self.nbytes and self.last_used is None:
+            # Most of thousands of versions: told at every scrape and every look at readiness, so not made anew.
+            told = self.at_rest
+            if told is None or told.state is not self.state or told.reason != self.reason:
+                told = self.at_rest = AdapterStatus(self.version, self.state, self.reason)
+            return told
         return AdapterStatus(
             version=self.version,
             state=self.state,
