@@ -250,6 +250,18 @@ def test_the_key_file(tmp_path: Path) -> None:
         ring.add(tenant="../x")
 
 
+def test_two_commands_at_once_lose_no_change(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    old = KeyRing(path).add(label="old")
+    one, other = KeyRing.load(path), KeyRing.load(path)
+    one.revoke(one.records[0].id)
+    new = other.add(label="new")
+    ring = KeyRing.load(path)
+    assert [record.label for record in ring.records] == ["new"], "a revoked key stays revoked"
+    assert ring.authenticate(old) is None
+    assert ring.authenticate(new) is not None
+
+
 def test_a_broken_key_file_lets_nobody_in(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     ring = KeyRing.load(path, must_exist=False)

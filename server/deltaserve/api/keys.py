@@ -7,6 +7,7 @@ the command line uses this module too.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import json
@@ -15,7 +16,8 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -92,17 +94,16 @@ class KeyRing:
             raise InvalidRequest("label must be at most 200 printable characters", param="label")
         key = KEY_PREFIX + secrets.token_urlsafe(32)
         record = KeyRecord(secrets.token_hex(4), _digest(key), label, tenant, parse_scopes(scopes), time.time())
-        self._records[record.id] = record
-        self._write()
+        with self._changing():
+            self._records[record.id] = record
         return key
 
     def revoke(self, key_id: str) -> KeyRecord:
         """Removes a key by its id. Raises NotFound."""
-        if key_id not in self._records:
-            raise NotFound(f"no key has the id {key_id[:64]!a}; `deltaserve keys list` shows them", param="id")
-        record = self._records.pop(key_id)
-        self._write()
-        return record
+        with self._changing():
+            if key_id not in self._records:
+                raise NotFound(f"no key has the id {key_id[:64]!a}; `deltaserve keys list` shows them", param="id")
+            return self._records.pop(key_id)
 
     def authenticate(self, presented: str) -> Caller | None:
         """The key's owner, or None. Compares digests in constant time and looks at every record."""
@@ -126,9 +127,23 @@ class KeyRing:
         except ConfigError:
             self._records = {}  # a broken key file lets nobody in
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Changes the file as it is now, one command at a time: two at once must not bring back a revoked key."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            if self.path.exists():
+                self._records = {record.id: record for record in _read(self.path)}
+            yield
+            self._write()
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
     def _write(self) -> None:
         body = json.dumps({"version": 1, "keys": [asdict(record) for record in self._records.values()]}, indent=1)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".keys-")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -173,7 +188,11 @@ def _read(path: Path) -> list[KeyRecord]:
         if data["version"] != 1:
             raise ValueError("unknown version")
         return [_record(entry) for entry in data["keys"]]
-    except (OSError, ValueError, KeyError, TypeError, InvalidRequest) as error:
+    except OSError as error:
+        raise ConfigError(
+            f"the key file {path.name!r} cannot be read ({error.strerror}); see who may read it"
+        ) from error
+    except (ValueError, KeyError, TypeError, InvalidRequest) as error:
         raise ConfigError(
             f"the key file {path.name!r} cannot be understood ({type(error).__name__}); "
             "make a new one with `deltaserve keys add`"
