@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,10 +107,11 @@ class ServeConfig:
                 "or bind to 127.0.0.1."
             )
         for name in ("receive_timeout_seconds", "request_timeout_seconds", "max_upload_bytes", "max_body_bytes"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{_flag(name)} is {getattr(self, name)}; it must be greater than 0.")
-        if self.drain_seconds < 0:
-            raise ConfigError(f"--drain-seconds is {self.drain_seconds}; it must be at least 0.")
+            if not 0 < getattr(self, name) < math.inf:
+                flag = _flag(name.removesuffix("_seconds"))
+                raise ConfigError(f"{flag} is {getattr(self, name)}; it must be a number greater than 0.")
+        if not 0 <= self.drain_seconds < math.inf:
+            raise ConfigError(f"--drain-seconds is {self.drain_seconds}; it must be a number of at least 0.")
         if self.store_quota_bytes is not None and self.store_quota_bytes < 1:
             raise ConfigError(f"--store-quota is {self.store_quota_bytes}; it must be at least 1 byte.")
 

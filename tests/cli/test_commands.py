@@ -53,6 +53,13 @@ def test_a_key_is_printed_once_and_kept_as_a_digest(tmp_path: Path, capsys: pyte
         (["serve", "--load-format", "gguf"], "auto or dummy"),
         (["serve", "--kv-cache-bytes", "lots"], "512MB"),
         (["serve", "--max-num-seqs", "0"], "at least 1"),
+        (["serve", "--request-timeout", "nan"], "--request-timeout is nan"),
+        (["serve", "--drain-seconds", "inf"], "at least 0"),
+        (["adapters", "list", "--store", "documents"], "no store here yet"),
+        (["adapters", "show", "x", "--store", "file"], "no store here yet"),
+        (["store", "gc", "--store", "documents"], "no store here yet"),
+        (["serve", "--port", "0", "--store", "file"], "File exists: file"),
+        (["keys", "add", "--file", "file/keys.json"], "file"),
         (["serve", "--chat-template", "plain"], "NAME=FILE"),
         (["serve", "--api-keys", "no-such-file.json"], "does not exist"),
         (["serve", "--model", "no-such-folder"], "no-such-folder"),
@@ -64,6 +71,7 @@ def test_a_key_is_printed_once_and_kept_as_a_digest(tmp_path: Path, capsys: pyte
         (["evaluate", "--adapter", "no-such-folder", "--data", "x.jsonl"], "not a folder"),
         (["adapters", "add", "nothing-here", "--name", "x", "--server", "http://127.0.0.1:9"], "nothing-here"),
         (["adapters", "list", "--server", "127.0.0.1:9"], "http://HOST:PORT"),
+        (["adapters", "list", "--server", "http://127.0.0.1:port"], "http://HOST:PORT"),
     ],
 )
 def test_what_cannot_work_is_one_line_that_says_what_to_do(
@@ -74,8 +82,11 @@ def test_what_cannot_work_is_one_line_that_says_what_to_do(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "file").touch()
     status, _, error = call(capsys, *arguments)
     assert status == 1
+    assert not list((tmp_path / "documents").iterdir()), "asking about a folder leaves nothing in it"
     assert told in error
     assert "Traceback" not in error
     assert not any(path.name != "runs" for path in tmp_path.iterdir() if "store" in path.name)

@@ -132,6 +132,7 @@ def test_commands_find_the_server_of_the_store(
     assert (listed["id"], listed["version"]) == ("a", first["version"])
     shown = json.loads(run(capsys, "adapters", "show", "a", *at))
     assert {record["version"] for record in shown["versions"]} == {first["version"], second["version"]}
+    assert json.loads(run(capsys, "adapters", "show", "production", *at)) == shown
 
     other = subprocess.run(
         [str(COMMAND), "serve", "--port", "0", "--store", str(store)], capture_output=True, text=True, check=False

@@ -43,9 +43,16 @@ def root(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command. An error that we raised on purpose is one line on stderr and exit status 1, never a traceback."""
+    """Runs a command. An error that we raised on purpose, or a path that cannot be used, is one line on stderr and exit
+    status 1, never a traceback."""
     try:
         app(arguments)
+    except OSError as failure:
+        if failure.strerror is None:
+            raise
+        where = f": {failure.filename}" if failure.filename is not None else ""
+        sys.stderr.write(f"deltaserve: {failure.strerror}{where}\n")
+        raise SystemExit(1) from None
     except Exception as failure:
         if not is_ours(failure):
             raise

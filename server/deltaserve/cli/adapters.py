@@ -122,7 +122,8 @@ def show(
     from deltaserve.cli.connection import adapters
 
     with adapters(server, store, api_key) as found:
-        one, versions = found.show(name), list(found.versions(name))
+        one = found.show(name)
+        versions = list(found.versions(one["id"]))
     if as_json:
         typer.echo(json.dumps({**one, "versions": versions}))
         return

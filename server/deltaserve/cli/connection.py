@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from deltaserve.errors import Unavailable
 from deltaserve.remote import RemoteServer
 from deltaserve_store.errors import StoreLocked
+from deltaserve_store.lock import LOCK_NAME, StoreLock
 from deltaserve_store.manifest import AdapterRecord
 from deltaserve_store.names import DEFAULT_TENANT
 from deltaserve_store.store import AdapterStore
@@ -78,10 +79,10 @@ def find_server(server: str | None, store: Path, api_key: str | None) -> RemoteS
     """The server to talk to; None when this process may take the store's lock itself."""
     if server is not None:
         return RemoteServer(server, api_key=api_key)
-    if not store.exists():
-        return None
+    if not (store / LOCK_NAME).is_file():
+        return None  # and nothing is made in a folder that only looks like a store
     try:
-        AdapterStore.open(store).close()
+        StoreLock(store).release()
     except StoreLocked as locked:
         if locked.url is None:
             raise Unavailable(f"{locked.message}. It is still starting; try again in a moment.") from locked
