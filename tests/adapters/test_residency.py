@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deltaserve.adapters.device_pool import DevicePool
-from deltaserve.adapters.host_cache import HostCache
+from deltaserve.adapters.host_cache import GOES_FIRST, HostCache, HostedAdapter
 from deltaserve.adapters.loader import NotPrepared
 from deltaserve.adapters.residency import AdapterResidency
 from deltaserve.core import AdapterState
@@ -327,6 +327,25 @@ def test_terms_the_tables_refuse_fail_the_version_and_free_its_slot() -> None:
     assert bench.states("half") == ["failed"]
     assert not bench.lora.has_any(0)
     assert bench.residency.pool.num_free_slots == 2
+
+
+def test_room_on_the_host_is_found_without_looking_at_everyone() -> None:
+    cache = HostCache(100)
+    for i in range(100):
+        cache.put(f"v{i}", HostedAdapter(adapter(1.0), 1))
+    ranks = {"v0": None, "v1": -3, "v3": -5}
+    looked_at: list[str] = []
+
+    def order(version: str) -> int | None:
+        looked_at.append(version)
+        return ranks.get(version, GOES_FIRST)
+
+    assert cache.find_room(2, order) == ["v2", "v4"]
+    assert len(looked_at) == 5
+    first = ["v2", *(f"v{i}" for i in range(4, 100))]
+    assert cache.find_room(98, order) == [*first, "v3"]
+    assert cache.find_room(99, order) == [*first, "v3", "v1"]
+    assert cache.find_room(100, order) is None
 
 
 def test_retiring_waits_for_holds_and_pins() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from deltaserve.adapters.host_cache import GOES_FIRST
 from deltaserve.adapters.resident import Resident
 from deltaserve.core import AdapterState
 
@@ -39,6 +40,6 @@ class Demand:
             return None  # being copied to the device
         wanted = self._order.get(hosted.version)
         if wanted is None:
-            return -len(self._order) - 1
+            return GOES_FIRST
         own = self._order.get(newcomer.version)
         return -wanted if own is not None and wanted > own else None

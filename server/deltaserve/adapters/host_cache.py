@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 
 from deltaserve.adapters.device_pool import StagedAdapter
 from deltaserve.deltas.folded import FoldedAdapter
+
+GOES_FIRST = -(1 << 30)
+"""The lowest rank for ``HostCache.find_room``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +68,25 @@ class HostCache:
     def find_room(self, nbytes: int, order: Callable[[str], int | None]) -> list[str] | None:
         """Versions to evict so that ``nbytes`` fit, or None when the evictable ones are not enough.
 
-        ``order(version)`` is None for a version that must stay, else small for one that should go first; among equals
-        the least recently used goes first.
+        ``order(version)`` is None for a version that must stay, else small for one that should go first, at least
+        ``GOES_FIRST``; among equals the least recently used goes first. Of thousands kept, few are looked at as long
+        as those that go first are enough: this runs on the step loop.
         """
         missing = nbytes - self.free_bytes
         if missing <= 0:
             return []
-        evictable = [(rank, version) for version in self._hosted if (rank := order(version)) is not None]
-        evictable.sort(key=lambda pair: pair[0])
         victims: list[str] = []
-        for _, version in evictable:
+        later: list[tuple[int, str]] = []
+        for version in self._hosted:
+            rank = order(version)
+            if rank == GOES_FIRST:
+                victims.append(version)
+                missing -= self._hosted[version].nbytes
+                if missing <= 0:
+                    return victims
+            elif rank is not None:
+                later.append((rank, version))
+        for _, version in sorted(later, key=itemgetter(0)):
             victims.append(version)
             missing -= self._hosted[version].nbytes
             if missing <= 0:
