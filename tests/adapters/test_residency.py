@@ -329,6 +329,21 @@ def test_terms_the_tables_refuse_fail_the_version_and_free_its_slot() -> None:
     assert bench.residency.pool.num_free_slots == 2
 
 
+def test_a_preload_that_finds_no_room_is_not_read_again_and_again() -> None:
+    bench = Bench(slots=1, host=1)
+    bench.load("v1")
+    assert bench.acquire("v1") is not None  # the only slot
+    bench.load("v2")  # the host is full of what somebody waits for
+    for _ in range(5):
+        assert not bench.residency.settle("v3")
+        bench.wait(lambda: bench.residency.state("v3") is AdapterState.STORED)
+    assert bench.loader.loads.count("v3") == 1  # that is how its size became known
+    bench.residency.plan([])
+    assert not bench.residency.settle("v3")
+    bench.wait(lambda: bench.residency.state("v3") is AdapterState.HOST)
+    assert bench.residency.settle("v3")
+
+
 def test_room_on_the_host_is_found_without_looking_at_everyone() -> None:
     cache = HostCache(100)
     for i in range(100):

@@ -167,8 +167,9 @@ class AdapterResidency:
     def settle(self, version: str) -> bool:
         """Push a version towards the device without a sequence; True once it can be pushed no further."""
         resident = self._resident(version)
-        if resident.state is AdapterState.STORED and self.workers.has_room:
-            self._start_load(resident)
+        if resident.state is AdapterState.STORED:
+            if self.workers.has_room and self._tiers.host_victims(resident, self._residents, self._demand) is not None:
+                self._start_load(resident)
         elif resident.state is AdapterState.HOST:
             self._place([resident])
         return resident.state not in (AdapterState.STORED, AdapterState.LOADING)
