@@ -113,10 +113,10 @@ def test_running_sequences_are_not_stopped_for_a_claimant() -> None:
 def test_running_work_is_counted_once_a_step_however_many_wait() -> None:
     """Thousands may wait for adapters that are still loading; looking for whose turn it is must not multiply."""
 
-    class Counted(list):  # type: ignore[type-arg]
+    class Counted(list):
         passes = 0
 
-        def __iter__(self):  # type: ignore[no-untyped-def]
+        def __iter__(self):
             Counted.passes += 1
             return super().__iter__()
 
