@@ -298,6 +298,41 @@ def test_the_command_line_s_client_understands_the_routes(live: LiveServer, tmp_
     assert len(caught.value.reasons) == 2
 
 
+def test_slow_archives_do_not_hold_up_long_prompts(
+    live: LiveServer, monkeypatch: pytest.MonkeyPatch, admission: FakeAdmission
+) -> None:
+    import threading
+    import time
+
+    import httpx
+
+    from deltaserve_store.staging import StagedUpload
+
+    go_on = threading.Event()
+    monkeypatch.setattr(StagedUpload, "unpack", lambda self: go_on.wait(20))
+    files = [("archive", ("a.zip", b"PK"))]
+    statuses: list[int] = []
+
+    def send(number: int) -> None:
+        answer = httpx.post(f"{live.url}/v1/adapters", data={"name": f"a{number}"}, files=files, timeout=30)
+        statuses.append(answer.status_code)
+
+    senders = [threading.Thread(target=send, args=(number,)) for number in range(8)]
+    for sender in senders:
+        sender.start()
+    try:
+        time.sleep(0.5)
+        prompt = {"model": "tiny", "prompt": "user " * 1500, "max_tokens": 1}
+        answer = httpx.post(f"{live.url}/v1/completions", json=prompt, timeout=10)
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+    finally:
+        go_on.set()
+        for sender in senders:
+            sender.join()
+    assert len(statuses) == 8
+    assert max(statuses) < 500
+
+
 def test_listing_is_paged(http: TestClient) -> None:
     first = http.get("/v1/adapters?limit=1").json()
     assert [entry["id"] for entry in first["data"]] == ["code"]

@@ -84,6 +84,13 @@ def test_logprobs(http: TestClient, engine: FakeEngine) -> None:
     assert chat(http).json()["choices"][0]["logprobs"] is None
 
 
+def test_no_alternatives_without_logprobs_is_neutral(http: TestClient) -> None:
+    body = {"model": BASE, "messages": [{"role": "user", "content": "hi"}], "logprobs": False, "top_logprobs": 0}
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["logprobs"] is None
+
+
 def test_n_choices(http: TestClient, engine: FakeEngine) -> None:
     engine.script = lambda request, index: engine.tokenizer.encode(f"answer {index}")
     body = chat(http, n=3).json()

@@ -235,6 +235,7 @@ def test_unknown_routes_and_methods(http: TestClient) -> None:
     assert error_of(http.post("/v1/completions/", json=COMPLETION), 404)["code"] == "unknown_route"
     assert error_of(http.get("/v1/completions"), 405)["code"] == "method_not_allowed"
     assert "POST" in error_of(http.get("/v1/completions"), 405)["message"]
+    assert http.get("/v1/completions").headers["allow"] == "POST"
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from deltaserve.api.answer import Envelope, FullChoice, encode_text, make_prompt, respond
+from deltaserve.api.answer import LONG_TEXT_CHARS, Envelope, FullChoice, make_prompt, respond
 from deltaserve.api.auth import MAY_USE, Caller
 from deltaserve.api.body import read_json
 from deltaserve.api.choice import ChoiceDelta, TokenEntry
@@ -45,12 +46,14 @@ async def create_completion(http: Request, caller: Caller = MAY_USE) -> Response
 
 async def _encode(services: Services, fields: CompletionRequest) -> list[Sequence[int]]:
     """Control tokens written in a prompt count as such: a prompt is the caller's own, as token ids would be."""
-    return [
-        await encode_text(services, prompt, add_special_tokens=fields.add_special_tokens)
-        if isinstance(prompt, str)
-        else prompt
-        for prompt in fields.prompt
-    ]
+
+    def encode() -> list[Sequence[int]]:
+        encode_one = services.tokenizer.encode
+        return [encode_one(p, fields.add_special_tokens) if isinstance(p, str) else p for p in fields.prompt]
+
+    if sum(len(prompt) for prompt in fields.prompt if isinstance(prompt, str)) <= LONG_TEXT_CHARS:
+        return encode()
+    return await asyncio.to_thread(encode)
 
 
 class CompletionFormat:

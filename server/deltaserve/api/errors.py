@@ -96,7 +96,10 @@ def install_error_handlers(app: FastAPI) -> None:
     async def framework(request: Request, error: Exception) -> JSONResponse:
         if not isinstance(error, HTTPException):
             raise error
-        return error_response(_from_http(request, error))
+        response = error_response(_from_http(request, error))
+        if "Allow" in (error.headers or {}):
+            response.headers["allow"] = (error.headers or {})["Allow"]
+        return response
 
     async def schema(_: Request, error: Exception) -> JSONResponse:
         if isinstance(error, ValidationError):

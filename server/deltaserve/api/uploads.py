@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 from starlette.requests import Request
 
@@ -27,6 +30,7 @@ ANSWER_SECONDS = 300.0
 MAX_CONCURRENT_UPLOADS = 8
 MAX_REMEMBERED = 256
 _DRAIN_BYTES = 8 << 20
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
@@ -47,6 +51,8 @@ class Uploads:
         self._limit = limit
         self._num_open = 0
         self._remembered: OrderedDict[str, Upload] = OrderedDict()
+        # Threads of their own: archives that take minutes must not hold up the encoding of somebody's long prompt.
+        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="upload")
 
     async def receive(self, http: Request, services: Services, caller: Caller) -> Upload:
         """Stages the form's files and begins admission. ``verdict`` becomes the door's ``AdmissionResult``."""
@@ -56,8 +62,8 @@ class Uploads:
         upload = Upload(f"upload-{secrets.token_hex(12)}", caller.tenant)
         staged: StagedUpload | None = None
         try:
-            staged = await asyncio.to_thread(Staging(services.store).open)
-            form = await _receive(http, staged, services.config.max_upload_bytes, upload)
+            staged = await self._run(Staging(services.store).open)
+            form = await self._receive(http, staged, services.config.max_upload_bytes, upload)
         except BaseException as error:
             await self._close(staged)
             _count(services, upload, error)
@@ -95,7 +101,30 @@ class Uploads:
     async def _close(self, staged: StagedUpload | None) -> None:
         self._num_open -= 1
         if staged is not None:
-            await asyncio.to_thread(staged.discard)
+            await self._run(staged.discard)
+
+    async def _run(self, work: Callable[[], Result]) -> Result:
+        """``work`` on an upload thread: whatever touches the disk."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def _receive(self, http: Request, staged: StagedUpload, max_bytes: int, upload: Upload) -> dict[str, Any]:
+        """The form's fields as arguments of ``admit``; its files are in ``staged`` then."""
+        boundary = boundary_of(http.headers.get("content-type", ""))
+        if boundary is None:
+            raise UnsupportedMediaType("send the adapter as multipart/form-data with a boundary of 1 to 70 characters")
+        stream = receive_chunks(http)
+        with UploadForm(staged, boundary) as form:
+            try:
+                async for chunk in stream:
+                    upload.num_bytes += len(chunk)
+                    if upload.num_bytes > max_bytes:
+                        raise BodyTooLarge(f"the upload has more than {max_bytes} bytes, the most this server takes")
+                    await self._run(partial(form.feed, chunk))
+                await self._run(form.finish)
+            except (DeltaserveError, StoreError):
+                await drain(stream, _DRAIN_BYTES)
+                raise
+        return form.arguments()
 
 
 def uploads_of(http: Request) -> Uploads:
@@ -132,23 +161,3 @@ def _count(services: Services, upload: Upload, error: BaseException) -> None:
         services.metrics.on_upload("refused", upload.num_bytes, codes)
     else:
         services.metrics.on_upload("failed", upload.num_bytes)
-
-
-async def _receive(http: Request, staged: StagedUpload, max_bytes: int, upload: Upload) -> dict[str, Any]:
-    """The form's fields as arguments of ``admit``; its files are in ``staged`` then."""
-    boundary = boundary_of(http.headers.get("content-type", ""))
-    if boundary is None:
-        raise UnsupportedMediaType("send the adapter as multipart/form-data with a boundary of 1 to 70 characters")
-    stream = receive_chunks(http)
-    with UploadForm(staged, boundary) as form:
-        try:
-            async for chunk in stream:
-                upload.num_bytes += len(chunk)
-                if upload.num_bytes > max_bytes:
-                    raise BodyTooLarge(f"the upload has more than {max_bytes} bytes, the most this server takes")
-                await asyncio.to_thread(form.feed, chunk)
-            await asyncio.to_thread(form.finish)
-        except (DeltaserveError, StoreError):
-            await drain(stream, _DRAIN_BYTES)
-            raise
-    return form.arguments()

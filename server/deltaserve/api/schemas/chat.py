@@ -71,7 +71,7 @@ class ChatRequest(GenerationFields):
                 f"max_tokens {self.max_tokens} and max_completion_tokens {self.max_completion_tokens} differ; send one",
                 param="max_completion_tokens",
             )
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
         return self
 
