@@ -221,6 +221,24 @@ def test_good_archives(kind: str, prefix: str, store: AdapterStore, files: dict[
             assert stat.S_IMODE(entry.stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("packed", ["members", "padded", "named", "at the brim"])
+def test_gzip_as_other_tools_write_it(
+    packed: str, upload: StagedUpload, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    tar = make_tar(tmp_path / "a.tar", files).read_bytes()
+    cut = len(tar) // 3
+    data = {
+        "members": gzip.compress(tar[:cut]) + gzip.compress(b"") + gzip.compress(tar[cut:]),
+        "padded": gzip.compress(tar) + bytes(200_000),
+        "named": b"\x1f\x8b\x08\x08" + bytes(6) + b"n" * (20 << 20) + b"\0" + gzip.compress(tar)[10:],
+        "at the brim": gzip.compress(tar.rstrip(b"\0") + bytes(-len(tar.rstrip(b"\0")) % 512)),
+    }[packed]
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(data)
+    upload.unpack(path)
+    assert {entry.name: entry.read_bytes() for entry in upload.folder.iterdir()} == files
+
+
 def test_archive_received_in_pieces(upload: StagedUpload, files: dict[str, bytes], tmp_path: Path) -> None:
     data = make_zip(tmp_path / "a.zip", files).read_bytes()
     with upload.archive_writer() as writer:
