@@ -157,6 +157,12 @@ def test_a_template_that_refuses_says_why() -> None:
         tokenizer.render_chat(MESSAGES)
 
 
+@pytest.mark.parametrize("template", ["{% for i in range(size) %}{% endfor %}", "{{ 1 // (size - size) }}"])
+def test_a_template_that_fails_over_a_variable_is_a_refusal(template: str) -> None:
+    with pytest.raises(InvalidRequest, match="cannot render"):
+        byte_level(template).render_chat(MESSAGES, variables={"size": 10**9})
+
+
 def test_templates_run_in_a_sandbox() -> None:
     tokenizer = byte_level("{{ messages.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(InvalidRequest):
@@ -182,6 +188,14 @@ def test_from_folder_reads_every_end_token(tmp_path) -> None:  # type: ignore[no
     assert tokenizer.eos_token_ids == (2, 5, 7)
     assert tokenizer.encode("hello world") == byte_level().encode("hello world")
     assert tokenizer.render_chat(MESSAGES) == byte_level().render_chat(MESSAGES)
+
+
+@pytest.mark.parametrize("found", ["{", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [null]}'])
+def test_from_folder_names_a_config_that_cannot_be_read(found: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    byte_level()._hf.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(found)
+    with pytest.raises(ConfigError, match=r"generation_config\.json"):
+        Tokenizer.from_folder(tmp_path)
 
 
 def test_from_folder_without_a_tokenizer_says_what_is_missing(tmp_path) -> None:  # type: ignore[no-untyped-def]

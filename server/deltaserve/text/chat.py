@@ -105,7 +105,7 @@ class ChatRenderer:
             raise InvalidRequest(
                 f"the model's chat template refused these messages: {error}", param="messages"
             ) from error
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InvalidRequest(
                 f"the model's chat template cannot render these messages ({type(error).__name__})", param="messages"
             ) from error

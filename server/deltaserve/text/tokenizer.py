@@ -139,6 +139,12 @@ def _eos_ids_of_configs(folder: Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            ids += [found] if isinstance(found, int) else list(found or ())
+            try:
+                found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+                ids += [found] if isinstance(found, int) else [int(i) for i in found or ()]
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ConfigError(
+                    f"{name} of the model folder {folder.name!r} cannot be read: expected a JSON object whose "
+                    f"eos_token_id is null, a number or a list of numbers ({type(error).__name__})"
+                ) from error
     return tuple(dict.fromkeys(ids))
