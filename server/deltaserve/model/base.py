@@ -146,8 +146,9 @@ def load_base(
     """Load a base from a local folder (or, with ``allow_hub``, a hub id).
 
     ``load_format`` "auto" reads safetensors, "dummy" fills the configuration with random weights. ``extra_names`` are
-    the names it is served under, first of all names that adapters may call this base by. ``cache_dir`` keeps digests of weight files (default: in the
-    user's cache). Raises ``UnsupportedBase`` naming the component that cannot be served, ``ConfigError`` for settings.
+    the names it is served under, first of all names that adapters may call this base by. ``cache_dir`` keeps digests of
+    weight files (default: in the user's cache). Raises ``UnsupportedBase`` naming the component that cannot be served,
+    ``ConfigError`` for settings.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype} is not served; allowed: float32, bfloat16, float16")
