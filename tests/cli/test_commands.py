@@ -54,6 +54,8 @@ def test_a_key_is_printed_once_and_kept_as_a_digest(tmp_path: Path, capsys: pyte
         (["serve", "--kv-cache-bytes", "lots"], "512MB"),
         (["serve", "--max-num-seqs", "0"], "at least 1"),
         (["serve", "--request-timeout", "nan"], "--request-timeout is nan"),
+        (["serve", "--chat-template", "plain=binary"], "not UTF-8"),
+        (["adapters", "import", "no-such-folder", "--store", "documents"], "not a folder"),
         (["serve", "--drain-seconds", "inf"], "at least 0"),
         (["adapters", "list", "--store", "documents"], "no store here yet"),
         (["adapters", "show", "x", "--store", "file"], "no store here yet"),
@@ -84,6 +86,7 @@ def test_what_cannot_work_is_one_line_that_says_what_to_do(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "documents").mkdir()
     (tmp_path / "file").touch()
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
     status, _, error = call(capsys, *arguments)
     assert status == 1
     assert not list((tmp_path / "documents").iterdir()), "asking about a folder leaves nothing in it"

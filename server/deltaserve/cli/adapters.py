@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deltaserve.config import DEFAULT_STORE
+from deltaserve.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from deltaserve.admission.importer import Verdict
@@ -81,6 +82,8 @@ def import_(
     from deltaserve.cli.connection import find_server
     from deltaserve.cli.local_door import import_here, import_there
 
+    if not directory.is_dir():
+        raise InvalidRequest(f"{directory.name!r} is not a folder.", param="directory")
     waived = {"accept_base": accept_base, "accept_no_effect": accept_no_effect}
     remote = find_server(server, store, api_key)
     if remote is not None:

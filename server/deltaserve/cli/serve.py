@@ -81,4 +81,8 @@ def _template(item: str) -> tuple[str, Path]:
     path = Path(file)
     if not path.is_file():
         raise ConfigError(f"--chat-template {name}: {file} is not a file.")
+    try:
+        path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--chat-template {name}: {file} is not UTF-8 text (at byte {error.start}).") from error
     return name, path
