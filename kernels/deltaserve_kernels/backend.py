@@ -6,7 +6,8 @@ import torch
 
 from deltaserve_kernels.errors import BackendUnavailable
 
-BACKENDS = ("auto", "reference", "cpu")
+# "auto" never takes "triton": no GPU has run those kernels, so on CUDA it stays "reference" until one has.
+BACKENDS = ("auto", "reference", "cpu", "triton")
 _default = "auto"
 
 
@@ -14,6 +15,7 @@ def use_backend(name: str) -> str:
     """Set the process-wide default of the operators' ``backend`` argument; returns the previous one.
 
     Raises BackendUnavailable for an unknown name, and for ``cpu`` where the C++ library cannot be built or loaded.
+    ``triton`` is judged when an operator meets a device.
     """
     global _default
     _check_name(name)
@@ -24,16 +26,20 @@ def use_backend(name: str) -> str:
 
 
 def select(device: torch.device | str, backend: str | None = None) -> str:
-    """``reference`` or ``cpu``: what an operator on this device will run, given its ``backend`` argument.
+    """``reference``, ``cpu`` or ``triton``: what an operator on this device will run, given its ``backend`` argument.
 
     May build the C++ library (tens of seconds, once per machine). ``auto`` falls back to the PyTorch twin with one
-    logged notice; ``cpu`` by name raises BackendUnavailable instead.
+    logged notice; ``cpu`` and ``triton`` by name raise BackendUnavailable instead.
     """
     name = _default if backend is None else backend
     if name == "reference":
         return name
     _check_name(name)
-    is_cpu = (device.type if isinstance(device, torch.device) else torch.device(device).type) == "cpu"
+    device = torch.device(device)
+    is_cpu = device.type == "cpu"
+    if name == "triton":
+        _require_triton(device)
+        return name
     if name == "cpu":
         if not is_cpu:
             raise BackendUnavailable(f"backend 'cpu' cannot run on {device}; use 'auto' or 'reference'")
@@ -52,6 +58,14 @@ def _require_cpu() -> None:
 
     if not cpu.is_available():
         raise BackendUnavailable(f"backend 'cpu' cannot run here: {cpu.unavailable_reason()}")
+
+
+def _require_triton(device: torch.device) -> None:
+    from deltaserve_kernels import triton_ops
+
+    reason = triton_ops.unavailable_reason(device)
+    if reason is not None:
+        raise BackendUnavailable(f"backend 'triton' cannot run on {device}: {reason}")
 
 
 def _check_name(name: str) -> None:

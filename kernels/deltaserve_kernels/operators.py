@@ -16,10 +16,15 @@ from deltaserve_kernels.worklist import WorkList
 
 
 def _implementation(device: torch.device, backend: str | None) -> ModuleType:
-    if select(device, backend) == "cpu":
+    selected = select(device, backend)
+    if selected == "cpu":
         from deltaserve_kernels import cpu
 
         return cpu
+    if selected == "triton":
+        from deltaserve_kernels.triton_ops import entry
+
+        return entry
     return reference
 
 

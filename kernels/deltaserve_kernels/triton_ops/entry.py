@@ -1,0 +1,7 @@
+"""The four operators behind one name, for ``deltaserve_kernels.operators``. Imports triton."""
+
+from __future__ import annotations
+
+from deltaserve_kernels.triton_ops.lora import lora_linear
+
+__all__ = ["lora_linear"]

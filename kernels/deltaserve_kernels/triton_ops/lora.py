@@ -1,0 +1,138 @@
+"""Launches of the low-rank kernels over a work list."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from deltaserve_kernels.checks import Member
+from deltaserve_kernels.tables import LoraTables
+from deltaserve_kernels.triton_ops import guard, lora_programs
+from deltaserve_kernels.triton_ops.tiles import RowTiles, row_tiles
+from deltaserve_kernels.worklist import WorkList
+
+RANK_TILE = 16
+MAX_MEMBERS = 3
+
+
+@dataclass(frozen=True)
+class LoraForm:
+    """One way to launch: how many launches, and tiles. Untuned: no GPU has run them.
+
+    ``fold``: shrunk rows scaled and rounded to the 16-bit dtype, K not split; for many rows an adapter.
+    ``split_k``: columns of x a split takes at least; the number of splits is a function of K alone.
+    """
+
+    one_launch: bool = False
+    fold: bool = False
+    tile_rows: int = 16
+    block_k: int = 128
+    block_n: int = 128
+    split_k: int = 512
+    max_splits: int = 16
+    num_warps: int = 4
+
+    def splits(self, in_features: int) -> int:
+        """The largest power of two that leaves each split ``split_k`` columns, 1 to ``max_splits``."""
+        if self.fold:
+            return 1
+        return min(self.max_splits, 1 << max(0, (in_features // self.split_k).bit_length() - 1))
+
+    def chunk(self, in_features: int) -> int:
+        """Columns of one split, whole blocks of K."""
+        return -(-in_features // (self.splits(in_features) * self.block_k)) * self.block_k
+
+
+DECODE = LoraForm()
+ONE_LAUNCH = LoraForm(one_launch=True)
+PREFILL = LoraForm(fold=True, tile_rows=64, block_k=64)
+
+
+def lora_linear(
+    y: Tensor,
+    x: Tensor,
+    work: WorkList,
+    tables: LoraTables,
+    members: Sequence[Member],
+    depth: float,
+    form: LoraForm = DECODE,
+) -> None:
+    """``y[row, start:stop] += sum over parts of scale * (B (A x[row]))``; see ``operators.lora_linear``.
+
+    The form is the caller's choice, never the batch's: a rule by number of rows would change a row's bits with its
+    company. Raises a KernelError.
+    """
+    guard.check_linear(y, x, work, tables, members)
+    members = [member for member in members if tables.has_any(member[0])]
+    if work.is_empty or not members:
+        return
+    tiles = row_tiles(work, form.tile_rows)
+    for begin in range(0, len(members), MAX_MEMBERS):
+        _launch(y, x, work, tables, members[begin : begin + MAX_MEMBERS], depth, form, tiles)
+
+
+def _launch(
+    y: Tensor,
+    x: Tensor,
+    work: WorkList,
+    tables: LoraTables,
+    members: Sequence[Member],
+    depth: float,
+    form: LoraForm,
+    tiles: RowTiles,
+) -> None:
+    in_features = x.shape[1]
+    splits = form.splits(in_features)
+    max_rank = -(-_largest_rank(tables, members) // RANK_TILE) * RANK_TILE
+    plane_stride = len(members) * max_rank
+    dtype = y.dtype if form.fold else torch.float32
+    h = torch.empty(splits, tiles.num_plane_rows, plane_stride, dtype=dtype, device=x.device)
+    planes = (h, h.stride(0), plane_stride, max_rank)
+    lists = (
+        tiles.tile_item, tiles.tile_first, work.rows, work.item_rows, work.item_parts, tiles.item_plane,
+        work.part_slot, work.part_scale, tables.pointers, tables.ranks, tables.num_slots,
+    )  # fmt: skip
+    padded = [*members, *[(0, 0, 0)] * (MAX_MEMBERS - len(members))]
+    linears = [linear for linear, _, _ in padded]
+    widths = [stop - start for _, start, stop in padded]
+    columns = [start for _, start, _ in padded]
+    tiles_n = sum(triton.cdiv(width, form.block_n) for width in widths)
+    read: dict[str, Any] = {"K": in_features, "CHUNK": form.chunk(in_features), "BLOCK_K": form.block_k}
+    shared: dict[str, Any] = {"TILE_ROWS": form.tile_rows, "RANK_TILE": RANK_TILE, "num_warps": form.num_warps}
+    write: dict[str, Any] = {"SPLITS": splits, "BLOCK_N": form.block_n, "ALIGN": math.gcd(16, *widths, *columns)}
+    if not form.one_launch:
+        lora_programs.shrink[(tiles.capacity, splits, len(members))](
+            x, x.stride(0), *planes, *lists, *linears, depth, **read, **shared, FOLD=form.fold
+        )
+        lora_programs.expand[(tiles.capacity, tiles_n)](
+            y, y.stride(0), *planes, *lists, *linears, *widths, *columns, depth, **write, **shared, FOLD=form.fold
+        )
+        return
+    num_flags = tiles.capacity * len(members)
+    producers = num_flags * splits
+    lora_programs.fused[(producers + tiles.capacity * tiles_n,)](
+        y, y.stride(0), x, x.stride(0), *planes, counters(num_flags, x.device), *lists, *linears, *widths, *columns,
+        depth, len(members), producers, tiles_n, num_flags, **read, **write, **shared,
+    )  # fmt: skip
+
+
+def _largest_rank(tables: LoraTables, members: Sequence[Member]) -> int:
+    entries = (tables.get(linear, slot) for linear, _, _ in members for slot in range(tables.num_slots))
+    return max(entry[0].shape[0] for entry in entries if entry is not None)
+
+
+_counters: dict[torch.device, Tensor] = {}
+
+
+def counters(num_flags: int, device: torch.device) -> Tensor:
+    """Tickets, programs done and flags for ``fused``, all zero between launches; one per device, so one stream only."""
+    held = _counters.get(device)
+    if held is None or held.numel() < num_flags + 2:
+        held = _counters[device] = torch.zeros(max(1024, num_flags + 2), dtype=torch.int32, device=device)
+    return held

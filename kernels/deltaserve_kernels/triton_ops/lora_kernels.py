@@ -1,0 +1,165 @@
+"""Low-rank kernels: shrink (``A x``), expand (``+= B h``), and both in one launch.
+
+Shapes: x [T, K]; A [r, K] and B transposed [r, N] at true rank, found through pointer tables; h, the shrunk rows,
+[split, plane row, member, max_rank] with ``max_rank`` a multiple of the rank tile. K is cut into splits, each writes a
+plane of its own and the reader adds the planes in order: no float atomics, so the same bits whoever shares the batch.
+
+The rank is never the contiguous axis of a masked load, every pointer out of a table is declared 16-byte aligned, and
+``ALIGN`` tells what widths and column starts are multiples of: otherwise adapters would be read 2 bytes at a time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pick(member, first, second, third):
+    """The member's value of three scalars."""
+    return tl.where(member == 0, first, tl.where(member == 1, second, third))
+
+
+@triton.jit
+def matrix(x, pointers, side, linear, slot, num_slots):
+    """Address of A (side 0) or B (side 1) of (linear, slot), in x's dtype. int64 [linear][side][slot]."""
+    address = tl.load(pointers + (linear * 2 + side) * num_slots + slot)
+    return tl.multiple_of(address.to(tl.pointer_type(x.dtype.element_ty)), 16)
+
+
+@triton.jit
+def dot_wide(left, right, acc):
+    """``acc + left @ right`` with ``left`` fp32: halves of it, high and low, where ``right`` has 16 bits, so that the
+    shrunk row loses nothing that matters (one dot of 16 bits would lose 2^-9 of it)."""
+    if right.dtype == tl.float32:
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+    else:
+        high = left.to(right.dtype)
+        low = (left - high.to(tl.float32)).to(right.dtype)
+        acc = tl.dot(low, right, acc)
+        acc = tl.dot(high, right, acc)
+    return acc
+
+
+@triton.jit
+def shrink_tile(
+    x, x_stride, h, split_stride, plane_stride, max_rank,
+    rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
+    item, first, split, member, linear, depth,
+    K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """Write ``A x`` over one split of K, for the rows of one tile, every part and every rank of one member.
+
+    FOLD: multiply by the part's scale and store in h's 16-bit dtype (prefill, one split).
+    """
+    start = tl.load(item_rows + item)
+    num_rows = tl.load(item_rows + item + 1) - start
+    position = first - start + tl.arange(0, TILE_ROWS)
+    live = position < num_rows
+    row = tl.load(rows + start + position, mask=live, other=0).to(tl.int64)
+    part_begin = tl.load(item_parts + item)
+    for part in range(part_begin, tl.load(item_parts + item + 1)):
+        slot = tl.load(part_slot + part)
+        rank = tl.load(ranks + linear * num_slots + slot)
+        a = matrix(x, pointers, 0, linear, slot, num_slots)
+        plane = tl.load(item_plane + item) + (part - part_begin) * num_rows + position
+        out = h + split * split_stride + plane.to(tl.int64) * plane_stride + member * max_rank
+        for rank_begin in range(0, rank, RANK_TILE):
+            r = rank_begin + tl.arange(0, RANK_TILE)
+            acc = tl.zeros((TILE_ROWS, RANK_TILE), dtype=tl.float32)
+            for step in range(0, CHUNK, BLOCK_K):
+                k = split * CHUNK + step + tl.arange(0, BLOCK_K)
+                x_tile = tl.load(
+                    x + row[:, None] * x_stride + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0
+                )
+                a_tile = tl.load(
+                    a + r[:, None] * K + k[None, :], mask=(r < rank)[:, None] & (k < K)[None, :], other=0.0
+                )
+                acc = tl.dot(x_tile, tl.trans(a_tile), acc, input_precision="ieee")
+            if FOLD:
+                at_first = tl.load(part_scale + 2 * part)
+                acc *= at_first + (tl.load(part_scale + 2 * part + 1) - at_first) * depth
+            # Whole tiles make wide stores. Past the rank A is zero, so h is, in a row without inf or NaN.
+            tl.store(out[:, None] + r[None, :], acc.to(h.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def load_b(b, rank_begin, rank, width, n, RANK_TILE: tl.constexpr):
+    """[RANK_TILE, BLOCK_N] of B transposed, zeros past the rank and the width."""
+    r = rank_begin + tl.arange(0, RANK_TILE)
+    return tl.load(b + r[:, None] * width + n[None, :], mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0)
+
+
+@triton.jit
+def add_rank_tile(
+    acc, b_tile, h, split_stride, plane_stride, plane, member_offset, live, rank_begin, rank, scale,
+    SPLITS: tl.constexpr, RANK_TILE: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """``acc + scale * h @ b_tile`` over one rank tile, planes added in order."""
+    r = rank_begin + tl.arange(0, RANK_TILE)
+    source = h + (plane.to(tl.int64) * plane_stride + member_offset)[:, None] + r[None, :]
+    # .cg: another program of this launch may just have written it, so the first-level cache is no place to look.
+    total = tl.load(source, mask=live[:, None], other=0.0, cache_modifier=".cg")
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(source + split * split_stride, mask=live[:, None], other=0.0, cache_modifier=".cg")
+    if FOLD:
+        # Scaled and rounded already, one split. Nothing may touch it between the load and the dot: ptxas before 13.3
+        # may reuse registers that a 64-row warpgroup product still reads.
+        acc = tl.dot(total, b_tile, acc, input_precision="ieee")
+    else:
+        total = tl.where((r < rank)[None, :], total, 0.0)
+        acc = dot_wide(total * scale, b_tile, acc)
+    return acc
+
+
+@triton.jit
+def expand_tile(
+    y, y_stride, h, split_stride, plane_stride, max_rank,
+    rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
+    flag, item, first, member, linear, width, column, tile_n, depth,
+    SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, BLOCK_N: tl.constexpr,
+    FOLD: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """Add every part's ``B h`` to one tile of y: [TILE_ROWS, BLOCK_N] of one member, read and written once.
+
+    The first B tile and y are asked for before h is looked at. WAIT: h comes from programs of this launch; wait until
+    ``flag`` counts all SPLITS of them.
+    """
+    start = tl.load(item_rows + item)
+    num_rows = tl.load(item_rows + item + 1) - start
+    position = first - start + tl.arange(0, TILE_ROWS)
+    live = position < num_rows
+    row = tl.load(rows + start + position, mask=live, other=0).to(tl.int64)
+    part_begin = tl.load(item_parts + item)
+    part_end = tl.load(item_parts + item + 1)
+    total_rank = 0
+    for part in range(part_begin, part_end):
+        total_rank += tl.load(ranks + linear * num_slots + tl.load(part_slot + part))
+    if total_rank > 0:
+        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        out = y + row[:, None] * y_stride + (column + n)[None, :]
+        out_mask = live[:, None] & (n < width)[None, :]
+        slot = tl.load(part_slot + part_begin)
+        rank = tl.load(ranks + linear * num_slots + slot)
+        b_tile = load_b(matrix(y, pointers, 1, linear, slot, num_slots), 0, rank, width, n, RANK_TILE)
+        before = tl.load(out, mask=out_mask, other=0.0)
+        if WAIT:
+            while tl.atomic_add(flag, 0, sem="acquire") < SPLITS:
+                pass
+        acc = tl.zeros((TILE_ROWS, BLOCK_N), dtype=tl.float32)
+        for part in range(part_begin, part_end):
+            slot = tl.load(part_slot + part)
+            rank = tl.load(ranks + linear * num_slots + slot)
+            at_first = tl.load(part_scale + 2 * part)
+            scale = at_first + (tl.load(part_scale + 2 * part + 1) - at_first) * depth
+            plane = tl.load(item_plane + item) + (part - part_begin) * num_rows + position
+            b = matrix(y, pointers, 1, linear, slot, num_slots)
+            for rank_begin in range(0, rank, RANK_TILE):
+                if part + rank_begin > part_begin:
+                    b_tile = load_b(b, rank_begin, rank, width, n, RANK_TILE)
+                acc = add_rank_tile(
+                    acc, b_tile, h, split_stride, plane_stride, plane, member * max_rank, live, rank_begin, rank, scale,
+                    SPLITS, RANK_TILE, FOLD,
+                )  # fmt: skip
+        tl.store(out, (before.to(tl.float32) + acc).to(y.dtype.element_ty), mask=out_mask)

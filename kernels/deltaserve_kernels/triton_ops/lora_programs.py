@@ -1,0 +1,130 @@
+"""The launched kernels of LoRA: ``shrink`` and ``expand`` (two launches), ``fused`` (one). Up to three members each.
+
+Programs of tiles past the list's end (``tile_item`` negative) leave at once, so grids are of fixed capacity and no
+count ever travels to the host. Counts, slots and table sizes are not specialised: nothing compiles for their sake.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from deltaserve_kernels.triton_ops.lora_kernels import expand_tile, pick, shrink_tile
+
+VARYING = [
+    "max_rank", "num_slots", "depth",
+    "linear0", "linear1", "linear2", "width0", "width1", "width2", "column0", "column1", "column2",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=VARYING)
+def shrink(
+    x, x_stride, h, split_stride, plane_stride, max_rank,
+    tile_item, tile_first, rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
+    linear0, linear1, linear2, depth,
+    K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, splits, members)."""
+    tile = tl.program_id(0)
+    member = tl.program_id(2)
+    item = tl.load(tile_item + tile)
+    max_rank = tl.multiple_of(max_rank, RANK_TILE)
+    if item >= 0:
+        shrink_tile(
+            x, x_stride, h, split_stride, plane_stride, max_rank,
+            rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
+            item, tl.load(tile_first + tile), tl.program_id(1), member, pick(member, linear0, linear1, linear2), depth,
+            K, CHUNK, BLOCK_K, TILE_ROWS, RANK_TILE, FOLD,
+        )  # fmt: skip
+
+
+@triton.jit
+def place(pid, width0, width1, width2, BLOCK_N: tl.constexpr):
+    """(member, tile inside the member) of output tile ``pid``; tiles are numbered over all members."""
+    tiles0 = tl.cdiv(width0, BLOCK_N)
+    tiles1 = tl.cdiv(width1, BLOCK_N)
+    member = (pid >= tiles0).to(tl.int32) + (pid >= tiles0 + tiles1).to(tl.int32)
+    return member, pid - pick(member, 0, tiles0, tiles0 + tiles1)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def expand(
+    y, y_stride, h, split_stride, plane_stride, max_rank,
+    tile_item, tile_first, rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
+    linear0, linear1, linear2, width0, width1, width2, column0, column1, column2, depth,
+    SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, output tiles of all members)."""
+    tile = tl.program_id(0)
+    item = tl.load(tile_item + tile)
+    max_rank = tl.multiple_of(max_rank, RANK_TILE)
+    if item >= 0:
+        member, tile_n = place(tl.program_id(1), width0, width1, width2, BLOCK_N)
+        width = tl.multiple_of(pick(member, width0, width1, width2), ALIGN)
+        column = tl.multiple_of(pick(member, column0, column1, column2), ALIGN)
+        expand_tile(
+            y, y_stride, h, split_stride, plane_stride, max_rank,
+            rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
+            h, item, tl.load(tile_first + tile), member, pick(member, linear0, linear1, linear2), width, column,
+            tile_n, depth,
+            SPLITS, TILE_ROWS, RANK_TILE, BLOCK_N, FOLD, False,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*VARYING, "num_members", "num_producers", "tiles_n", "num_flags"])
+def fused(
+    y, y_stride, x, x_stride, h, split_stride, plane_stride, max_rank, counters,
+    tile_item, tile_first, rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
+    linear0, linear1, linear2, width0, width1, width2, column0, column1, column2, depth,
+    num_members, num_producers, tiles_n, num_flags,
+    K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Grid (producers + consumers). ``counters`` int32 [2 + flags], zero before and after: tickets drawn, programs
+    done, then one flag for each (tile, member) that counts the splits written.
+
+    A program's part goes by its ticket, not its index: whoever waits drew a later ticket than those it waits for, so
+    they run already, whatever order the device starts programs in. Producers wait for nobody.
+    """
+    ticket = tl.atomic_add(counters, 1, sem="relaxed")
+    max_rank = tl.multiple_of(max_rank, RANK_TILE)
+    if ticket < num_producers:
+        split = ticket % SPLITS
+        pair = ticket // SPLITS
+        member = pair % num_members
+        tile = pair // num_members
+        item = tl.load(tile_item + tile)
+        if item >= 0:
+            shrink_tile(
+                x, x_stride, h, split_stride, plane_stride, max_rank,
+                rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
+                item, tl.load(tile_first + tile), split, member, pick(member, linear0, linear1, linear2), depth,
+                K, CHUNK, BLOCK_K, TILE_ROWS, RANK_TILE, False,
+            )  # fmt: skip
+            # All threads' stores, then one thread's release: the barrier orders the first before the second.
+            tl.debug_barrier()
+            tl.atomic_add(counters + 2 + pair, 1, sem="release")
+    else:
+        output = ticket - num_producers
+        tile = output // tiles_n
+        item = tl.load(tile_item + tile)
+        if item >= 0:
+            member, tile_n = place(output % tiles_n, width0, width1, width2, BLOCK_N)
+            width = tl.multiple_of(pick(member, width0, width1, width2), ALIGN)
+            column = tl.multiple_of(pick(member, column0, column1, column2), ALIGN)
+            expand_tile(
+                y, y_stride, h, split_stride, plane_stride, max_rank,
+                rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
+                counters + 2 + tile * num_members + member, item, tl.load(tile_first + tile), member,
+                pick(member, linear0, linear1, linear2), width, column, tile_n, depth,
+                SPLITS, TILE_ROWS, RANK_TILE, BLOCK_N, False, True,
+            )  # fmt: skip
+    # The last one out leaves the counters as it found them, so that a captured graph replays.
+    tl.debug_barrier()
+    done = tl.atomic_add(counters + 1, 1, sem="acq_rel")
+    if done == tl.num_programs(0) - 1:
+        for begin in range(0, num_flags + 2, 256):
+            index = begin + tl.arange(0, 256)
+            tl.store(counters + index, tl.zeros((256,), dtype=tl.int32), mask=index < num_flags + 2)

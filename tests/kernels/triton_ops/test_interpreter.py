@@ -1,0 +1,35 @@
+"""Runs the ``*_cases.py`` files beside this one in processes of their own, under Triton's interpreter.
+
+The interpreter is chosen when triton is imported, for the whole process: set here it would reach every other test.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CASES = sorted(Path(__file__).parent.glob("*_cases.py"))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed, and the host needs its interpreter"
+)
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_kernels_in_the_interpreter(path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)]
+    root = Path(__file__).parents[3]
+    run = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+    assert " skipped" not in run.stdout
+
+
+def test_each_operator_has_cases() -> None:
+    assert [path.stem for path in CASES] == ["lora_cases"]
