@@ -179,8 +179,8 @@ def test_delete_while_in_use(base: BaseModel, hf_model: Any, shelf: Path, tmp_pa
     async def steps() -> None:
         async with open_runtime(base, tmp_path / "store", check_each_step=True) as runtime:
             version = (await runtime.admit(shelf / "lora-0", "a")).record.version
-            expected = peft_greedy(hf_model, shelf / "lora-0", PROMPT, 100)
-            jobs = [asyncio.ensure_future(runtime.generate("a", PROMPT, 100)) for _ in range(6)]
+            expected = peft_greedy(hf_model, shelf / "lora-0", PROMPT, 220)
+            jobs = [asyncio.ensure_future(runtime.generate("a", PROMPT, 220)) for _ in range(12)]
             while not any(s.num_pins for s in runtime.engine.status().adapters):
                 await asyncio.sleep(0.001)
             await runtime.admission.delete("default", "a")

@@ -62,7 +62,7 @@ def test_forced_preemption_changes_nothing() -> None:
         request(f"r{i}", prompt, *([] if i % 2 else [f"v{i % 5}"]), max_tokens=40)
         for i, prompt in enumerate(prompts(10, 1, 40))
     ]
-    tight = make_rig(contents=CONTENTS, num_blocks=8, num_slots=5, max_model_len=96)
+    tight = make_rig(contents=CONTENTS, num_blocks=6, num_slots=5, max_model_len=96)
     for req in requests:
         tight.engine.add(req, tight.engine.clock())
     num_preempted = 0
@@ -74,7 +74,7 @@ def test_forced_preemption_changes_nothing() -> None:
         for output in outcome.outputs:
             for delta in output.deltas:
                 tokens[output.request_id] += delta.token_ids
-    assert num_preempted > 5
+    assert num_preempted >= 3  # how often exactly depends on when the adapters arrive
     assert tokens == {req.request_id: solo(req) for req in requests}
 
 
