@@ -72,7 +72,7 @@ async def honest(tmp_path: Path) -> tuple[int, dict]:
 
 def test_an_honest_server_passes_and_its_figures_are_those_of_the_script(tmp_path: Path) -> None:
     code, report = asyncio.run(honest(tmp_path))
-    assert code == 0
+    assert code == (3 if report["client"]["is_saturated"] else 0)
     assert report["num_succeeded"] == report["num_requests"] > 10
     assert report["completion_tokens"] == CHUNKS * report["num_requests"]
     assert report["correctness"]["num_checked"] == report["num_requests"]
