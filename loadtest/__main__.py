@@ -3,7 +3,7 @@
     python -m loadtest --url http://127.0.0.1:8000 --rate 8 --seconds 20 --popularity zipf --out runs/load
 
 Prints a summary, writes ``report.json`` and ``report.png`` into ``--out``. Exits 1 when an answer under load differed
-from the answer alone, 2 when the run cannot be started, 3 when the client itself fell behind (its latencies say nothing,
+from the answer alone, 2 when the run cannot be started, 3 when the client fell behind (its latencies say nothing,
 its answers do).
 """
 
