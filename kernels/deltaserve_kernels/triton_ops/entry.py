@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from deltaserve_kernels.triton_ops.attention import paged_attention, write_kv
 from deltaserve_kernels.triton_ops.lora import lora_linear
 
-__all__ = ["lora_linear"]
+__all__ = ["lora_linear", "paged_attention", "write_kv"]

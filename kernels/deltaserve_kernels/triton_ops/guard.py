@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from deltaserve_kernels import checks
@@ -32,3 +33,45 @@ def check_linear(
             raise OutOfRange(f"linear {linear} has {known_out} outputs; columns {start}:{stop} of {y.shape[1]} differ")
         if known_in and known_in != x.shape[1]:
             raise ShapeMismatch(f"linear {linear} has {known_in} inputs; x has {x.shape[1]}")
+
+
+def check_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """``checks.check_attention`` on the host; on a GPU shapes and dtypes. Raises a KernelError."""
+    if q.device.type == "cpu":
+        checks.check_attention(q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, window, softcap, sinks)
+        return
+    checks.check_cache(k_cache, v_cache, q.dtype, q.device)
+    if q.dim() != 3 or q.shape[2] != k_cache.shape[3] or q.shape[1] % k_cache.shape[1] or q.stride(2) != 1:
+        raise ShapeMismatch(f"q {list(q.shape)} {q.stride()} must be [T, H, {k_cache.shape[3]}], last dim contiguous")
+    seqs = kv_lens.numel()
+    for name, tensor, dims in (("block_tables", block_tables, 2), ("cu_seqlens_q", cu_seqlens_q, 1)):
+        if tensor.dtype != torch.int32 or tensor.dim() != dims or not tensor.is_contiguous():
+            raise ShapeMismatch(f"{name} is {tensor.dtype} {list(tensor.shape)}; contiguous int32 of {dims} is due")
+    if kv_lens.dtype != torch.int32 or block_tables.shape[0] != seqs or cu_seqlens_q.shape[0] != seqs + 1:
+        raise ShapeMismatch(f"kv_lens {kv_lens.dtype} [{seqs}], block_tables and cu_seqlens_q must be of one batch")
+    if (window is not None and window < 1) or (softcap is not None and not softcap > 0):
+        raise OutOfRange(f"window {window} must be at least 1 and softcap {softcap} positive")
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise ShapeMismatch(f"sinks {list(sinks.shape)} must be one float per head, [{q.shape[1]}]")
+
+
+def check_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_index: Tensor) -> None:
+    """``checks.check_write`` on the host; on a GPU shapes and dtypes. Raises a KernelError."""
+    if k.device.type == "cpu":
+        checks.check_write(k, v, k_cache, v_cache, kv_index)
+        return
+    checks.check_cache(k_cache, v_cache, k.dtype, k.device)
+    if k.shape != v.shape or k.dtype != v.dtype or k.dim() != 3 or k.shape[1:] != (k_cache.shape[1], k_cache.shape[3]):
+        raise ShapeMismatch(f"k {list(k.shape)} and v {list(v.shape)} must be [T, kv_heads, D] as the caches have them")
+    if k.stride(2) != 1 or v.stride(2) != 1 or kv_index.dtype != torch.int64 or kv_index.shape != k.shape[:1]:
+        raise ShapeMismatch("k and v must be contiguous in their last dimension, kv_index int64 [T]")

@@ -1,7 +1,7 @@
 """The launched kernels of LoRA: ``shrink`` and ``expand`` (two launches), ``fused`` (one). Up to three members each.
 
 Programs of tiles past the list's end (``tile_item`` negative) leave at once, so grids are of fixed capacity and no
-count ever travels to the host. Counts, slots and table sizes are not specialised: nothing compiles for their sake.
+count ever travels to the host.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ import triton.language as tl
 
 from deltaserve_kernels.triton_ops.lora_kernels import expand_tile, pick, shrink_tile
 
+# Not specialised: numbers that differ from step to step or layer to layer, and pointers into one packed buffer, whose
+# alignment differs from step to step; live traffic would have the compiler run for each. max_rank and the strides are
+# always multiples of 16, which the compiler is to know.
 VARYING = [
-    "max_rank", "num_slots", "depth",
+    "num_slots", "depth", "tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane",
+    "part_slot", "part_scale", "pointers", "ranks",
     "linear0", "linear1", "linear2", "width0", "width1", "width2", "column0", "column1", "column2",
 ]  # fmt: skip
 
@@ -29,7 +33,6 @@ def shrink(
     tile = tl.program_id(0)
     member = tl.program_id(2)
     item = tl.load(tile_item + tile)
-    max_rank = tl.multiple_of(max_rank, RANK_TILE)
     if item >= 0:
         shrink_tile(
             x, x_stride, h, split_stride, plane_stride, max_rank,
@@ -59,7 +62,6 @@ def expand(
     """Grid (tiles, output tiles of all members)."""
     tile = tl.program_id(0)
     item = tl.load(tile_item + tile)
-    max_rank = tl.multiple_of(max_rank, RANK_TILE)
     if item >= 0:
         member, tile_n = place(tl.program_id(1), width0, width1, width2, BLOCK_N)
         width = tl.multiple_of(pick(member, width0, width1, width2), ALIGN)
@@ -89,7 +91,6 @@ def fused(
     they run already, whatever order the device starts programs in. Producers wait for nobody.
     """
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
-    max_rank = tl.multiple_of(max_rank, RANK_TILE)
     if ticket < num_producers:
         split = ticket % SPLITS
         pair = ticket // SPLITS
