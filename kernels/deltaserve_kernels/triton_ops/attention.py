@@ -69,7 +69,7 @@ def paged_attention(
     )  # fmt: skip
     attention_kernels.combine[(num_seqs, heads)](
         out, part_acc, part_max, part_sum, cu_seqlens_q, kv_lens, sink, out.stride(0), numbers[2],
-        HEADS=heads, HAS_SINKS=sinks is not None, **sizes, **segments,
+        HEADS=heads, HAS_SINKS=sinks is not None, num_warps=1, **sizes, **segments,
     )  # fmt: skip
     # Whether some sequence has several queries is known to the device alone, so this launch may find nothing to do.
     tile_heads = min(_MIN_TILE_HEADS, triton.next_power_of_2(group))

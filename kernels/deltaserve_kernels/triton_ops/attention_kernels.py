@@ -89,7 +89,7 @@ def prefill(
     Sequence s owns tiles from ``cu_seqlens_q[s] // TILE_QUERIES + s`` on; those past its queries leave at once.
     """
     pid = tl.program_id(0)
-    seq = 0
+    seq = pid * 0
     above = num_seqs
     while above - seq > 1:
         middle = (seq + above) // 2

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from deltaserve_kernels.triton_ops.attention import paged_attention, write_kv
 from deltaserve_kernels.triton_ops.lora import lora_linear
+from deltaserve_kernels.triton_ops.sparse import sparse_linear
 
-__all__ = ["lora_linear", "paged_attention", "write_kv"]
+__all__ = ["lora_linear", "paged_attention", "sparse_linear", "write_kv"]

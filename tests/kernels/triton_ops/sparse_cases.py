@@ -1,0 +1,133 @@
+"""The sparse kernel in Triton's interpreter against the dense float64 oracle; see test_interpreter.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deltaserve_kernels import KernelError, build_work_list, sparse_linear
+from deltaserve_kernels.triton_ops import sparse
+from deltatest.kernel_cases import LinearCase, Parts, randn
+
+TOLERANCE = {
+    torch.float32: {"rtol": 0.0, "atol": 3e-5},
+    torch.float16: {"rtol": 2**-11, "atol": 1e-4},
+}
+DENSITIES = [0.01, 0.0, 0.3, 1.0]
+
+
+def filled(in_features=77, widths=(48, 19, 130), dtype=torch.float32, num_slots=6) -> LinearCase:
+    """Four slots from nearly empty to dense, some without some members; the last two slots stay empty."""
+    members, start = [], 0
+    for linear, width in enumerate(widths):
+        members.append((linear, start, start + width))
+        start += width + 3
+    case = LinearCase(in_features, members, num_slots, dtype)
+    for slot, density in enumerate(DENSITIES):
+        case.add_sparse(slot, density, [linear for linear in range(len(widths)) if (slot + linear) % 4 != 3])
+    return case
+
+
+BINDINGS: list[Parts] = [(), ((0, 1.0, 0.5),), ((2, 0.5, 2.0), (0, -2.0, 1.0)), ((3, 1.0, 1.0),), ((4, 1.0, 1.0),)]
+
+
+def bindings_of(num_rows: int) -> list[Parts]:
+    return [BINDINGS[row * row % len(BINDINGS)] for row in range(num_rows)]
+
+
+def run(case, bindings, x, y, depth=0.25, form=sparse.DEFAULT) -> torch.Tensor:
+    sparse.sparse_linear(y, x, build_work_list(bindings), case.sparse, case.members, depth, form)
+    return y
+
+
+def check(case, bindings, dtype=torch.float32, form=sparse.DEFAULT) -> None:
+    x = randn(len(bindings), case.in_features, dtype=dtype)
+    y = randn(len(bindings), case.width, dtype=dtype, seed=1)
+    expected = case.expected("sparse", y, x, bindings, 0.25)
+    torch.testing.assert_close(run(case, bindings, x, y, form=form).double(), expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("num_rows", [0, 1, 63])
+def test_mixed_densities_parts_and_members(num_rows, dtype):
+    check(filled(dtype=dtype), bindings_of(num_rows), dtype)
+
+
+@pytest.mark.parametrize("tile_rows", [1, 2, 16])
+def test_any_number_of_rows_a_tile(tile_rows):
+    check(filled(), bindings_of(11), form=sparse.SparseForm(tile_rows=tile_rows))
+
+
+@pytest.mark.parametrize(
+    ("in_features", "widths"), [(1, (1,)), (16, (16,)), (100, (127, 128, 129)), (40, (7, 9, 8, 5)), (30, (300,))]
+)
+def test_awkward_sizes(in_features, widths):
+    check(filled(in_features, widths), bindings_of(6))
+
+
+@pytest.mark.parametrize("binding", [(), ((5, 1.0, 1.0),), ((1, 1.0, 1.0),)], ids=["base", "empty slot", "no nonzero"])
+def test_rows_without_a_delta_keep_their_bits(binding):
+    case = filled()
+    x, y = randn(5, 77), randn(5, case.width, seed=1)
+    x[2], y[3, 7], y[3, 8] = float("nan"), float("nan"), -0.0
+    out = run(case, [binding] * 5, x, y.clone())
+    assert torch.equal(out.view(torch.int32), y.view(torch.int32))
+
+
+def test_a_nan_in_x_reaches_the_outputs_that_read_it_and_no_other():
+    """Padding has column 0; it must not be multiplied with x there."""
+    case = filled(widths=(40,))
+    x, y = randn(1, 77), randn(1, case.width, seed=1)
+    x[0, 0] = float("nan")
+    out = run(case, [((2, 1.0, 1.0),)], x, y)
+    assert torch.equal(out[0, :40].isnan(), case.sparse_dense[0, 2][:, 0] != 0)
+
+
+def test_nothing_around_the_operands_is_read_or_written():
+    case = filled(in_features=40, widths=(24, 20))
+    wide_x, wide_y = torch.full((12, 80), float("nan")), torch.full((12, 120), float("nan"))
+    x, y = wide_x[3:9, 8:48], wide_y[3:9, 16 : 16 + case.width]
+    x.copy_(randn(6, 40))
+    for _, start, stop in case.members:
+        y[:, start:stop] = randn(6, stop - start, seed=start + 1)
+    bindings: list[Parts] = [((2, 1.0, 1.0),), (), ((2, 1.0, 1.0),), ((0, 1.0, 1.0),), (), ((3, 1.0, 1.0),)]
+    expected = torch.full((12, 120), float("nan"), dtype=torch.float64)
+    expected[3:9, 16 : 16 + case.width] = case.expected("sparse", y, x, bindings, 0.25)
+    run(case, bindings, x, y)
+    torch.testing.assert_close(wide_y.double(), expected, rtol=0.0, atol=1e-4, equal_nan=True)
+
+
+def test_a_row_has_the_same_bits_alone_and_in_company():
+    case = filled()
+    bindings = bindings_of(20)
+    x, y = randn(20, 77), randn(20, case.width, seed=1)
+    together = run(case, bindings, x, y.clone())
+    for row in (2, 3):
+        alone = run(case, bindings[row : row + 1], x[row : row + 1], y[row : row + 1].clone())
+        assert torch.equal(alone[0], together[row])
+
+
+def test_replaced_cleared_and_grown_tables_are_followed():
+    case = filled(widths=(30,))
+    x = randn(1, 77)
+    binding: list[Parts] = [((2, 1.0, 1.0),)]
+    before = run(case, binding, x, torch.zeros(1, 30))
+    indptr, cols, values = case.sparse.get(0, 2) or pytest.fail("the slot is filled")
+    case.sparse.set(0, 2, indptr, cols, values * 2)
+    assert torch.equal(run(case, binding, x, torch.zeros(1, 30)), before * 2)
+    case.sparse.clear(2)
+    assert not run(case, binding, x, torch.zeros(1, 30)).any()
+    case.sparse.grow(9)
+    case.sparse.set(0, 8, indptr, cols, values)
+    assert torch.equal(run(case, [((8, 1.0, 1.0),)], x, torch.zeros(1, 30)), before)
+
+
+def test_the_operator_reaches_the_kernel_by_name_and_checks_columns():
+    case = filled(widths=(30,))
+    x, y = randn(1, 77), randn(1, 30, seed=1)
+    expected = case.expected("sparse", y, x, [((2, 1.0, 1.0),)], 0.0)
+    work = build_work_list([((2, 1.0, 1.0),)])
+    sparse_linear(y, x, work, case.sparse, case.members, backend="triton")
+    torch.testing.assert_close(y.double(), expected, **TOLERANCE[torch.float32])
+    with pytest.raises(KernelError, match="column"):
+        sparse_linear(y, randn(1, 20), work, case.sparse, case.members, backend="triton")
