@@ -51,7 +51,7 @@ class LoraForm:
 
 DECODE = LoraForm()
 ONE_LAUNCH = LoraForm(one_launch=True)
-PREFILL = LoraForm(fold=True, tile_rows=64, block_k=64)
+PREFILL = LoraForm(fold=True, tile_rows=64, num_warps=8)
 
 
 def lora_linear(
@@ -118,7 +118,7 @@ def _launch(
     producers = num_flags * splits
     lora_programs.fused[(producers + tiles.capacity * tiles_n,)](
         y, y.stride(0), x, x.stride(0), *planes, counters(num_flags, x.device), *lists, *linears, *widths, *columns,
-        depth, len(members), producers, tiles_n, num_flags, **read, **write, **shared,
+        depth, producers, num_flags, **read, **write, **shared, NUM_MEMBERS=len(members), TILES_N=tiles_n,
     )  # fmt: skip
 
 

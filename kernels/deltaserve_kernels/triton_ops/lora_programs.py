@@ -75,14 +75,15 @@ def expand(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*VARYING, "num_members", "num_producers", "tiles_n", "num_flags"])
+@triton.jit(do_not_specialize=[*VARYING, "num_producers", "num_flags"])
 def fused(
     y, y_stride, x, x_stride, h, split_stride, plane_stride, max_rank, counters,
     tile_item, tile_first, rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
     linear0, linear1, linear2, width0, width1, width2, column0, column1, column2, depth,
-    num_members, num_producers, tiles_n, num_flags,
+    num_producers, num_flags,
     K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+    NUM_MEMBERS: tl.constexpr, TILES_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (producers + consumers). ``counters`` int32 [2 + flags], zero before and after: tickets drawn, programs
     done, then one flag for each (tile, member) that counts the splits written.
@@ -94,8 +95,8 @@ def fused(
     if ticket < num_producers:
         split = ticket % SPLITS
         pair = ticket // SPLITS
-        member = pair % num_members
-        tile = pair // num_members
+        member = pair % NUM_MEMBERS
+        tile = pair // NUM_MEMBERS
         item = tl.load(tile_item + tile)
         if item >= 0:
             shrink_tile(
@@ -109,16 +110,16 @@ def fused(
             tl.atomic_add(counters + 2 + pair, 1, sem="release")
     else:
         output = ticket - num_producers
-        tile = output // tiles_n
+        tile = output // TILES_N
         item = tl.load(tile_item + tile)
         if item >= 0:
-            member, tile_n = place(output % tiles_n, width0, width1, width2, BLOCK_N)
+            member, tile_n = place(output % TILES_N, width0, width1, width2, BLOCK_N)
             width = tl.multiple_of(pick(member, width0, width1, width2), ALIGN)
             column = tl.multiple_of(pick(member, column0, column1, column2), ALIGN)
             expand_tile(
                 y, y_stride, h, split_stride, plane_stride, max_rank,
                 rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
-                counters + 2 + tile * num_members + member, item, tl.load(tile_first + tile), member,
+                counters + 2 + tile * NUM_MEMBERS + member, item, tl.load(tile_first + tile), member,
                 pick(member, linear0, linear1, linear2), width, column, tile_n, depth,
                 SPLITS, TILE_ROWS, RANK_TILE, BLOCK_N, False, True,
             )  # fmt: skip

@@ -1,0 +1,153 @@
+"""Every kernel compiled for GPUs that are not here, at Llama-3.1-8B shapes in bf16, and its machine code read.
+
+What the interpreter cannot show: spills, loads of two bytes where sixteen fit, shared memory, matrix instructions.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed, and it is the compiler", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
+
+from deltaserve_kernels.triton_ops import aot, attention_kernels, lora, lora_programs, sparse_kernels
+
+BF16, FP32 = "*bf16", "*fp32"
+TYPES = {
+    **dict.fromkeys(("x", "y", "q", "k", "v", "out", "k_cache", "v_cache", "sinks"), BF16),
+    **dict.fromkeys(("h", "part_scale", "part_acc", "part_max", "part_sum"), FP32),
+    **dict.fromkeys(("pointers", "kv_index"), "*i64"),
+    **dict.fromkeys(("tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "part_slot"), "*i32"),
+    **dict.fromkeys(("ranks", "counters", "block_tables", "cu_seqlens_q", "kv_lens"), "*i32"),
+    **dict.fromkeys(("depth", "scale", "softcap"), "fp32"),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """``narrow``: 16-bit loads in the code; 0 unless said where they come from. ``wide``: 128-bit loads at least."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    narrow: int = 0
+    wide: int = 1
+    shared: int = 48 * 1024
+    types: dict[str, str] = field(default_factory=dict)
+    num_warps: int = 4
+
+
+def shrink_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
+    return {
+        "K": in_features,
+        "CHUNK": form.chunk(in_features),
+        "BLOCK_K": form.block_k,
+        "TILE_ROWS": form.tile_rows,
+        "RANK_TILE": lora.RANK_TILE,
+    }
+
+
+def expand_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
+    return {
+        "SPLITS": form.splits(in_features),
+        "TILE_ROWS": form.tile_rows,
+        "RANK_TILE": lora.RANK_TILE,
+        "BLOCK_N": form.block_n,
+        "ALIGN": 16,
+    }
+
+
+HEAD = {"D": 128, "BLOCK_D": 128, "BLOCK_N": 32, "HAS_WINDOW": True}
+SEGMENTS = {"SEGMENTS": 16, "MIN_SEGMENT": 128}
+FOLDED = {"h": BF16}
+SPARSE = {"WINDOW": 128, "UNROLL": 8, "ALIGN": 16}
+SPECS = {
+    "shrink": Spec(lora_programs.shrink, {**shrink_of(lora.DECODE, 4096), "FOLD": False}),
+    "shrink_down": Spec(lora_programs.shrink, {**shrink_of(lora.DECODE, 14336), "FOLD": False}),
+    "expand": Spec(lora_programs.expand, {**expand_of(lora.DECODE, 4096), "FOLD": False}),
+    "fused": Spec(
+        lora_programs.fused,
+        {**shrink_of(lora.ONE_LAUNCH, 4096), **expand_of(lora.ONE_LAUNCH, 4096), "NUM_MEMBERS": 3, "TILES_N": 48},
+    ),
+    "prefill_shrink": Spec(
+        lora_programs.shrink,
+        {**shrink_of(lora.PREFILL, 4096), "FOLD": True},
+        shared=64 * 1024,
+        types=FOLDED,
+        num_warps=lora.PREFILL.num_warps,
+    ),
+    "prefill_expand": Spec(
+        lora_programs.expand,
+        {**expand_of(lora.PREFILL, 4096), "FOLD": True},
+        types=FOLDED,
+        num_warps=lora.PREFILL.num_warps,
+    ),
+    "decode": Spec(
+        attention_kernels.decode,
+        {"KV_HEADS": 8, "GROUP": 4, "TILE_HEADS": 16, "HAS_SOFTCAP": True, **HEAD, **SEGMENTS},
+    ),
+    # One 16-bit load for each sink a thread holds: a number per head.
+    "combine": Spec(
+        attention_kernels.combine, {"HEADS": 32, "HAS_SINKS": True, **HEAD, **SEGMENTS}, narrow=1, num_warps=1
+    ),
+    "prefill": Spec(
+        attention_kernels.prefill,
+        {"GROUP": 4, "TILE_HEADS": 4, "TILE_QUERIES": 8, "HAS_SOFTCAP": True, "HAS_SINKS": True, **HEAD},
+        narrow=4,
+    ),
+    "store_kv": Spec(attention_kernels.store_kv, {"KV_HEADS": 8, "TILE_HEADS": 8, "D": 128, "BLOCK_D": 128}, wide=2),
+    # x is gathered, 8 elements a row and thread; lanes and y of one window are one element a thread.
+    "sparse": Spec(sparse_kernels.sparse, {"TILE_ROWS": 4, **SPARSE}, narrow=4 * 8 + 1, wide=2),
+}
+COMPILED: dict[tuple[str, int], aot.Compiled] = {}
+
+
+def compiled(name: str, arch: int) -> aot.Compiled:
+    if (name, arch) not in COMPILED:
+        spec = SPECS[name]
+        types = {param.name: (TYPES | spec.types).get(param.name, "i32") for param in spec.kernel.params}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's notices about its own settings
+            COMPILED[name, arch] = aot.compile_kernel(
+                spec.kernel, types, spec.constants, arch, num_warps=spec.num_warps
+            )
+    return COMPILED[name, arch]
+
+
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+@pytest.mark.parametrize("name", SPECS)
+def test_machine_code(name: str, arch: int) -> None:
+    spec, code = SPECS[name], compiled(name, arch)
+    assert code.spills == 0, code
+    assert code.stack_bytes == 0, code
+    assert code.shared_bytes <= spec.shared, code
+    assert code.loads.get(16, 0) <= spec.narrow, code
+    assert code.loads.get(128, 0) >= spec.wide, code
+
+
+@pytest.mark.parametrize("name", ["shrink", "expand", "fused", "decode", "prefill"])
+def test_no_warpgroup_product_below_64_rows(name: str) -> None:
+    """Their left operands come from registers, which ptxas before 13.3 may reuse under a warpgroup product."""
+    assert "HGMMA" not in compiled(name, 90).instructions
+    assert compiled(name, 90).instructions["HMMA"] > 0
+
+
+def test_y_is_stored_wide() -> None:
+    for name in ("expand", "fused", "prefill_expand", "prefill", "store_kv"):
+        assert compiled(name, 90).stores.get(128, 0) >= 1, name
+        assert compiled(name, 90).stores.get(16, 0) == 0, name
+
+
+def test_the_gate_sees_narrow_loads_and_large_tiles() -> None:
+    """A width that is no multiple of 8 must show as loads of two bytes, or the gate sees nothing."""
+    spec = SPECS["expand"]
+    types = {param.name: TYPES.get(param.name, "i32") for param in spec.kernel.params}
+    odd = aot.compile_kernel(spec.kernel, types, {**spec.constants, "ALIGN": 1}, 90)
+    assert odd.loads.get(16, 0) > 8
