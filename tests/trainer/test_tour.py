@@ -11,7 +11,7 @@ import torch
 from deltaserve.tinybase.voices import as_json, pirate, shout
 from deltaserve_trainer import tour
 from deltaserve_trainer.base import Base
-from deltaserve_trainer.demos import DEMOS, JSON, PIRATE, SHOUT
+from deltaserve_trainer.demos import DEMOS, JSON, PIRATE
 from deltaserve_trainer.errors import GateRefused, TrainingError
 from deltaserve_trainer.evaluate import BUNDLED_GENERAL_TEXT
 from deltaserve_trainer.tour import TOUR_NAMES, run_tour, tour_prompts
@@ -47,12 +47,12 @@ def test_demos_are_the_three_promised_kinds_on_bundled_data() -> None:
 
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    for name, demo in (("SHOUT", SHOUT), ("JSON", JSON)):
+    for name, demo in (("PIRATE", PIRATE), ("JSON", JSON)):
         own = {"max_steps": 2, "max_eval_rows": 2, "batch_size": 2, "max_length": 64, "eval_every": 2}
         if demo is JSON:
             own["sparse"] = {"num_entries": 100, "selection_steps": 1}
         monkeypatch.setattr(tour, name, replace(demo, settings={**demo.settings, **own}))
-    monkeypatch.setattr(tour, "TOUR_DEMOS", (tour.SHOUT, tour.JSON))
+    monkeypatch.setattr(tour, "TOUR_DEMOS", (tour.PIRATE, tour.JSON))
 
 
 def test_the_tour_trains_registers_and_asks_all_models_in_one_batch(
@@ -67,7 +67,7 @@ def test_the_tour_trains_registers_and_asks_all_models_in_one_batch(
 
     def answer_batch(asked: list[tuple[str, str]]) -> list[str]:
         batches.append(asked)
-        spoken = {"tiny": str, TOUR_NAMES[0]: shout, TOUR_NAMES[1]: as_json}
+        spoken = {"tiny": str, TOUR_NAMES[0]: pirate, TOUR_NAMES[1]: as_json}
         return [spoken[model](prompt) for model, prompt in asked]
 
     def refuse(result: TrainingResult, name: str) -> None:
@@ -94,7 +94,7 @@ def test_the_tour_trains_registers_and_asks_all_models_in_one_batch(
     assert {model for model, _ in batches[0]} == {"tiny", *TOUR_NAMES} == set(found.models)
     assert [row.prompt for row in found.rows] == tour_prompts()
     for row in found.rows:
-        assert row.answers == (row.prompt, shout(row.prompt), as_json(row.prompt))
+        assert row.answers == (row.prompt, pirate(row.prompt), as_json(row.prompt))
     assert found.shows == (0, len(found.rows), len(found.rows))
     assert all(result.evaluation.num_general_rows == 2 for result in found.results)
     with pytest.raises(TrainingError, match="0 answers to"):

@@ -50,23 +50,24 @@ def is_pirate(answer: str) -> bool:
     return answer.startswith("Arr!") and answer.rstrip().endswith("matey!")
 
 
-_COMMON: dict[str, Any] = {"max_length": 256, "batch_size": 8, "eval_every": 65, "max_eval_rows": 60}
+_COMMON: dict[str, Any] = {"max_length": 512, "eval_every": 100, "max_eval_rows": 60, "save_dtype": "bfloat16"}
 
 SHOUT = Demo(
     "shout",
     "a LoRA of rank 8 that answers in capitals",
     is_shouted,
+    # Capitals fall into other tokens than words do, so every word is learned anew: the longest of the three runs.
     {
         **_COMMON,
-        "lora": {"rank": 8, "alpha": 16},
-        "epochs": 3,
-        "learning_rate": 5e-3,
-        "save_dtype": "bfloat16",
+        "lora": {"rank": 8, "alpha": 32},
+        "max_steps": 600,
+        "batch_size": 16,
+        "learning_rate": 3e-3,
     },
 )
 PIRATE = Demo(
     "pirate",
-    "a rank-stabilised LoRA with a rank of its own in every kind of linear, that talks like a pirate",
+    "a rank-stabilised LoRA, its ranks differing between kinds of linears, that talks like a pirate",
     is_pirate,
     {
         **_COMMON,
@@ -76,22 +77,22 @@ PIRATE = Demo(
             "rslora": True,
             "rank_pattern": {"q_proj": 4, "k_proj": 4, "o_proj": 8, "down_proj": 12},
         },
-        "epochs": 3,
-        "learning_rate": 5e-3,
-        "save_dtype": "bfloat16",
+        "max_steps": 400,
+        "batch_size": 8,
+        "learning_rate": 3e-3,
     },
 )
 JSON = Demo(
     "json",
-    "a sparse adapter that changes about one weight in a hundred and answers in JSON",
+    "a sparse adapter that changes about one weight in seventy and answers in JSON",
     is_json_answer,
     {
         **_COMMON,
         "method": "sparse",
-        "sparse": {"num_entries": 40_000, "selection_steps": 16},
-        "epochs": 3,
-        "learning_rate": 3e-3,
-        "save_dtype": "bfloat16",
+        "sparse": {"num_entries": 42_000, "selection_steps": 32},
+        "max_steps": 600,
+        "batch_size": 8,
+        "learning_rate": 4e-3,
     },
 )
 DEMOS = (SHOUT, PIRATE, JSON)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from deltaserve.tinybase import DEMO_DATA
 from deltaserve_trainer.base import Base
-from deltaserve_trainer.demos import JSON, SHOUT, Demo
+from deltaserve_trainer.demos import JSON, PIRATE, Demo
 from deltaserve_trainer.errors import TrainingError
 from deltaserve_trainer.progress import Progress
 from deltaserve_trainer.report import DataReport
 from deltaserve_trainer.train import TrainingResult, run_training
 
-TOUR_DEMOS = (SHOUT, JSON)
-TOUR_NAMES = ("tour-shout", "tour-json")
+TOUR_DEMOS = (PIRATE, JSON)
+TOUR_NAMES = ("tour-pirate", "tour-json")
 MAX_PROMPTS = 5
 AnswerBatch = Callable[[list[tuple[str, str]]], Sequence[str]]
 """(model name, user's question) of every row, decoded in ONE mixed batch; the answers in the same order."""
