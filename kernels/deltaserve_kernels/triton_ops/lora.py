@@ -69,12 +69,14 @@ def lora_linear(
     company. Raises a KernelError.
     """
     guard.check_linear(y, x, work, tables, members)
-    members = [member for member in members if tables.has_any(member[0])]
-    if work.is_empty or not members:
+    if work.is_empty:
         return
     tiles = row_tiles(work, form.tile_rows)
     for begin in range(0, len(members), MAX_MEMBERS):
-        _launch(y, x, work, tables, members[begin : begin + MAX_MEMBERS], depth, form, tiles)
+        # Members without any entry stay in: a launch's shape must not follow the adapters, or one would compile anew.
+        group = members[begin : begin + MAX_MEMBERS]
+        if any(tables.has_any(linear) for linear, _, _ in group):
+            _launch(y, x, work, tables, group, depth, form, tiles)
 
 
 def _launch(

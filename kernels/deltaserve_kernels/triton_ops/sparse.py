@@ -93,8 +93,7 @@ def sparse_linear(
     A delta is converted when it is first met, which blocks; warm-up should meet them all. Raises a KernelError.
     """
     guard.check_linear(y, x, work, tables, members)
-    members = [member for member in members if tables.has_any(member[0])]
-    if work.is_empty or not members:
+    if work.is_empty:
         return
     twin = jagged_tables(tables)
     for linear, _, _ in members:
@@ -102,6 +101,8 @@ def sparse_linear(
     tiles = row_tiles(work, form.tile_rows)
     for begin in range(0, len(members), MAX_MEMBERS):
         group = members[begin : begin + MAX_MEMBERS]
+        if not any(tables.has_any(linear) for linear, _, _ in group):
+            continue
         padded = [*group, *[(0, 0, 0)] * (MAX_MEMBERS - len(group))]
         widths = [stop - start for _, start, stop in padded]
         columns = [start for _, start, _ in padded]

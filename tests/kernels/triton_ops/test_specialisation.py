@@ -1,0 +1,105 @@
+"""No kernel compiles during live traffic: launches are told apart as the just-in-time compiler tells them, without one.
+
+The compiler makes a new binary for each value of a constexpr, and for each class (one, multiple of 16, other) of an
+argument it may specialise. Traffic after a warm-up step of every operator must need no binary the warm-up did not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed, and it decides what to compile", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime import jit
+
+from deltaserve_kernels import LoraTables, SparseTables, build_work_list_runs
+from deltaserve_kernels.triton_ops import attention, lora, sparse
+from deltatest.kernel_cases import PagedCase, Parts, csr
+
+MEMBERS = [(0, 0, 64), (1, 64, 96), (2, 96, 128)]
+FORMS = [lora.DECODE, lora.ONE_LAUNCH, lora.PREFILL]
+
+
+@pytest.fixture
+def binaries(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
+    """Fills with (kernel, what the compiler would key its binary by) of every launch; nothing runs."""
+    seen: set[tuple[str, str]] = set()
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    binders: dict[int, object] = {}
+
+    def record(self: jit.JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
+        if id(self) not in binders:
+            binders[id(self)] = jit.create_function_from_signature(self.signature, self.params, backend)
+        _, specialisation, options = binders[id(self)](*args, **kwargs)  # type: ignore[operator]
+        seen.add((self.__name__, f"{specialisation} {options}"))
+
+    monkeypatch.setattr(jit.JITFunction, "run", record)
+    return seen
+
+
+def tables_of(ranks: list[int], num_slots: int, linears: list[int]) -> tuple[LoraTables, SparseTables]:
+    low_rank, sparse_tables = LoraTables(3, num_slots), SparseTables(3, num_slots)
+    for slot, rank in enumerate(ranks):
+        for linear in linears:
+            width = MEMBERS[linear][2] - MEMBERS[linear][1]
+            low_rank.set(linear, slot, torch.zeros(rank, 64, dtype=torch.bfloat16), torch.zeros(rank, width).bfloat16())
+            mask = torch.rand(width, 64) < 0.1
+            sparse_tables.set(linear, slot, *csr(mask, torch.zeros(int(mask.sum()), dtype=torch.bfloat16)))
+    return low_rank, sparse_tables
+
+
+def step(
+    num_rows: int, runs: list[tuple[int, int, Parts]], tables: tuple[LoraTables, SparseTables], depth: float
+) -> None:
+    work = build_work_list_runs(runs, num_rows)
+    x, y = torch.zeros(num_rows, 64).bfloat16(), torch.zeros(num_rows, 128).bfloat16()
+    for form in FORMS:
+        lora.lora_linear(y, x, work, tables[0], MEMBERS, depth, form)
+    sparse.sparse_linear(y, x, work, tables[1], MEMBERS, depth)
+
+
+def test_adapter_operators_compile_once(binaries: set[tuple[str, str]]) -> None:
+    torch.manual_seed(0)
+    step(1, [(0, 1, ((0, 1.0, 1.0),))], tables_of([8], 1, [0]), 0.0)
+    warm = set(binaries)
+    assert {name for name, _ in warm} == {"shrink", "expand", "fused", "sparse"}
+    draw = random.Random(0)
+    for ranks, num_slots, linears in (([1, 5, 16, 64], 16, [0, 1, 2]), ([33], 7, [2]), ([8, 16], 2, [0, 2])):
+        tables = tables_of(ranks, num_slots, linears)
+        for num_rows in (1, 2, 16, 17, 48, 63):
+            runs: list[tuple[int, int, Parts]] = []
+            row = 0
+            while row < num_rows:
+                count = min(draw.choice([1, 1, 1, 16, 40]), num_rows - row)
+                slots = draw.sample(range(len(ranks)), draw.randint(0, min(2, len(ranks))))
+                runs.append((row, count, tuple((slot, draw.random(), 1.0) for slot in slots)))
+                row += count
+            step(num_rows, runs, tables, draw.random())
+    assert binaries == warm
+
+
+def test_attention_compiles_once(binaries: set[tuple[str, str]]) -> None:
+    def run(q_lens: list[int], kv_lens: list[int], window: int | None) -> None:
+        case = PagedCase(q_lens, kv_lens, 4, 2, 16, torch.bfloat16)
+        attention.paged_attention(*case.args, scale=0.25, window=window)
+        k = torch.zeros(sum(q_lens), 2, 16).bfloat16()
+        attention.write_kv(k, k, case.k_cache, case.v_cache, torch.arange(sum(q_lens)))
+
+    run([1], [1], None)
+    run([1], [1], 8)
+    warm = set(binaries)
+    assert {name for name, _ in warm} == {"decode", "combine", "prefill", "store_kv"}
+    for q_lens, kv_lens in (([1, 1, 1], [5, 40, 16]), ([17], [17]), ([1, 0, 30, 1], [33, 3, 90, 256])):
+        for window in (None, 1, 16, 100):
+            run(q_lens, kv_lens, window)
+    assert binaries == warm
