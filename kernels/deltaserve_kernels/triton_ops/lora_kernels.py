@@ -93,7 +93,7 @@ def load_b(b, rank_begin, rank, width, n, RANK_TILE: tl.constexpr):
 
 @triton.jit
 def add_rank_tile(
-    acc, b_tile, h, split_stride, plane_stride, plane, member_offset, live, rank_begin, rank, scale,
+    acc, b_tile, h, split_stride, plane_stride, plane, member_offset, live, rank_begin, scale,
     SPLITS: tl.constexpr, RANK_TILE: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """``acc + scale * h @ b_tile`` over one rank tile, planes added in order."""
@@ -108,7 +108,6 @@ def add_rank_tile(
         # may reuse registers that a 64-row warpgroup product still reads.
         acc = tl.dot(total, b_tile, acc, input_precision="ieee")
     else:
-        total = tl.where((r < rank)[None, :], total, 0.0)
         acc = dot_wide(total * scale, b_tile, acc)
     return acc
 
@@ -159,7 +158,7 @@ def expand_tile(
                 if part + rank_begin > part_begin:
                     b_tile = load_b(b, rank_begin, rank, width, n, RANK_TILE)
                 acc = add_rank_tile(
-                    acc, b_tile, h, split_stride, plane_stride, plane, member * max_rank, live, rank_begin, rank, scale,
+                    acc, b_tile, h, split_stride, plane_stride, plane, member * max_rank, live, rank_begin, scale,
                     SPLITS, RANK_TILE, FOLD,
                 )  # fmt: skip
         tl.store(out, (before.to(tl.float32) + acc).to(y.dtype.element_ty), mask=out_mask)

@@ -40,12 +40,12 @@ BINDINGS: list[Parts] = [(), ((0, 1.0, 0.5),), ((4, 0.5, 2.0), (1, -2.0, 1.0)), 
 
 
 def bindings_of(num_rows: int) -> list[Parts]:
-    return [BINDINGS[row * row % len(BINDINGS)] for row in range(num_rows)]
+    return [BINDINGS[(row + 1 + row // 5) % 5] for row in range(num_rows)]
 
 
 def run(case, bindings, x, y, form, depth=0.25, members=None) -> torch.Tensor:
     """In place, with K split where it can be."""
-    form = form if form.fold else replace(form, split_k=32)
+    form = replace(form, block_k=16) if form.fold else replace(form, block_k=16, split_k=32)
     lora.lora_linear(y, x, build_work_list(bindings), case.lora, members or case.members, depth, form)
     return y
 

@@ -32,7 +32,7 @@ BINDINGS: list[Parts] = [(), ((0, 1.0, 0.5),), ((2, 0.5, 2.0), (0, -2.0, 1.0)), 
 
 
 def bindings_of(num_rows: int) -> list[Parts]:
-    return [BINDINGS[row * row % len(BINDINGS)] for row in range(num_rows)]
+    return [BINDINGS[(row + 1 + row // 5) % 5] for row in range(num_rows)]
 
 
 def run(case, bindings, x, y, depth=0.25, form=sparse.DEFAULT) -> torch.Tensor:
