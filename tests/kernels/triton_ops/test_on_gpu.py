@@ -1,0 +1,157 @@
+"""The Triton operators on a GPU: bf16, real widths, programs that run at once. The interpreter shows none of this.
+
+One launch against two, many times over and in a captured graph: a race between producers and consumers shows here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+# DELTASERVE_TEST_DEVICE=cpu with TRITON_INTERPRET=1 tries these tests themselves, small, without a GPU.
+if "DELTASERVE_TEST_DEVICE" not in os.environ and not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from deltaserve_kernels import LoraTables, SparseTables, WorkList, build_work_list, reference
+from deltaserve_kernels.triton_ops import attention, lora, sparse
+from deltatest.kernel_cases import PagedCase, Parts, csr, randn
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device(os.environ.get("DELTASERVE_TEST_DEVICE", "cuda"))
+ON_GPU = DEVICE.type == "cuda"
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+IN_FEATURES, WIDTHS = (4096, (4096, 1024, 1024)) if ON_GPU else (96, (64, 32, 16))
+MEMBERS = [(i, sum(WIDTHS[:i]), sum(WIDTHS[: i + 1])) for i in range(len(WIDTHS))]
+RANKS = [1, 8, 16, 17, 33, 64]
+FORMS = {"two_launches": lora.DECODE, "one_launch": lora.ONE_LAUNCH, "prefill": lora.PREFILL}
+
+
+@dataclass(frozen=True)
+class Step:
+    x: torch.Tensor
+    y: torch.Tensor
+    work: WorkList
+
+
+def step_of(num_rows: int, seed: int, slots: int = len(RANKS)) -> Step:
+    draw = random.Random(seed)
+    bindings: list[Parts] = [
+        tuple((draw.randrange(slots), draw.choice([1.0, -0.5]), 2.0) for _ in range(draw.choice([0, 1, 1, 1, 2])))
+        for _ in range(num_rows)
+    ]
+    x = randn(num_rows, IN_FEATURES, dtype=DTYPE, seed=seed).to(DEVICE)
+    y = randn(num_rows, sum(WIDTHS), dtype=DTYPE, seed=seed + 1).to(DEVICE)
+    return Step(x, y, build_work_list(bindings, DEVICE))
+
+
+@pytest.fixture(scope="module")
+def low_rank() -> LoraTables:
+    tables = LoraTables(len(WIDTHS), len(RANKS) + 1, DEVICE)
+    for slot, rank in enumerate(RANKS):
+        for linear, width in enumerate(WIDTHS):
+            a = randn(rank, IN_FEATURES, dtype=DTYPE, seed=100 * slot + linear, scale=IN_FEATURES**-0.5)
+            b_t = randn(rank, width, dtype=DTYPE, seed=100 * slot + linear + 50, scale=rank**-0.5)
+            tables.set(linear, slot, a.to(DEVICE), b_t.to(DEVICE))
+    return tables
+
+
+@pytest.fixture(scope="module")
+def scattered() -> SparseTables:
+    tables = SparseTables(len(WIDTHS), 3, DEVICE)
+    for slot in range(2):
+        for linear, width in enumerate(WIDTHS):
+            generator = torch.Generator().manual_seed(10 * slot + linear)
+            mask = torch.rand(width, IN_FEATURES, generator=generator) < 0.005 * (slot + 1)
+            values = torch.randn(int(mask.sum()), generator=generator).to(DTYPE)
+            tables.set(linear, slot, *(tensor.to(DEVICE) for tensor in csr(mask, values)))
+    return tables
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, atol: float) -> None:
+    """One rounding of the result on either side."""
+    torch.testing.assert_close(got.float(), expected.float(), rtol=2**-7, atol=atol)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("num_rows", [1, 16, 63, 300 if ON_GPU else 20])
+def test_lora_equals_the_definition(num_rows: int, form: lora.LoraForm, low_rank: LoraTables) -> None:
+    step = step_of(num_rows, num_rows)
+    expected, out = step.y.clone(), step.y.clone()
+    reference.lora_linear(expected, step.x, step.work, low_rank, MEMBERS, 0.3)
+    lora.lora_linear(out, step.x, step.work, low_rank, MEMBERS, 0.3, form)
+    close(out, expected, 3e-2 if form.fold else 2e-3)
+
+
+@pytest.mark.parametrize("num_rows", [1, 17, 63])
+def test_sparse_equals_the_definition(num_rows: int, scattered: SparseTables) -> None:
+    step = step_of(num_rows, num_rows, slots=3)
+    expected, out = step.y.clone(), step.y.clone()
+    reference.sparse_linear(expected, step.x, step.work, scattered, MEMBERS, 0.3)
+    sparse.sparse_linear(out, step.x, step.work, scattered, MEMBERS, 0.3)
+    close(out, expected, 2e-3)
+
+
+def test_one_launch_equals_two_to_the_bit_under_stress(low_rank: LoraTables) -> None:
+    for seed in range(50 if ON_GPU else 2):
+        step = step_of(random.Random(seed).choice([1, 5, 64, 200] if ON_GPU else [1, 5]), seed)
+        two, one = step.y.clone(), step.y.clone()
+        lora.lora_linear(two, step.x, step.work, low_rank, MEMBERS, 0.3, lora.DECODE)
+        lora.lora_linear(one, step.x, step.work, low_rank, MEMBERS, 0.3, lora.ONE_LAUNCH)
+        assert torch.equal(one, two), f"step {seed}"
+    assert not lora.counters(1, DEVICE).any()
+
+
+@pytest.mark.skipif(not ON_GPU, reason="graphs are captured on CUDA only")
+def test_a_captured_graph_replays_and_follows_the_tables(low_rank: LoraTables) -> None:
+    """Adapters are swapped under a captured launch: only table rows change."""
+    step = step_of(33, 5)
+    for form in (lora.DECODE, lora.ONE_LAUNCH):
+        out = step.y.clone()
+        lora.lora_linear(out, step.x, step.work, low_rank, MEMBERS, 0.3, form)  # compiles, builds tiles
+        expected, graph = out.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            lora.lora_linear(out, step.x, step.work, low_rank, MEMBERS, 0.3, form)
+        for _ in range(20):
+            out.copy_(step.y)
+            graph.replay()
+            assert torch.equal(out, expected)
+        for slot, rank in enumerate(RANKS):
+            a, b_t = (tensor.clone() * 2 for tensor in low_rank.get(0, slot) or ())
+            assert a.shape[0] == rank
+            low_rank.set(0, slot, a, b_t)
+        out.copy_(step.y)
+        graph.replay()
+        eager = step.y.clone()
+        lora.lora_linear(eager, step.x, step.work, low_rank, MEMBERS, 0.3, form)
+        assert torch.equal(out, eager)
+        assert not torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 40}, {"softcap": 20.0}], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 8, 128), (9, 3, 64), (8, 1, 256)])
+def test_attention_equals_the_definition(heads: int, kv_heads: int, head_dim: int, options: dict[str, float]) -> None:
+    if not ON_GPU:
+        heads, head_dim = min(heads, 9), 16
+        kv_heads = min(kv_heads, 3) if heads == 9 else 1
+    case = PagedCase([1, 1, 17, 30, 0, 1], [1, 700 if ON_GPU else 70, 17, 60, 5, 33], heads, kv_heads, head_dim, DTYPE)
+    args = [tensor.to(DEVICE) for tensor in case.args]
+    expected = reference.paged_attention(*args, scale=head_dim**-0.5, **options)
+    out = attention.paged_attention(*args, scale=head_dim**-0.5, **options)
+    close(out, expected, 1e-2)
+
+
+def test_write_kv_equals_the_definition() -> None:
+    pool = torch.zeros(8, 2, 2, 16, 64, dtype=DTYPE, device=DEVICE)
+    expected = pool.clone()
+    k, v = (randn(40, 2, 64, dtype=DTYPE, seed=seed).to(DEVICE) for seed in (1, 2))
+    index = torch.randperm(128)[:40].to(DEVICE)
+    attention.write_kv(k, v, pool[:, 0], pool[:, 1], index)
+    reference.write_kv(k, v, expected[:, 0], expected[:, 1], index)
+    assert torch.equal(pool, expected)
