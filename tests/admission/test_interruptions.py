@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from deltaserve.admission import derived
 from deltaserve.admission.work_thread import WorkThread
 from deltaserve.core import Binding, Logits
 from deltaserve.model.base import BaseModel
-from deltaserve_store.staging import StagedUpload, Staging
 from deltatest.admission_rig import Rig, open_rig, run
+from deltatest.dying_admission import admit_and_die
 
 
 def cancel_at(step: int, task: asyncio.Task[Any], rig: Rig, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -118,44 +116,16 @@ STORE_STEPS = (
 )
 
 
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def child_of(where: str, base: BaseModel, store: Path, folder: Path) -> None:
-    """The admission of ``folder`` as version of "a", in a process that dies at ``where``."""
-    rig = open_rig(base, store, on_step=lambda step: kill() if step == where else None)
-    if where == "staged":
-        StagedUpload.unpack = lambda *_: kill()  # type: ignore[method-assign, assignment]
-        with Staging(rig.store).open() as staged:
-            staged.write("adapter_config.json", [b"{"])
-            staged.unpack()
-    if where == "probe":
-        rig.engine.on_probe = lambda binding, logits: kill() or logits  # type: ignore[func-returns-value]
-    if where == "place":
-        derived.ProvenFiles.place = lambda *_: kill()  # type: ignore[method-assign, assignment]
-    if where == "publish":
-        rig.engine.publish = lambda _: kill()  # type: ignore[method-assign]
-    run(rig.admit(folder))
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("where", ["staged", "probe", *STORE_STEPS, "place", "publish"])
 def test_a_killed_process_leaves_the_old_state_or_the_new_one(
-    base: BaseModel, shelf: Path, tmp_path: Path, where: str
+    base: BaseModel, base_folder: Path, shelf: Path, tmp_path: Path, where: str
 ) -> None:
     """kill -9 at every step of an upload; then a new process opens the store and serves what it finds."""
     before = open_rig(base, tmp_path / "store")
     old = run(before.admit(shelf / "lora-0")).record.version
     before.close()
-    child = os.fork()
-    if child == 0:
-        try:
-            child_of(where, base, tmp_path / "store", shelf / "lora-1")
-        finally:
-            os._exit(3)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), f"the child reached its end instead of dying at {where!r}"
+    exit_code = admit_and_die(where, base_folder, tmp_path / "store", shelf / "lora-1")
+    assert exit_code == -signal.SIGKILL, f"the process reached its end instead of dying at {where!r}"
     after = open_rig(base, tmp_path / "store")
     current = after.store.get("default", "a").version
     assert (current == old) == (where in ("staged", "probe", *STORE_STEPS[:-1]))
