@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,21 +106,27 @@ def _launch(
     tiles_n = sum(triton.cdiv(width, form.block_n) for width in widths)
     read: dict[str, Any] = {"K": in_features, "CHUNK": form.chunk(in_features), "BLOCK_K": form.block_k}
     shared: dict[str, Any] = {"TILE_ROWS": form.tile_rows, "RANK_TILE": RANK_TILE, "num_warps": form.num_warps}
-    write: dict[str, Any] = {"SPLITS": splits, "BLOCK_N": form.block_n, "ALIGN": math.gcd(16, *widths, *columns)}
+    write: dict[str, Any] = {"SPLITS": splits, "BLOCK_N": form.block_n}
+    write |= place_of(widths, columns)
     if not form.one_launch:
         lora_programs.shrink[(tiles.capacity, splits, len(members))](
             x, x.stride(0), *planes, *lists, *linears, depth, **read, **shared, FOLD=form.fold
         )
         lora_programs.expand[(tiles.capacity, tiles_n)](
-            y, y.stride(0), *planes, *lists, *linears, *widths, *columns, depth, **write, **shared, FOLD=form.fold
+            y, y.stride(0), *planes, *lists, *linears, depth, **write, **shared, FOLD=form.fold
         )
         return
     num_flags = tiles.capacity * len(members)
     producers = num_flags * splits
     lora_programs.fused[(producers + tiles.capacity * tiles_n,)](
-        y, y.stride(0), x, x.stride(0), *planes, counters(num_flags, x.device), *lists, *linears, *widths, *columns,
+        y, y.stride(0), x, x.stride(0), *planes, counters(num_flags, x.device), *lists, *linears,
         depth, producers, num_flags, **read, **write, **shared, NUM_MEMBERS=len(members), TILES_N=tiles_n,
     )  # fmt: skip
+
+
+def place_of(widths: Sequence[int], columns: Sequence[int]) -> dict[str, int]:
+    """Where members lie in y, as a kernel's constants: a model has few such layouts, and knows them."""
+    return {f"WIDTH{i}": width for i, width in enumerate(widths)} | {f"COLUMN{i}": at for i, at in enumerate(columns)}
 
 
 def _largest_rank(tables: LoraTables, members: Sequence[Member]) -> int:

@@ -5,7 +5,7 @@ Shapes: x [T, K]; A [r, K] and B transposed [r, N] at true rank, found through p
 plane of its own and the reader adds the planes in order: no float atomics, so the same bits whoever shares the batch.
 
 The rank is never the contiguous axis of a masked load, every pointer out of a table is declared 16-byte aligned, and
-``ALIGN`` tells what widths and column starts are multiples of: otherwise adapters would be read 2 bytes at a time.
+widths and column starts are constants: otherwise adapters would be read 2 bytes at a time.
 """
 
 from __future__ import annotations

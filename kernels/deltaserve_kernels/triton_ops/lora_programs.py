@@ -17,7 +17,7 @@ from deltaserve_kernels.triton_ops.lora_kernels import expand_tile, pick, shrink
 VARYING = [
     "num_slots", "depth", "tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane",
     "part_slot", "part_scale", "pointers", "ranks",
-    "linear0", "linear1", "linear2", "width0", "width1", "width2", "column0", "column1", "column2",
+    "linear0", "linear1", "linear2",
 ]  # fmt: skip
 
 
@@ -43,10 +43,10 @@ def shrink(
 
 
 @triton.jit
-def place(pid, width0, width1, width2, BLOCK_N: tl.constexpr):
+def place(pid, WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, BLOCK_N: tl.constexpr):
     """(member, tile inside the member) of output tile ``pid``; tiles are numbered over all members."""
-    tiles0 = tl.cdiv(width0, BLOCK_N)
-    tiles1 = tl.cdiv(width1, BLOCK_N)
+    tiles0 = (WIDTH0 + BLOCK_N - 1) // BLOCK_N
+    tiles1 = (WIDTH1 + BLOCK_N - 1) // BLOCK_N
     member = (pid >= tiles0).to(tl.int32) + (pid >= tiles0 + tiles1).to(tl.int32)
     return member, pid - pick(member, 0, tiles0, tiles0 + tiles1)
 
@@ -55,17 +55,19 @@ def place(pid, width0, width1, width2, BLOCK_N: tl.constexpr):
 def expand(
     y, y_stride, h, split_stride, plane_stride, max_rank,
     tile_item, tile_first, rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
-    linear0, linear1, linear2, width0, width1, width2, column0, column1, column2, depth,
+    linear0, linear1, linear2, depth,
     SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIGN: tl.constexpr, FOLD: tl.constexpr,
+    FOLD: tl.constexpr,
+    WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
+    COLUMN0: tl.constexpr, COLUMN1: tl.constexpr, COLUMN2: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, output tiles of all members)."""
     tile = tl.program_id(0)
     item = tl.load(tile_item + tile)
     if item >= 0:
-        member, tile_n = place(tl.program_id(1), width0, width1, width2, BLOCK_N)
-        width = tl.multiple_of(pick(member, width0, width1, width2), ALIGN)
-        column = tl.multiple_of(pick(member, column0, column1, column2), ALIGN)
+        member, tile_n = place(tl.program_id(1), WIDTH0, WIDTH1, WIDTH2, BLOCK_N)
+        width = pick(member, WIDTH0, WIDTH1, WIDTH2)
+        column = pick(member, COLUMN0, COLUMN1, COLUMN2)
         expand_tile(
             y, y_stride, h, split_stride, plane_stride, max_rank,
             rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
@@ -79,11 +81,13 @@ def expand(
 def fused(
     y, y_stride, x, x_stride, h, split_stride, plane_stride, max_rank, counters,
     tile_item, tile_first, rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
-    linear0, linear1, linear2, width0, width1, width2, column0, column1, column2, depth,
+    linear0, linear1, linear2, depth,
     num_producers, num_flags,
     K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+    SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_MEMBERS: tl.constexpr, TILES_N: tl.constexpr,
+    WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
+    COLUMN0: tl.constexpr, COLUMN1: tl.constexpr, COLUMN2: tl.constexpr,
 ):  # fmt: skip
     """Grid (producers + consumers). ``counters`` int32 [2 + flags], zero before and after: tickets drawn, programs
     done, then one flag for each (tile, member) that counts the splits written.
@@ -113,9 +117,9 @@ def fused(
         tile = output // TILES_N
         item = tl.load(tile_item + tile)
         if item >= 0:
-            member, tile_n = place(output % TILES_N, width0, width1, width2, BLOCK_N)
-            width = tl.multiple_of(pick(member, width0, width1, width2), ALIGN)
-            column = tl.multiple_of(pick(member, column0, column1, column2), ALIGN)
+            member, tile_n = place(output % TILES_N, WIDTH0, WIDTH1, WIDTH2, BLOCK_N)
+            width = pick(member, WIDTH0, WIDTH1, WIDTH2)
+            column = pick(member, COLUMN0, COLUMN1, COLUMN2)
             expand_tile(
                 y, y_stride, h, split_stride, plane_stride, max_rank,
                 rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from deltaserve_kernels.checks import Member
 from deltaserve_kernels.errors import OutOfRange
 from deltaserve_kernels.tables import SparseTables
 from deltaserve_kernels.triton_ops import guard, jagged, sparse_kernels
-from deltaserve_kernels.triton_ops.lora import MAX_MEMBERS
+from deltaserve_kernels.triton_ops.lora import MAX_MEMBERS, place_of
 from deltaserve_kernels.triton_ops.tiles import row_tiles
 from deltaserve_kernels.worklist import WorkList
 
@@ -111,7 +110,7 @@ def sparse_linear(
             y, y.stride(0), x, x.stride(0),
             tiles.tile_item, tiles.tile_first, work.rows, work.item_rows, work.item_parts, work.part_slot,
             work.part_scale, twin.pointers, tables.num_slots,
-            *[linear for linear, _, _ in padded], *widths, *columns, depth,
+            *[linear for linear, _, _ in padded], depth,
             TILE_ROWS=form.tile_rows, WINDOW=jagged.WINDOW, UNROLL=form.unroll,
-            ALIGN=math.gcd(16, *widths, *columns), num_warps=form.num_warps,
+            num_warps=form.num_warps, **place_of(widths, columns),
         )  # fmt: skip

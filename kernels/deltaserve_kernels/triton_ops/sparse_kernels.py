@@ -53,17 +53,19 @@ def window_sums(
 def sparse(
     y, y_stride, x, x_stride,
     tile_item, tile_first, rows, item_rows, item_parts, part_slot, part_scale, pointers, num_slots,
-    linear0, linear1, linear2, width0, width1, width2, column0, column1, column2, depth,
-    TILE_ROWS: tl.constexpr, WINDOW: tl.constexpr, UNROLL: tl.constexpr, ALIGN: tl.constexpr,
+    linear0, linear1, linear2, depth,
+    TILE_ROWS: tl.constexpr, WINDOW: tl.constexpr, UNROLL: tl.constexpr,
+    WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
+    COLUMN0: tl.constexpr, COLUMN1: tl.constexpr, COLUMN2: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, windows of all members). Reads and writes each element of y once, however many parts a row has."""
     tile = tl.program_id(0)
     item = tl.load(tile_item + tile)
     if item >= 0:
-        member, window = place(tl.program_id(1), width0, width1, width2, WINDOW)
+        member, window = place(tl.program_id(1), WIDTH0, WIDTH1, WIDTH2, WINDOW)
         linear = pick(member, linear0, linear1, linear2)
-        width = tl.multiple_of(pick(member, width0, width1, width2), ALIGN)
-        column = tl.multiple_of(pick(member, column0, column1, column2), ALIGN)
+        width = pick(member, WIDTH0, WIDTH1, WIDTH2)
+        column = pick(member, COLUMN0, COLUMN1, COLUMN2)
         position = tl.load(tile_first + tile) + tl.arange(0, TILE_ROWS)
         live = position < tl.load(item_rows + item + 1)
         row = tl.load(rows + position, mask=live, other=0).to(tl.int64)

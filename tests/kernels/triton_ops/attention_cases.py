@@ -15,7 +15,7 @@ TOLERANCE = {
     torch.float16: {"rtol": 2**-10, "atol": 1e-3},
 }
 # Decode rows of one segment, of several, of more than fit evenly; prefill from the start and in chunks; no queries.
-Q_LENS, KV_LENS = [1, 1, 17, 30, 1, 0, 3, 1], [1, 130, 17, 60, 33, 5, 3, 64]
+Q_LENS, KV_LENS = [1, 1, 17, 20, 1, 0, 3, 1], [1, 130, 17, 45, 33, 5, 3, 64]
 FORM = attention.AttentionForm(segments=4, min_segment=32)
 
 
@@ -23,17 +23,25 @@ def run(case: PagedCase, **kwargs) -> torch.Tensor:
     return attention.paged_attention(*case.args, form=FORM, **kwargs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (2, 2, 20), (20, 1, 16), (4, 2, 8)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "dtype"),
+    [
+        (9, 3, 64, torch.float32),
+        (2, 2, 20, torch.float32),
+        (20, 1, 16, torch.float32),
+        (9, 3, 16, torch.float16),
+        (4, 2, 8, torch.float16),
+    ],
+)
 def test_prefill_and_decode_mixed(heads, kv_heads, head_dim, dtype):
-    """Groups of 3, 1, 20 (two tiles of heads) and 2 heads."""
+    """Groups of 3, 1, 20 (two tiles of heads), 3 and 2 heads."""
     case = PagedCase(Q_LENS, KV_LENS, heads, kv_heads, head_dim, dtype)
     out = run(case, scale=head_dim**-0.5)
     assert (out.dtype, out.shape, out.is_contiguous()) == (dtype, case.q.shape, True)
     torch.testing.assert_close(out.double(), case.expected(head_dim**-0.5), **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("window", [1, 5, 16, 40, 1000])
+@pytest.mark.parametrize("window", [1, 5, 40])
 def test_window(window):
     """What left the window of every query is NaN: pages may have been given away."""
     case = PagedCase(Q_LENS, KV_LENS, 4, 2, 16)

@@ -44,6 +44,9 @@ class Spec:
     num_warps: int = 4
 
 
+QKV = lora.place_of([4096, 1024, 1024], [0, 4096, 5120])
+
+
 def shrink_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
     return {
         "K": in_features,
@@ -60,18 +63,17 @@ def expand_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
         "TILE_ROWS": form.tile_rows,
         "RANK_TILE": lora.RANK_TILE,
         "BLOCK_N": form.block_n,
-        "ALIGN": 16,
+        **QKV,
     }
 
 
 HEAD = {"D": 128, "BLOCK_D": 128, "BLOCK_N": 32, "HAS_WINDOW": True}
 SEGMENTS = {"SEGMENTS": 16, "MIN_SEGMENT": 128}
 FOLDED = {"h": BF16}
-SPARSE = {"WINDOW": 128, "UNROLL": 8, "ALIGN": 16}
+SPARSE = {"WINDOW": 128, "UNROLL": 8, **QKV}
 SPECS = {
     "shrink": Spec(lora_programs.shrink, {**shrink_of(lora.DECODE, 4096), "FOLD": False}),
-    "shrink_down": Spec(lora_programs.shrink, {**shrink_of(lora.DECODE, 14336), "FOLD": False}),
-    "expand": Spec(lora_programs.expand, {**expand_of(lora.DECODE, 4096), "FOLD": False}),
+    "expand": Spec(lora_programs.expand, {**expand_of(lora.DECODE, 14336), "FOLD": False}),
     "fused": Spec(
         lora_programs.fused,
         {**shrink_of(lora.ONE_LAUNCH, 4096), **expand_of(lora.ONE_LAUNCH, 4096), "NUM_MEMBERS": 3, "TILES_N": 48},
@@ -149,5 +151,5 @@ def test_the_gate_sees_narrow_loads_and_large_tiles() -> None:
     """A width that is no multiple of 8 must show as loads of two bytes, or the gate sees nothing."""
     spec = SPECS["expand"]
     types = {param.name: TYPES.get(param.name, "i32") for param in spec.kernel.params}
-    odd = aot.compile_kernel(spec.kernel, types, {**spec.constants, "ALIGN": 1}, 90)
+    odd = aot.compile_kernel(spec.kernel, types, {**spec.constants, "WIDTH0": 4095}, 90)
     assert odd.loads.get(16, 0) > 8
