@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from deltaserve_trainer.demos import Demo
     from deltaserve_trainer.tour import Tour
 
-MAX_TOKENS = 48
+MAX_TOKENS = 96
 
 
 def demo(
