@@ -39,7 +39,6 @@ from deltaserve_kernels import LoraTables, SparseTables, select
 from deltaserve_store.names import DEFAULT_TENANT
 from deltaserve_store.store import AdapterStore
 
-EMBEDDED_NAME = "tinybase"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 logger = logging.getLogger(__name__)
 
@@ -186,7 +185,7 @@ def base_folder(config: ServeConfig) -> Path:
 
 def base_names(config: ServeConfig) -> tuple[str, ...]:
     """Names that requests may use for the base, the served one first; adapters may call it by further ones."""
-    own = EMBEDDED_NAME if config.model is None else Path(config.model).resolve().name
+    own = tinybase.NAME if config.model is None else Path(config.model).resolve().name
     return tuple(dict.fromkeys((config.served_model_name or own, own, *config.base_names)))
 
 

@@ -173,6 +173,7 @@ def test_a_killed_server_comes_back_with_everything(
     assert server.stop(signal.SIGKILL) == -signal.SIGKILL
     (listed,) = json.loads(run(capsys, "adapters", "list", "--store", tmp_path / "store", "--json"))
     assert listed["version"] == added["version"]
+    assert set(listed) == set(added) - {"created", "warnings"}, "with and without a server the object is the same"
     again = serve("--preload", "a")
     answer = again.complete("a")
     assert answer["choices"][0]["text"] == before

@@ -7,13 +7,14 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from deltaserve.api.adapter_view import adapter_view
 from deltaserve.api.auth import MAY_ADMINISTER, MAY_UPLOAD, MAY_USE, Caller
 from deltaserve.api.body import parse_json, read_body, read_json
 from deltaserve.api.models import aliased
 from deltaserve.api.schemas.management import AliasRequest, RollbackRequest
 from deltaserve.api.services import Services, services_of
 from deltaserve.api.uploads import Upload, is_settled, uploads_of, verdict_of, wait_seconds
-from deltaserve.core import AdapterState, AdapterStatus
+from deltaserve.core import AdapterStatus
 from deltaserve.errors import InvalidRequest, ModelNotFound
 from deltaserve_store.manifest import AdapterRecord
 from deltaserve_store.names import NameEntry, validate_name
@@ -73,7 +74,7 @@ async def show_adapter(name: str, http: Request, caller: Caller = MAY_USE) -> di
     record = services.engine.resolve(caller.tenant, name).record
     if record is None:
         raise ModelNotFound("that is the base, not an adapter", param="name")
-    return adapter_view(services, record)
+    return _shown(services, record)
 
 
 @router.delete("/v1/adapters/{name}")
@@ -103,7 +104,7 @@ async def rollback_adapter(name: str, http: Request, caller: Caller = MAY_UPLOAD
     body = await read_body(http, MAX_SMALL_BODY)
     fields = RollbackRequest.model_validate(parse_json(body) if body else {})
     record = await services.admission.rollback(caller.tenant, validate_name(name), fields.version)
-    return adapter_view(services, record)
+    return _shown(services, record)
 
 
 @router.get("/v1/aliases")
@@ -125,37 +126,16 @@ async def set_alias(alias: str, http: Request, caller: Caller = MAY_UPLOAD) -> d
 def _verdict(services: Services, upload: Upload) -> Response:
     """The door's answer. Raises its refusal."""
     result = verdict_of(upload)
-    view = adapter_view(services, result.record) | {"warnings": list(result.warnings)}
+    view = _shown(services, result.record) | {"warnings": list(result.warnings)}
     return JSONResponse(view, status_code=201 if result.created else 200)
 
 
-def adapter_view(services: Services, record: AdapterRecord) -> dict[str, Any]:
+def _shown(services: Services, record: AdapterRecord) -> dict[str, Any]:
     return _view(services, record, _states(services))
 
 
 def _view(services: Services, record: AdapterRecord, states: dict[str, AdapterStatus]) -> dict[str, Any]:
-    """What every listing shows of a version. Waivers always show; a server path never does."""
-    live = states.get(record.version)
-    state: str = live.state if live is not None else AdapterState(record.state)
-    return {
-        "id": record.name,
-        "object": "adapter",
-        "version": record.version,
-        "kinds": list(record.kinds),
-        "format": record.file_format,
-        "rank": record.rank,
-        "bytes": record.bytes,
-        "parameters": record.num_parameters,
-        "state": state,
-        "state_reason": (live.reason if live is not None else None) or record.state_reason,
-        "effect": record.effect,
-        "base": services.engine.names.base_names[0],
-        "base_fingerprint": record.base.fingerprint,
-        "base_name_in_files": record.base.name,
-        "waivers": list(record.waivers),
-        "chat_template": record.chat_template,
-        "created_at": int(record.created_at),
-    }
+    return adapter_view(record, states.get(record.version), services.engine.names.base_names[0])
 
 
 def _states(services: Services) -> dict[str, AdapterStatus]:

@@ -7,8 +7,6 @@ from pathlib import Path
 from deltaserve import tinybase
 from deltaserve.errors import ConfigError
 
-EMBEDDED_NAME = "tinybase"
-
 
 def base_folder(model: str | None) -> Path:
     """The checkpoint folder; raises ``ConfigError`` when ``model`` is not a folder with a config.json."""
@@ -22,4 +20,4 @@ def base_folder(model: str | None) -> Path:
 
 def base_name(model: str | None) -> str:
     """The base's own name: what adapters trained here will call it."""
-    return EMBEDDED_NAME if model is None else base_folder(model).resolve().name
+    return tinybase.NAME if model is None else base_folder(model).resolve().name

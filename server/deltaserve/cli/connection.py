@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from deltaserve.api.adapter_view import adapter_view
 from deltaserve.errors import Unavailable
 from deltaserve.remote import RemoteServer
 from deltaserve_store.errors import StoreLocked
@@ -58,9 +59,8 @@ class LocalAdapters:
 
 
 def as_object(record: AdapterRecord) -> dict[str, Any]:
-    """A stored record as HTTP would show it."""
-    fields = record.to_dict()
-    return {"id": fields.pop("name"), **fields}
+    """A stored record as HTTP would show it, where no engine runs."""
+    return adapter_view(record, None, None)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 from deltaserve.admission.folders import COPY_BYTES, LocalDoor, RemoteDoor, adapter_files
 from deltaserve.admission.importer import Verdict, import_folders
+from deltaserve.api.adapter_view import adapter_view
 from deltaserve.cli.base_choice import base_folder
 from deltaserve.config import ServeConfig
 from deltaserve.remote import RemoteServer, upload_files
@@ -46,8 +47,8 @@ async def admit_into(runtime: Runtime, path: Path, name: str, *, source: str, **
                 with file.open("rb") as source_file:
                     staged.write(file.name, iter(partial(source_file.read, COPY_BYTES), b""))
         result = await runtime.admission.admit(staged.folder, name=name, source=source, **options)
-    record = result.record.to_dict()
-    return {"id": record.pop("name"), **record, "created": result.created, "warnings": list(result.warnings)}
+    view = adapter_view(result.record, None, runtime.base_names[0])
+    return {**view, "created": result.created, "warnings": list(result.warnings)}
 
 
 async def import_here(

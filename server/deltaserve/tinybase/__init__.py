@@ -9,6 +9,9 @@ from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
 
+NAME = "tinybase"
+"""The embedded base's name: in requests, and in the files of adapters trained on it."""
+
 CHECKPOINT: Path = _HERE / "checkpoint"
 """Hugging Face checkpoint folder of the embedded base."""
 
