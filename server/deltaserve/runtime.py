@@ -185,7 +185,10 @@ def base_folder(config: ServeConfig) -> Path:
 
 def base_names(config: ServeConfig) -> tuple[str, ...]:
     """Names that requests may use for the base, the served one first; adapters may call it by further ones."""
-    own = tinybase.NAME if config.model is None else Path(config.model).resolve().name
+    if config.model is None:
+        own = tinybase.NAME
+    else:  # a hub id is the name that adapters know the base by; of a folder it is the last part
+        own = Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
     return tuple(dict.fromkeys((config.served_model_name or own, own, *config.base_names)))
 
 
