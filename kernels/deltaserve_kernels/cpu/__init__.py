@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from deltaserve_kernels.worklist import WorkList
 logger = logging.getLogger(__name__)
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+ACTIVATIONS = ("silu", "gelu_tanh")
 
 _lock = threading.Lock()
 _loaded = False
@@ -70,20 +72,7 @@ def lora_linear(
     y: Tensor, x: Tensor, work: WorkList, tables: LoraTables, members: Sequence[Member], depth: float
 ) -> None:
     _check(x, work, tables)
-    torch.ops.deltaserve_cpu.lora_linear(
-        y,
-        x,
-        work.rows,
-        work.item_rows,
-        work.item_parts,
-        work.part_slot,
-        work.part_scale,
-        tables.pointers,
-        tables.ranks,
-        tables.dims,
-        list(chain.from_iterable(members)),
-        depth,
-    )
+    torch.ops.deltaserve_cpu.lora_linear(y, x, *_lora_arguments(work, tables, members), depth)
 
 
 def sparse_linear(
@@ -130,6 +119,75 @@ def paged_attention(
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_index: Tensor) -> None:
     torch.ops.deltaserve_cpu.write_kv(k, v, k_cache, v_cache, kv_index)
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """A bf16 or fp16 weight [N, K] as panels of 16 outputs, [ceil(N / 16), K, 16]. Raises ValueError."""
+    return torch.ops.deltaserve_cpu.pack_weight(weight)
+
+
+def unpack_weight(packed: Tensor, outputs: int) -> Tensor:
+    """The weight [outputs, K] that ``pack_weight`` was given, a copy. Raises ValueError."""
+    return torch.ops.deltaserve_cpu.unpack_weight(packed, outputs)
+
+
+def packed_linear(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
+    """``x`` [T, K] -> [T, outputs] in its dtype, with fp32 sums in one order whatever T is. Raises ValueError."""
+    return torch.ops.deltaserve_cpu.packed_linear(x, packed, outputs, bias)
+
+
+def packed_linear_lora(
+    x: Tensor,
+    packed: Tensor,
+    outputs: int,
+    bias: Tensor | None,
+    work: WorkList,
+    tables: LoraTables,
+    members: Sequence[Member],
+    depth: float,
+) -> Tensor:
+    """``packed_linear``, then ``lora_linear`` on its result, bit for bit.
+
+    One call is cheaper than two, and where many rows make the product all arithmetic, the adapters' matrices are
+    fetched from memory meanwhile.
+    """
+    _check(x, work, tables)
+    return torch.ops.deltaserve_cpu.packed_linear_lora(
+        x, packed, outputs, bias, *_lora_arguments(work, tables, members), depth
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * (offset + weight)`` by row: ``x`` [T, H], ``weight`` [H]; fp32, rounded once."""
+    return torch.ops.deltaserve_cpu.rms_norm(x, weight, eps, offset)
+
+
+def gated_product(both: Tensor, activation: str) -> Tensor:
+    """``act(gate) * up`` of ``both`` [T, gate | up] -> [T, N]; activation "silu" or "gelu_tanh"; rounded once."""
+    return torch.ops.deltaserve_cpu.gated_product(both, ACTIVATIONS.index(activation))
+
+
+def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, kv_index: Tensor) -> None:
+    """Rotary position embedding of halves, and the KV write, in one pass over ``qkv`` [T, q heads | k heads | v heads].
+
+    ``cos`` and ``sin`` [T, rotary size]. q is rotated in place; k, rotated, and v go to ``kv_index`` of the caches
+    [num_blocks, kv_heads, 16, D], as in ``write_kv``. Raises ValueError.
+    """
+    torch.ops.deltaserve_cpu.rotate_and_store(qkv, cos, sin, k_cache, v_cache, kv_index)
+
+
+def _lora_arguments(work: WorkList, tables: LoraTables, members: Sequence[Member]) -> tuple[Any, ...]:
+    return (
+        work.rows,
+        work.item_rows,
+        work.item_parts,
+        work.part_slot,
+        work.part_scale,
+        tables.pointers,
+        tables.ranks,
+        tables.dims,
+        list(chain.from_iterable(members)),
+    )
 
 
 def _check(x: Tensor, work: WorkList, tables: LoraTables | SparseTables) -> None:

@@ -32,11 +32,15 @@ SOURCES = (
     "ops.cpp",
     "linear.inc",
     "paged.inc",
+    "between.inc",
+    "packed.inc",
     "kernels.inc",
     "vec.inc",
     "lora.inc",
     "sparse.inc",
     "attention.inc",
+    "pointwise.inc",
+    "gemm.inc",
 )
 COMPILERS = ("g++", "c++", "clang++")
 # Contraction is off because portable code must round the same in its row and its tile form; intrinsics fuse by name.

@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -104,6 +105,31 @@ struct AttendTask {
   int64_t q_begin, q_end, pos, group, d_size, window;  // pos: position of the sequence's first query; window 0: none
   float scale, softcap;                                // softcap 0: none
 };
+
+// Memory that will be read soon, in cache lines.
+struct Region {
+  const char* start;
+  int64_t lines;
+};
+DS_INLINE Region region_of(const void* data, int64_t bytes) {
+  const char* start = (const char*)((uintptr_t)data & ~(uintptr_t)63);
+  return {start, ((const char*)data + bytes - start + 63) / 64};
+}
+// A walk over regions that brings a few lines at a time into the level 2 cache, beside arithmetic that leaves memory idle.
+struct Ahead {
+  const Region* regions;
+  int64_t left;           // lines this walk still owes
+  int64_t line;           // next line of the first region
+  int64_t lines_at_once;
+
+  DS_INLINE void step() {
+    for (int64_t i = 0; i < lines_at_once && left > 0; ++i, --left) {
+      while (line >= regions->lines) ++regions, line = 0;
+      __builtin_prefetch(regions->start + 64 * line++, 0, 2);
+    }
+  }
+};
+
 template <class T>
 struct Kernels {
   void (*shrink)(const T* const*, int64_t, const T*, int64_t, int64_t, float*, int64_t);
@@ -112,7 +138,21 @@ struct Kernels {
   void (*sparse_row)(const float*, T*, const SparsePart<T>*, int, int64_t, float*);
   void (*sparse_rows)(const float*, T* const*, int64_t, const SparsePart<T>*, int, int64_t);
   void (*attend)(const AttendTask<T>&);
+  void (*rms_norm_row)(T*, const T*, const T*, int64_t, float, float);
+  void (*gated_row)(T*, const T*, const T*, int64_t, int);
+  void (*rotate_head)(T*, const T*, const T*, const T*, int64_t, int64_t);
+  void (*widen)(const T*, float*, int64_t);
+  void (*gemm)(T*, int64_t, const float*, int64_t, int64_t, const T*, int64_t, int64_t, int64_t, const T*, float*,
+               Ahead*);
 };
+
+// Blocking of gemm.inc: k of one widened block of a panel (16 KiB, half of a level 1 cache), and the rows whose fp32
+// copies stay in half of a level 2 cache.
+constexpr int64_t kGemmDepth = 256;
+constexpr int64_t gemm_block_rows(int64_t k_size) {
+  const int64_t rows = 64 * 1024 / k_size / 12 * 12;
+  return rows < 48 ? 48 : rows > 192 ? 192 : rows;
+}
 
 namespace portable {
 #define DS_ISA 0
@@ -236,6 +276,8 @@ void with_type(const at::Tensor& tensor, const char* name, const F& f) {
 
 #include "linear.inc"
 #include "paged.inc"
+#include "between.inc"
+#include "packed.inc"
 
 }  // namespace
 
@@ -250,6 +292,18 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor cu_seqlens_q, "
       "Tensor kv_lens, float scale, int window, float softcap, Tensor? sinks) -> Tensor");
   m.def("write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor kv_index) -> ()");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor");
+  m.def("gated_product(Tensor both, int activation) -> Tensor");
+  m.def(
+      "rotate_and_store(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor(b!) k_cache, Tensor(c!) v_cache, "
+      "Tensor kv_index) -> ()");
+  m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def("unpack_weight(Tensor packed, int outputs) -> Tensor");
+  m.def("packed_linear(Tensor x, Tensor packed, int outputs, Tensor? bias) -> Tensor");
+  m.def(
+      "packed_linear_lora(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor rows, Tensor item_rows, "
+      "Tensor item_parts, Tensor part_slot, Tensor part_scale, Tensor pointers, Tensor ranks, Tensor dims, "
+      "int[] members, float depth) -> Tensor");
   m.def("level() -> int", level);
   m.def("max_level() -> int", max_level);
   m.def("set_level(int level) -> ()", set_level);
@@ -260,4 +314,11 @@ TORCH_LIBRARY_IMPL(deltaserve_cpu, CPU, m) {
   m.impl("sparse_linear", sparse_linear);
   m.impl("paged_attention", paged_attention);
   m.impl("write_kv", write_kv);
+  m.impl("rms_norm", rms_norm);
+  m.impl("gated_product", gated_product);
+  m.impl("rotate_and_store", rotate_and_store);
+  m.impl("pack_weight", pack_weight);
+  m.impl("unpack_weight", unpack_weight);
+  m.impl("packed_linear", packed_linear);
+  m.impl("packed_linear_lora", packed_linear_lora);
 }

@@ -16,6 +16,7 @@ from deltaserve.model import checkpoint, identity
 from deltaserve.model.attention import ATTENTION_NAME, attach_spec
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, use
 from deltaserve.model.folded import widen_in_folded_mode
+from deltaserve.model.fuse import fuse
 from deltaserve.model.head import cut_before_head, find_decoder
 from deltaserve.model.kv_cache import KVLayout
 from deltaserve.model.linear import BaseLinear
@@ -212,6 +213,7 @@ def _take_over(
     if longrope_limit is not None:
         choose_longrope_per_row(model, longrope_limit)
     widen_in_folded_mode(model)
+    fuse(model)
     return linears, seen
 
 

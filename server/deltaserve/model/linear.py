@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, current
 from deltaserve.model.weight import BaseWeight
-from deltaserve_kernels import lora_linear, sparse_linear
+from deltaserve_kernels import sparse_linear
 
 # Folded mode widens weights piece by piece; a piece holds at most this many elements (64 MiB in fp32).
 MAX_FOLDED_ELEMENTS = 16 * 1024 * 1024
@@ -40,13 +40,14 @@ class ProjectionGroup:
 
     def apply(self, rows: Tensor, ctx: ForwardContext) -> Tensor:
         """``rows`` [T, K] -> [T, N]: base product plus the adapter terms of the step's work list."""
-        y = self.weight.matmul(rows, self.bias)
         work = ctx.work
         if work is None or work.is_empty:
-            return y
+            return self.weight.matmul(rows, self.bias)
         lora, sparse = ctx.lora, ctx.sparse
         if lora is not None and any(lora.has_any(member.linear) for member in self.members):
-            lora_linear(y, rows, work, lora, self.members, self.depth)
+            y = self.weight.matmul_lora(rows, self.bias, work, lora, self.members, self.depth)
+        else:
+            y = self.weight.matmul(rows, self.bias)
         if sparse is not None and any(sparse.has_any(member.linear) for member in self.members):
             sparse_linear(y, rows, work, sparse, self.members, self.depth)
         return y

@@ -1,0 +1,219 @@
+"""Modules of the base that run as one operator in a step on the CPU: RMS norms, gated MLPs, attention with rotary.
+
+transformers writes them as a dozen small operations each. Nothing is replaced because of its name: a module that has
+the right parts is run beside the formula in fp32, on random rows, and only where both agree does it get a forward that
+uses the operator. That forward serves steps alone; folded mode and anything else run the module as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deltaserve.model.attention import AttentionSpec, dense_attention
+from deltaserve.model.context import FoldedContext, ForwardContext, current_or_none, use
+from deltaserve.model.linear import BaseLinear
+from deltaserve_kernels import cpu, paged_attention, select
+
+logger = logging.getLogger(__name__)
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+_PROBE_ROWS = 3
+_TOLERANCE = 1e-5  # relative, fp32
+
+
+def fuse(model: nn.Module) -> None:
+    """Give what can be fused its forward. For a base on the CPU whose linears and attention are ours already."""
+    if next(model.parameters()).device.type != "cpu" or select(torch.device("cpu")) != "cpu":
+        return
+    proven: dict[object, Any] = {}
+    for name, module in model.named_modules():
+        make = _maker(module)
+        if make is None:
+            continue
+        key = _kind_of(module)
+        if key not in proven:
+            proven[key] = make(module)
+            logger.debug("%s %s as one operator", name, "runs" if proven[key] else "does not run")
+        if proven[key] is not None:
+            module.__dict__["forward"] = proven[key](module)
+
+
+def _maker(module: nn.Module) -> Callable[[nn.Module], Any] | None:
+    """What might fuse such a module: returns a factory of forwards, or None when the module is something else."""
+    if _has_linears(module, ("q_proj", "k_proj", "v_proj"), "o_proj") and "deltaserve_attention" in module.__dict__:
+        return _prove_attention
+    if _has_linears(module, ("gate_proj", "up_proj"), "down_proj"):
+        return _prove_gated
+    weight = module._parameters.get("weight")
+    if len(module._parameters) == 1 and not module._buffers and weight is not None and weight.dim() == 1:
+        return _prove_norm if _eps_of(module) is not None else None
+    return None
+
+
+def _has_linears(module: nn.Module, inward: Sequence[str], outward: str) -> bool:
+    """Whether ``inward`` are, in this order, all members of one group, and ``outward`` is a group of its own."""
+    linears = [getattr(module, name, None) for name in (*inward, outward)]
+    if not all(isinstance(linear, BaseLinear) for linear in linears):
+        return False
+    *first, last = linears
+    members = tuple((linear.index, linear.start, linear.stop) for linear in first)
+    return tuple(map(tuple, first[0].group.members)) == members and len(last.group.members) == 1
+
+
+def _kind_of(module: nn.Module) -> object:
+    """Modules of one kind compute the same function of their weights: one proof serves them all."""
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str) and k != "layer_idx"}
+    spec = module.__dict__.get("deltaserve_attention")
+    parts = tuple((name, type(child)) for name, child in module.named_children())
+    return type(module), tuple(sorted(plain.items())), parts, spec and (spec.scale, spec.window, spec.softcap)
+
+
+def _agree(module: nn.Module, found: Callable[[], Tensor], wanted: Callable[[], Tensor]) -> bool:
+    try:
+        with torch.inference_mode(), use(FoldedContext(deltas={})):
+            a, b = found(), wanted()
+    except Exception as error:  # whatever this module is, it is not called in the way that was tried
+        logger.debug("%s is left as it is: %s", type(module).__name__, error)
+        return False
+    return a.shape == b.shape and bool((a - b).norm() <= _TOLERANCE * b.norm())
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+# ---------------------------------------------------------------- norms
+
+
+def _eps_of(module: nn.Module) -> float | None:
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return eps if isinstance(eps, float) else None
+
+
+def _prove_norm(module: nn.Module) -> Callable[[nn.Module], Any] | None:
+    weight, eps = module._parameters["weight"], _eps_of(module)
+    if weight is None or eps is None:
+        return None
+    x = 2 * _random(_PROBE_ROWS, len(weight))
+
+    def formula(offset: float) -> Callable[[], Tensor]:
+        return lambda: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (offset + weight.float())
+
+    for offset in (0.0, 1.0):
+        if _agree(module, lambda: module.forward(x), formula(offset)):
+            return lambda each, offset=offset: _FusedNorm(each, eps, offset)
+    return None
+
+
+class _FusedNorm:
+    def __init__(self, module: nn.Module, eps: float, offset: float) -> None:
+        self.otherwise = module.forward
+        self.weight: Tensor = module.weight.data  # type: ignore[assignment]
+        self.eps, self.offset = eps, offset
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not isinstance(current_or_none(), ForwardContext) or x.dtype is not self.weight.dtype:
+            return self.otherwise(x)
+        return cpu.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps, self.offset).view(x.shape)
+
+
+# ---------------------------------------------------------------- gated MLPs
+
+
+def _prove_gated(module: Any) -> Callable[[nn.Module], Any] | None:
+    x = _random(1, _PROBE_ROWS, module.gate_proj.in_features)
+    if module.gate_proj.out_features != module.up_proj.out_features:
+        return None
+    for name, function in _ACTIVATIONS.items():
+        wanted = lambda f=function: module.down_proj(f(module.gate_proj(x)) * module.up_proj(x))  # noqa: E731
+        if _agree(module, lambda: module.forward(x), wanted):
+            return lambda each, name=name: _FusedGated(each, name)
+    return None
+
+
+class _FusedGated:
+    def __init__(self, module: Any, activation: str) -> None:
+        self.otherwise = module.forward
+        self.gate_up, self.down = module.gate_proj.group, module.down_proj.group
+        self.activation = activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        ctx = current_or_none()
+        if not isinstance(ctx, ForwardContext):
+            return self.otherwise(x)
+        both = self.gate_up.apply(x.reshape(-1, x.shape[-1]), ctx)
+        return self.down.apply(cpu.gated_product(both, self.activation), ctx).view(*x.shape[:-1], -1)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def _prove_attention(module: Any) -> Callable[[nn.Module], Any] | None:
+    spec: AttentionSpec = module.__dict__["deltaserve_attention"]
+    size = getattr(module, "head_dim", None)
+    widths = [module.q_proj.out_features, module.k_proj.out_features, module.v_proj.out_features]
+    if not isinstance(size, int) or size % 2 or any(width % size for width in widths) or widths[1] != widths[2]:
+        return None
+    x = _random(1, _PROBE_ROWS, module.q_proj.in_features)
+    cos, sin = _random(2, 1, _PROBE_ROWS, size)
+
+    def run() -> Tensor:
+        output, weights = module.forward(x, position_embeddings=(cos, sin), attention_mask=None)
+        if weights is not None:
+            raise ValueError("it returns attention weights")
+        return output
+
+    def formula() -> Tensor:
+        q, k, v = (
+            linear(x).view(_PROBE_ROWS, -1, size).transpose(0, 1)[None]
+            for linear in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        q, k = (each * cos[:, None] + _half_turn(each) * sin[:, None] for each in (q, k))
+        return module.o_proj(dense_attention(q, k, v, spec).reshape(1, _PROBE_ROWS, -1))
+
+    return (lambda each: _FusedAttention(each, size)) if _agree(module, run, formula) else None
+
+
+def _half_turn(x: Tensor) -> Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat([-high, low], dim=-1)
+
+
+class _FusedAttention:
+    def __init__(self, module: Any, head_dim: int) -> None:
+        self.otherwise = module.forward
+        self.spec: AttentionSpec = module.__dict__["deltaserve_attention"]
+        self.qkv, self.out = module.q_proj.group, module.o_proj.group
+        self.heads, self.head_dim = module.q_proj.out_features // head_dim, head_dim
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        ctx = current_or_none()
+        turn = kwargs.get("position_embeddings")
+        if not isinstance(ctx, ForwardContext) or args or turn is None or turn[0].dtype is not hidden_states.dtype:
+            return self.otherwise(hidden_states, *args, **kwargs)
+        spec = self.spec
+        qkv = self.qkv.apply(hidden_states.reshape(-1, hidden_states.shape[-1]), ctx)
+        k_cache, v_cache = ctx.kv.k(spec.layer), ctx.kv.v(spec.layer)
+        cpu.rotate_and_store(qkv, turn[0][0], turn[1][0], k_cache, v_cache, ctx.kv_index)
+        attended = paged_attention(
+            qkv[:, : self.heads * self.head_dim].view(-1, self.heads, self.head_dim),
+            k_cache,
+            v_cache,
+            ctx.block_tables,
+            ctx.cu_seqlens_q,
+            ctx.kv_lens,
+            scale=spec.scale,
+            window=spec.window,
+            softcap=spec.softcap,
+        )
+        output = self.out.apply(attended.view(len(qkv), -1), ctx)
+        return output.view(*hidden_states.shape[:-1], -1), None
