@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from deltatest.kernel_cases import randn
 from torch.nn import functional as F
 
 from deltaserve_kernels import cpu
+from deltatest.kernel_cases import randn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from deltatest.kernel_cases import LinearCase, randn
 
 from deltaserve_kernels import build_work_list, cpu, lora_linear
+from deltatest.kernel_cases import LinearCase, randn
 
 DTYPES = [torch.bfloat16, torch.float16]
 TOLERANCE = {

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from deltatest.tiny_models import build_tiny_model
 from torch import nn
 
 from deltaserve.engine.batch import ScheduledSequence
@@ -16,6 +15,7 @@ from deltaserve.model import fuse
 from deltaserve.model.base import load_base
 from deltaserve.model.kv_cache import KVCache
 from deltaserve_kernels import cpu
+from deltatest.tiny_models import build_tiny_model
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="modules are fused for the C++ operators alone")
 

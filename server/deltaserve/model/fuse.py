@@ -214,6 +214,7 @@ class _FusedAttention:
             scale=spec.scale,
             window=spec.window,
             softcap=spec.softcap,
+            one_query=ctx.is_decode,
         )
         output = self.out.apply(attended.view(len(qkv), -1), ctx)
         return output.view(*hidden_states.shape[:-1], -1), None

@@ -44,11 +44,11 @@ class ProjectionGroup:
         if work is None or work.is_empty:
             return self.weight.matmul(rows, self.bias)
         lora, sparse = ctx.lora, ctx.sparse
-        if lora is not None and any(lora.has_any(member.linear) for member in self.members):
+        if lora is not None and work.concerns(lora, self.members):
             y = self.weight.matmul_lora(rows, self.bias, work, lora, self.members, self.depth)
         else:
             y = self.weight.matmul(rows, self.bias)
-        if sparse is not None and any(sparse.has_any(member.linear) for member in self.members):
+        if sparse is not None and work.concerns(sparse, self.members):
             sparse_linear(y, rows, work, sparse, self.members, self.depth)
         return y
 

@@ -1,9 +1,9 @@
 """A frozen weight matrix in the layout its device multiplies fastest.
 
 On the CPU a weight is reordered once instead of at every product. oneDNN does it where it has a path for the dtype
-(fp32 everywhere, bf16 with AVX-512): 1.4 to 2.4 times faster at the sizes of a decode step. Elsewhere PyTorch multiplies
-16-bit matrices some fifty times slower than fp32 ones, so the C++ operators have a product of their own for them. Both
-orders are exact, can be undone, and give results that do not depend on how many rows are multiplied.
+(fp32 everywhere, bf16 with AVX-512): 1.4 to 2.4 times faster at the sizes of a decode step. Elsewhere PyTorch
+multiplies 16-bit matrices some fifty times slower than fp32 ones, so the C++ operators have a product of their own for
+them. Both orders are exact, can be undone, and give results that do not depend on how many rows are multiplied.
 """
 
 from __future__ import annotations
