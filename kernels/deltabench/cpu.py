@@ -1,9 +1,9 @@
 """Speed of the CPU operators: correctness first, then C++ against the PyTorch definition and a common way.
 
-    python kernels/bench.py [--quick] [--threads N] [--dtype bfloat16|float16|float32] [--json PATH]
+    python kernels/bench.py [cpu] [--quick] [--threads N] [--dtype bfloat16|float16|float32] [--json PATH]
 
 Every line also shows the byte floor: bytes that any implementation must move, divided by the read rate of memory that
-is measured in the same run. `common` is what one would write in PyTorch with speed in mind (baselines.py). Adapters of
+is measured in the same run. `common` is what one would write in PyTorch with speed in mind (cpu_baselines.py). Adapters of
 several layers are cycled so that they do not stay in the caches. Times are wall clock: run it on an idle machine, and
 compare only figures of one run.
 """
@@ -21,10 +21,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import baselines
 import torch
 from torch import Tensor
 
+from deltabench import cpu_baselines as baselines
+from deltabench.machine import processor_name
 from deltaserve_kernels import (
     LoraTables,
     SparseTables,
@@ -300,18 +301,3 @@ def main(argv: list[str] | None = None) -> None:
             ],
         }
         args.json.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-
-
-def processor_name() -> str:
-    """The model name Linux tells, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What one would write in PyTorch with speed in mind; bench.py times the operators against these.
+"""What one would write in PyTorch with speed in mind; cpu.py times the operators against these.
 
 Rows come grouped by adapter in equal shares; ``adapters`` [T] names each row's adapter, ``groups`` the rows of each.
 """

@@ -1,0 +1,49 @@
+"""The rates that floors are made of, measured on this device in this run."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from deltabench.floors import Rates
+from deltabench.timing import Call, timed_passes
+
+GPU_COPY_BYTES = 4 * 2**30
+GPU_GEMM_SIZE = 8192
+HOST_COPY_BYTES = 16 * 2**20
+HOST_GEMM_SIZE = 256
+PASSES = 10
+
+
+def measure(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Best of several passes: a rate is what the device can do, not what it did on average.
+
+    Copies bytes on the device, read and written both counted; multiplies square matrices of random numbers (zeros
+    would draw less power and clock higher).
+    """
+    is_gpu = device.type == "cuda"
+    source = torch.empty(GPU_COPY_BYTES if is_gpu else HOST_COPY_BYTES, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    copied = _fastest(lambda: target.copy_(source), device)
+    num_bytes = 2 * source.numel()
+    del source, target
+    size = GPU_GEMM_SIZE if is_gpu else HOST_GEMM_SIZE
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    multiplied = _fastest(lambda: torch.mm(left, right, out=out), device)
+    return Rates(copy=num_bytes / copied, gemm=2.0 * size**3 / multiplied)
+
+
+def _fastest(call: Call, device: torch.device) -> float:
+    """Seconds of the fastest of several calls."""
+    for _ in range(3):
+        call()
+    if device.type == "cuda":
+        return min(timed_passes(call, PASSES, device)) * 1e-6
+    samples = []
+    for _ in range(PASSES):
+        started = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - started)
+    return min(samples)

@@ -1,0 +1,76 @@
+"""Who is measured on sparse cases: our kernel, merging per adapter, torch's sparse products."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from deltabench.cases import AddDelta, SparseCase, row_of_entry
+from deltabench.implementations import Implementation, NotPresent, require_triton
+
+
+def _ours(case: SparseCase) -> AddDelta:
+    require_triton(case)
+    sparse = importlib.import_module("deltaserve_kernels.triton_ops.sparse")
+
+    def run(layer: int, y: Tensor) -> None:
+        sparse.sparse_linear(y, case.x, case.work, case.tables, case.members[layer], 0.0)
+
+    return run
+
+
+def _merge_and_multiply(case: SparseCase) -> AddDelta:
+    """One adapter after another scattered into a copy of the weight, as PEFT's SHiRA does it, then a dense product for
+    its rows: base included."""
+    scratch = torch.empty_like(case.weights[0])
+    width = case.group.in_features
+    flat = [
+        [
+            [((row_of_entry(indptr) + start) * width + cols, values) for indptr, cols, values in of_member]
+            for (start, _), of_member in zip(case.columns, of_layer, strict=True)
+        ]
+        for of_layer in case.csr
+    ]
+
+    def run(layer: int, y: Tensor) -> None:
+        for adapter, rows in enumerate(case.groups):
+            scratch.copy_(case.weights[layer])
+            for of_member in flat[layer]:
+                scratch.view(-1).index_add_(0, *of_member[adapter])
+            y[rows] = case.x[rows] @ scratch.t()
+
+    return run
+
+
+def _csr_loop(case: SparseCase) -> AddDelta:
+    """torch's CSR product, one adapter after another."""
+    if case.device.type == "cpu" and case.dtype != torch.float32:
+        raise NotPresent(f"torch multiplies no {case.dtype} CSR matrix on the host")
+    width = case.group.in_features
+    matrices = [
+        [
+            [
+                torch.sparse_csr_tensor(*entry, size=(entry[0].numel() - 1, width), check_invariants=False)
+                for entry in of_member
+            ]
+            for of_member in of_layer
+        ]
+        for of_layer in case.csr
+    ]
+
+    def run(layer: int, y: Tensor) -> None:
+        for (start, stop), of_member in zip(case.columns, matrices[layer], strict=True):
+            for adapter, rows in enumerate(case.groups):
+                y[:, start:stop].index_add_(0, rows, (of_member[adapter] @ case.x[rows].t()).t())
+
+    return run
+
+
+OURS = (Implementation("sparse kernel", "ours", _ours, exact=True),)
+BASELINES = (
+    Implementation("merge and GEMM", "baseline", _merge_and_multiply, slow=True, replaces_base=True),
+    # cuSPARSE asks for workspaces as it goes, so it is not captured.
+    Implementation("torch CSR loop", "baseline", _csr_loop, slow=True, capturable=False),
+)
