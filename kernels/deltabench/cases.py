@@ -166,9 +166,7 @@ def copy_of(entry: Csr) -> Csr:
     return indptr.clone(), cols.clone(), values.clone()
 
 
-def random_csr(
-    out_features: int, in_features: int, density: float, dtype: torch.dtype, device: torch.device
-) -> Csr:
+def random_csr(out_features: int, in_features: int, density: float, dtype: torch.dtype, device: torch.device) -> Csr:
     """A delta with ``nonzeros`` entries, at random places: made on the device."""
     count = nonzeros(in_features, out_features, density)
     places = torch.randint(in_features * out_features, (count,), device=device).sort().values

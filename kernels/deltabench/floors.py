@@ -148,6 +148,4 @@ def layer_lora_seconds(
 
 
 def layer_sparse_seconds(shape: ModelShape, rows: int, adapters: int, density: float, rates: Rates) -> float:
-    return sum(
-        sparse_bytes(group, rows, adapters, density, shape.itemsize) / rates.copy for group in shape.groups
-    )
+    return sum(sparse_bytes(group, rows, adapters, density, shape.itemsize) / rates.copy for group in shape.groups)

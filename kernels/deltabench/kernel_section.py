@@ -119,7 +119,9 @@ class KernelSection:
             error, allowed = check(case, one, run)
             fields |= {"error": error, "allowed": allowed}
             if not error <= allowed:
-                self.journal.add(kind, key, "wrong", fields, f"differs from float64 by {error:.2e} of the largest value")
+                self.journal.add(
+                    kind, key, "wrong", fields, f"differs from float64 by {error:.2e} of the largest value"
+                )
                 return
             if not self.warm:
                 fields |= self._time(case, one, run, about)
