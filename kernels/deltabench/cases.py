@@ -6,18 +6,16 @@ true rank inside, which is contiguous. All memory of a case is its own, and goes
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltabench.floors import FusedLinear, nonzeros
 from deltabench.points import Point
-from deltaserve_kernels import LoraTables, SparseTables, WorkList, build_work_list
+from deltaserve_kernels import LoraTables, SparseEntry, SparseTables, WorkList, build_work_list
 
 AddDelta = Callable[[int, Tensor], object]  # (layer, y [T, N]): add the adapters' terms of x into y
 Csr = tuple[Tensor, Tensor, Tensor]
@@ -27,8 +25,8 @@ DIFFERENT_DELTAS = 4
 class Case:
     """The base's part and the batch.
 
-    weights: one [N, K] a layer; x [T, K]; y [T, N] scratch; ``owner`` int64 [T], each row's adapter; ``order`` int64 [T],
-    rows sorted by adapter; ``groups[g]`` int64, the rows of adapter g.
+    weights: one [N, K] a layer; x [T, K]; y [T, N] scratch; ``owner`` int64 [T], each row's adapter; ``order`` int64
+    [T], rows sorted by adapter; ``groups[g]`` int64, the rows of adapter g.
     """
 
     def __init__(self, group: FusedLinear, point: Point, layers: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -111,11 +109,8 @@ class LoraCase(Case):
 
 
 class SparseCase(Case):
-    """``csr[layer][member][slot]`` = (indptr int32 [N+1], cols int32, values), places drawn at random.
-
-    A few different deltas a linear, copied to all slots and layers: memory of its own for each, so nothing is read
-    twice, and no minutes of making millions of random places.
-    """
+    """``csr[layer][member][slot]``: places drawn at random, a few different deltas a linear, copied to all slots and
+    layers (see ``draw``)."""
 
     def __init__(
         self,
@@ -127,43 +122,55 @@ class SparseCase(Case):
         density: float,
     ) -> None:
         super().__init__(group, point, layers, dtype, device)
-        self.tables = SparseTables(layers * len(group.widths), point.num_slots, device)
-        drawn = [
-            [random_csr(width, group.in_features, density, dtype, device) for _ in range(DIFFERENT_DELTAS)]
-            for width in group.widths
-        ]
+        members, slots = len(group.widths), point.num_slots
+        self.tables = SparseTables(layers * members, slots, device)
+        drawn = [draw(self.tables, width, group.in_features, density, dtype) for width in group.widths]
         self.csr = [
-            [[copy_of(some[slot % DIFFERENT_DELTAS]) for slot in range(point.num_slots)] for some in drawn]
-            for _ in range(layers)
+            [[copy_of(some[slot % len(some)]) for slot in range(slots)] for some in drawn] for _ in range(layers)
         ]
-        for slot in range(point.num_slots):
+        for slot in range(slots):
             self.tables.set_all(
                 slot,
-                [
-                    (layer * len(group.widths) + i, self.tables.scan(*self.csr[layer][i][slot]))
-                    for layer in range(layers)
-                    for i in range(len(group.widths))
-                ],
+                [(layer * members + i, self.csr[layer][i][slot]) for layer in range(layers) for i in range(members)],
             )
 
     @cached_property
     def num_nonzeros(self) -> int:
         """Of one layer, all adapters."""
-        return sum(values.numel() for of_member in self.csr[0] for _, _, values in of_member)
+        return sum(entry.values.numel() for of_member in self.csr[0] for entry in of_member)
 
     def expected(self, y: Tensor) -> Tensor:
         out = y.double()
         x = self.x.double()
         for (start, stop), of_member in zip(self.columns, self.csr[0], strict=True):
             for adapter, rows in enumerate(self.groups):
-                dense = to_dense(of_member[adapter], self.group.in_features, torch.float64)
+                dense = to_dense(of_member[adapter][:3], self.group.in_features, torch.float64)
                 out[rows, start:stop] += x[rows] @ dense.t()
         return out
 
 
-def copy_of(entry: Csr) -> Csr:
-    indptr, cols, values = entry
-    return indptr.clone(), cols.clone(), values.clone()
+def draw(
+    tables: SparseTables, out_features: int, in_features: int, density: float, dtype: torch.dtype, scale: float = 1.0
+) -> list[SparseEntry]:
+    """A few different deltas, in every layout that ``tables`` keep. ``copy_of`` them goes into slots: to the device they
+    are as good as drawn anew, and conversions, which happen on the host, are no part of what is measured."""
+    tables.keep_jagged()
+    found = []
+    for _ in range(DIFFERENT_DELTAS):
+        indptr, cols, values = random_csr(out_features, in_features, density, dtype, tables.device)
+        found.append(tables.scan(indptr, cols, values * scale))
+    return found
+
+
+def copy_of(entry: SparseEntry) -> SparseEntry:
+    """The same delta in memory of its own."""
+    jagged = entry.jagged
+    if jagged is not None:
+        tensors = {field.name: getattr(jagged, field.name) for field in dataclasses.fields(jagged)}
+        copies = {name: value.clone() for name, value in tensors.items() if isinstance(value, Tensor)}
+        jagged = dataclasses.replace(jagged, **copies)
+    indptr, cols, values = (tensor.clone() for tensor in entry[:3])
+    return SparseEntry(indptr, cols, values, entry.num_columns, jagged)
 
 
 def random_csr(out_features: int, in_features: int, density: float, dtype: torch.dtype, device: torch.device) -> Csr:
@@ -187,29 +194,3 @@ def to_dense(entry: Csr, in_features: int, dtype: torch.dtype) -> Tensor:
     dense = torch.zeros(indptr.numel() - 1, in_features, dtype=dtype, device=values.device)
     dense.index_put_((row_of_entry(indptr), cols.long()), values.to(dtype), accumulate=True)
     return dense
-
-
-@contextmanager
-def conversions_kept() -> Iterator[None]:
-    """Within, equal CSR deltas are turned into the kernels' layout once: it happens on the host and is no part of what is
-    measured. Each still gets device memory of its own. Without triton this does nothing."""
-    try:
-        jagged: Any = importlib.import_module("deltaserve_kernels.triton_ops.jagged")
-    except ImportError:
-        yield
-        return
-    convert = jagged.from_csr
-    kept: dict[Any, Any] = {}
-
-    def keep(indptr: Tensor, cols: Tensor, values: Tensor, *rest: Any, **options: Any) -> Any:
-        head = (tuple(cols[:64].tolist()), tuple(values[:64].tolist()))
-        key = (indptr.numel(), values.numel(), values.dtype, head, rest, tuple(options.items()))
-        if key not in kept:
-            kept[key] = convert(indptr, cols, values, *rest, **options)
-        return kept[key]
-
-    jagged.from_csr = keep
-    try:
-        yield
-    finally:
-        jagged.from_csr = convert

@@ -3,9 +3,9 @@
     python kernels/bench.py [cpu] [--quick] [--threads N] [--dtype bfloat16|float16|float32] [--json PATH]
 
 Every line also shows the byte floor: bytes that any implementation must move, divided by the read rate of memory that
-is measured in the same run. `common` is what one would write in PyTorch with speed in mind (cpu_baselines.py). Adapters of
-several layers are cycled so that they do not stay in the caches. Times are wall clock: run it on an idle machine, and
-compare only figures of one run.
+is measured in the same run. `common` is what one would write in PyTorch with speed in mind (cpu_baselines.py).
+Adapters of several layers are cycled so that they do not stay in the caches. Times are wall clock: run it on an idle
+machine, and compare only figures of one run.
 """
 
 from __future__ import annotations

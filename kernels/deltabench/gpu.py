@@ -9,6 +9,7 @@ Exit status: 0, also when a goal is missed; 1 when a result is wrong, a test fai
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -167,10 +168,8 @@ def kind_of(section: str) -> str:
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     """The process and those it started: it leads a session of its own."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

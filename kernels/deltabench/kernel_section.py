@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from deltabench import floors, implementations, sparse_implementations
-from deltabench.cases import AddDelta, Case, LoraCase, SparseCase, conversions_kept
+from deltabench.cases import AddDelta, Case, LoraCase, SparseCase
 from deltabench.floors import FusedLinear, Rates
 from deltabench.implementations import Implementation, NotPresent
 from deltabench.journal import Budget, Journal
@@ -65,13 +65,12 @@ class KernelSection:
     def sparse(self) -> None:
         wanted = [*sparse_implementations.OURS, *sparse_implementations.BASELINES]
         density, size = self.plan.density, self.dtype.itemsize
-        with conversions_kept():
-            for point in self.plan.sparse:
-                for group in self._groups():
-                    layers = self._layers(min(self.plan.layers, 4))
-                    make = partial(SparseCase, group, point, layers, self.dtype, self.device, density)
-                    num_bytes = floors.sparse_bytes(group, point.rows, point.adapters, density, size)
-                    self._case("sparse", point, group, make, wanted, num_bytes / self.rates.copy)
+        for point in self.plan.sparse:
+            for group in self._groups():
+                layers = self._layers(min(self.plan.layers, 4))
+                make = partial(SparseCase, group, point, layers, self.dtype, self.device, density)
+                num_bytes = floors.sparse_bytes(group, point.rows, point.adapters, density, size)
+                self._case("sparse", point, group, make, wanted, num_bytes / self.rates.copy)
 
     def _groups(self) -> list[FusedLinear]:
         return [group for group in self.plan.shape.groups if not self.groups or group.name in self.groups]

@@ -11,8 +11,8 @@ DENSITY = 0.005
 
 @dataclass(frozen=True)
 class Point:
-    """``rows`` rows spread evenly over ``adapters`` adapters (row i has adapter i modulo their number), which lie in the
-    first of ``slots`` slots. ``ranks`` repeat over the adapters."""
+    """``rows`` rows spread evenly over ``adapters`` adapters (row i has adapter i modulo their number), which lie in
+    the first of ``slots`` slots. ``ranks`` repeat over the adapters."""
 
     name: str
     rows: int
@@ -69,7 +69,7 @@ STEP_CONTEXT = 128  # positions of each sequence
 
 # The same list, small enough for Triton's interpreter.
 TINY = ModelShape(hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, layers=2, vocab=256)
-TINY_LORA_POINTS = (uniform(5, 3, 8), Point("(4,4,8..16)", 4, 4, (8, 16), 6))
+TINY_LORA_POINTS = (Point("(4,3,8..16)", 4, 3, (8, 16), 5),)
 TINY_SPARSE_POINTS = (uniform(4, 2, 0),)
 TINY_STEP_POINTS = (uniform(4, 2, 8),)
 TINY_CONTEXT = 20
@@ -90,4 +90,4 @@ class Plan:
 
 
 FULL = Plan(LLAMA_8B, LORA_POINTS, SPARSE_POINTS, STEP_POINTS, STEP_CONTEXT, DENSITY, layers=8, rounds=20)
-DRY = Plan(TINY, TINY_LORA_POINTS, TINY_SPARSE_POINTS, TINY_STEP_POINTS, TINY_CONTEXT, 0.05, layers=2, rounds=2)
+DRY = Plan(TINY, TINY_LORA_POINTS, TINY_SPARSE_POINTS, TINY_STEP_POINTS, TINY_CONTEXT, 0.05, layers=1, rounds=1)

@@ -23,16 +23,20 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
     would draw less power and clock higher).
     """
     is_gpu = device.type == "cuda"
-    source = torch.empty(GPU_COPY_BYTES if is_gpu else HOST_COPY_BYTES, dtype=torch.uint8, device=device).fill_(1)
+    copy = _copy_rate(GPU_COPY_BYTES if is_gpu else HOST_COPY_BYTES, device)
+    return Rates(copy=copy, gemm=_gemm_rate(GPU_GEMM_SIZE if is_gpu else HOST_GEMM_SIZE, device, dtype))
+
+
+def _copy_rate(num_bytes: int, device: torch.device) -> float:
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
-    copied = _fastest(lambda: target.copy_(source), device)
-    num_bytes = 2 * source.numel()
-    del source, target
-    size = GPU_GEMM_SIZE if is_gpu else HOST_GEMM_SIZE
+    return 2 * num_bytes / _fastest(lambda: target.copy_(source), device)
+
+
+def _gemm_rate(size: int, device: torch.device, dtype: torch.dtype) -> float:
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
-    multiplied = _fastest(lambda: torch.mm(left, right, out=out), device)
-    return Rates(copy=num_bytes / copied, gemm=2.0 * size**3 / multiplied)
+    return 2.0 * size**3 / _fastest(lambda: torch.mm(left, right, out=out), device)
 
 
 def _fastest(call: Call, device: torch.device) -> float:

@@ -16,7 +16,7 @@ FORMAT = 1
 
 
 def make_record(head: Mapping[str, Any], outcomes: Sequence[Any], entries: Sequence[Entry]) -> dict[str, Any]:
-    """All of a run: {benchmark, format, commit, started, dry_run, machine, versions, rates, sections, results, goals}."""
+    """All of a run: benchmark, format, commit, started, dry_run, machine, versions, rates, sections, results, goals."""
     results = [entry for entry in entries if entry["kind"] not in ("started", "rates")]
     rates: dict[str, Any] = next((dict(entry) for entry in entries if entry["kind"] == "rates"), {})
     return {
@@ -120,10 +120,8 @@ def _steps(record: Mapping[str, Any]) -> str:
         )
         for entry in steps
     ]
-    return (
-        "## Whole decode step\n\nGraph: replay alone. Whole: with the host's part. Added: by adapters, over the base.\n\n"
-        + (_table(head, rows))
-    )
+    note = "Graph: replay alone. Whole: with the host's part. Added: by adapters, over the base."
+    return f"## Whole decode step\n\n{note}\n\n" + _table(head, rows)
 
 
 def _kernels(record: Mapping[str, Any], kind: str, title: str) -> str:

@@ -1,7 +1,7 @@
 """One section of the GPU benchmark in a process of its own: a fault on the device ends it and nothing else.
 
-Called by ``gpu.py``; results go to the journal. Exit status 0: all that was asked was tried. ``DEVICE_LOST``: the device
-answers no more in this process, call again and it goes on behind what broke it.
+Called by ``gpu.py``; results go to the journal. Exit status 0: all that was asked was tried. ``DEVICE_LOST``: the
+device answers no more in this process, call again and it goes on behind what broke it.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def _merge_and_multiply(case: SparseCase) -> AddDelta:
     width = case.group.in_features
     flat = [
         [
-            [((row_of_entry(indptr) + start) * width + cols, values) for indptr, cols, values in of_member]
+            [((row_of_entry(one.indptr) + start) * width + one.cols, one.values) for one in of_member]
             for (start, _), of_member in zip(case.columns, of_layer, strict=True)
         ]
         for of_layer in case.csr
@@ -52,8 +52,8 @@ def _csr_loop(case: SparseCase) -> AddDelta:
     matrices = [
         [
             [
-                torch.sparse_csr_tensor(*entry, size=(entry[0].numel() - 1, width), check_invariants=False)
-                for entry in of_member
+                torch.sparse_csr_tensor(*one[:3], size=(one.indptr.numel() - 1, width), check_invariants=False)
+                for one in of_member
             ]
             for of_member in of_layer
         ]

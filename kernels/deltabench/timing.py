@@ -1,8 +1,8 @@
 """Clocks. All take calls and tell the time of one pass through them: a median over many passes, nothing averaged away.
 
     GraphClock  calls captured in one CUDA graph, replays between events: device time, no host in it
-    QueueClock  the same calls launched one by one while the device is held up, so that the host is ahead: for calls that
-                may not be captured. Device time, with the gaps between launches that a graph would not have
+    QueueClock  the same calls launched one by one while the device is held up, so that the host is ahead: for calls
+                that may not be captured. Device time, with the gaps between launches that a graph would not have
     WallClock   the host's clock, where there is no GPU: the twin by which everything else is tried
 
 Each call works on a layer of its own, so that what one pass has read does not lie in the cache for the next.
@@ -116,7 +116,7 @@ def hold() -> None:
 
 
 def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    """One graph of all calls. They run once before, on a stream of their own: what compiles or allocates does it then."""
+    """One graph of all calls, which run before, on a stream of their own: what compiles or allocates does so then."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -1,9 +1,10 @@
 """Other servers' Triton kernels, if the person who runs the benchmark has put their files into ``kernels/vendor/``.
 
-That folder is ignored by git: third-party source is never part of this repository. Unzip a wheel of vLLM or SGLang there
-(only ``vllm/lora`` or ``sglang/kernels/ops/lora`` is read). The kernel files are imported from there without the packages
-around them: what they ask of their host (settings, loggers, platform queries, registration of custom operators) is
-answered by small stand-ins below, and the functions run as their servers call them, with their default tiles.
+That folder is ignored by git: third-party source is never part of this repository. Unzip a wheel of vLLM or SGLang
+there (only ``vllm/lora`` or ``sglang/kernels/ops/lora`` is read). The kernel files are imported from there without the
+packages around them: what they ask of their host (settings, loggers, platform queries, registration of custom
+operators) is answered by small stand-ins below, and the functions run as their servers call them, with their default
+tiles.
 """
 
 from __future__ import annotations
@@ -206,7 +207,7 @@ def _csgmv(case: LoraCase) -> AddDelta:
         seg_lens=int32([length for _, length in segments]),
         permutation=case.order.to(torch.int32),
     )
-    # A: the slices' rows of an adapter one after another at its true rank, padding last. B: slices stacked, padded rank.
+    # A: the slices' rows of an adapter one after another at its true rank, then padding. B: slices stacked, padded.
     a = [_packed(of_layer, case) for of_layer in case.a]
     b = [torch.cat([stack.transpose(1, 2) for stack in of_layer], dim=1).contiguous() for of_layer in case.b_t]
     edges = torch.tensor([0, *(stop for _, stop in case.columns)], dtype=torch.int32)
