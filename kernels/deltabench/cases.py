@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,8 +153,8 @@ class SparseCase(Case):
 def draw(
     tables: SparseTables, out_features: int, in_features: int, density: float, dtype: torch.dtype, scale: float = 1.0
 ) -> list[SparseEntry]:
-    """A few different deltas, in every layout that ``tables`` keep. ``copy_of`` them goes into slots: to the device they
-    are as good as drawn anew, and conversions, which happen on the host, are no part of what is measured."""
+    """A few different deltas, in every layout that ``tables`` keep. Slots get copies: to the device as good as drawn
+    anew, and conversions, which happen on the host, are no part of what is measured."""
     tables.keep_jagged()
     found = []
     for _ in range(DIFFERENT_DELTAS):
@@ -167,7 +168,7 @@ def copy_of(entry: SparseEntry) -> SparseEntry:
     jagged = entry.jagged
     if jagged is not None:
         tensors = {field.name: getattr(jagged, field.name) for field in dataclasses.fields(jagged)}
-        copies = {name: value.clone() for name, value in tensors.items() if isinstance(value, Tensor)}
+        copies: dict[str, Any] = {name: value.clone() for name, value in tensors.items() if isinstance(value, Tensor)}
         jagged = dataclasses.replace(jagged, **copies)
     indptr, cols, values = (tensor.clone() for tensor in entry[:3])
     return SparseEntry(indptr, cols, values, entry.num_columns, jagged)

@@ -11,20 +11,19 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from deltabench import floors
-from deltabench.cases import copy_of, draw
 from deltabench.floors import ModelShape, Rates
 from deltabench.journal import Budget, Journal
 from deltabench.kernel_section import DEVICE_LOST
 from deltabench.points import Plan, Point, uniform
+from deltabench.step_adapters import adapter_width, lora_tables, sparse_tables
 from deltabench.step_capture import CountingCapture, HostCapture
 from deltabench.timing import is_alive, timed_passes
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
@@ -32,7 +31,7 @@ from deltaserve.engine.decode_graphs import DecodeGraphs
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
-from deltaserve_kernels import LoraTables, SparseEntry, SparseTables, use_backend
+from deltaserve_kernels import LoraTables, SparseTables, use_backend
 
 # Largest relative distance (L2) of a step's logits from those of the definition: rounding alone, 32 layers deep.
 TOLERANCES = {torch.bfloat16: 0.1, torch.float32: 1e-4}
@@ -90,17 +89,17 @@ class DecodeSection:
     def lora(self) -> None:
         use_backend(self._backend)
         for rows in sorted({point.rows for point in self.plan.step} | ({64} if self.is_gpu else set())):
-            self._try(f"base T={rows}", lambda rows=rows: self._base(rows))
+            self._try(f"base T={rows}", partial(self._base, rows))
         for point in self.plan.step:
-            self._try(point.name, lambda point=point: self._lora(point))
+            self._try(point.name, partial(self._lora, point))
         busiest = max(self.plan.step, key=lambda one: (one.rows == 64) - one.ranks[0] / 1000)
-        self._try(f"{busiest.name} on q, v", lambda: self._lora(busiest, only=("q_proj", "v_proj")))
+        self._try(f"{busiest.name} on q, v", partial(self._lora, busiest, ("q_proj", "v_proj")))
 
     def sparse(self) -> None:
         use_backend(self._backend)
         points = [uniform(rows, adapters, 0) for rows, adapters in SPARSE_POINTS] if self.is_gpu else self.plan.sparse
         for point in points:
-            self._try(f"sparse {point.name}", lambda point=point: self._sparse(point))
+            self._try(f"sparse {point.name}", partial(self._sparse, point))
 
     @property
     def _backend(self) -> str:
@@ -114,6 +113,8 @@ class DecodeSection:
             self.journal.add("step", key, "skipped", {"point": name}, "the section's time is over")
             return
         self.journal.start(key)
+        if self.is_gpu:
+            torch.cuda.empty_cache()  # adapters and graphs of the step before
         try:
             measure()
         except Exception as error:
@@ -138,11 +139,13 @@ class DecodeSection:
         self._add(f"base T={rows}", {"T": rows, "G": 0}, found)
 
     def _lora(self, point: Point, only: Sequence[str] = ()) -> None:
-        tables = self._lora_tables(point, only)
+        tables = lora_tables(self.base, point, only)
         name = f"{point.name} on q, v" if only else point.name
         shape = self.plan.shape
         if only:
-            per_layer = point.adapters * point.ranks[0] * self._adapter_width(only) * shape.itemsize / self.rates.copy
+            per_layer = (
+                point.adapters * point.ranks[0] * adapter_width(self.base, only) * shape.itemsize / self.rates.copy
+            )
         else:
             per_layer = floors.layer_lora_seconds(shape, point.rows, point.all_ranks, self.rates)
         graphs, capture = self._graphs(point.rows, tables, None)
@@ -157,7 +160,7 @@ class DecodeSection:
         self._adapters(one.name, one, graphs, capture, (tables, None), None, self.batch(point.rows, 1, adapter_rows=1))
 
     def _sparse(self, point: Point) -> None:
-        tables = self._sparse_tables(point)
+        tables = sparse_tables(self.base, point, self.plan.density)
         shape, density = self.plan.shape, self.plan.density
         per_layer = floors.layer_sparse_seconds(shape, point.rows, point.adapters, density, self.rates)
         graphs, capture = self._graphs(point.rows, None, tables)
@@ -292,43 +295,3 @@ class DecodeSection:
                 torch.cuda.synchronize(self.device)
             samples.append((time.perf_counter() - started) * 1e3)
         return median(samples[1:])
-
-    # ------------------------------------------------------------ adapters
-
-    def _adapter_width(self, only: Sequence[str]) -> int:
-        """in + out of the named linears of one layer."""
-        specs = self.base.spec.linears
-        named = [specs[name] for name in self.base.linears if name.rsplit(".", 1)[-1] in only]
-        return sum(spec.in_features + spec.out_features for spec in named) // self.plan.shape.layers
-
-    def _lora_tables(self, point: Point, only: Sequence[str]) -> LoraTables:
-        tables = LoraTables(len(self.base.linears), point.num_slots, self.device)
-        for slot, rank in enumerate(point.all_ranks):
-            entries = []
-            for index, name in enumerate(self.base.linears):
-                if only and name.rsplit(".", 1)[-1] not in only:
-                    continue
-                spec = self.base.spec.linears[name]
-                # About half of what the base's linear gives: enough to show in the logits if it went to another row.
-                a = self._normal(rank, spec.in_features, scale=spec.in_features**-0.5)
-                entries.append((index, a, self._normal(rank, spec.out_features, scale=0.5 * rank**-0.5)))
-            tables.set_all(slot, entries)
-        return tables
-
-    def _sparse_tables(self, point: Point) -> SparseTables:
-        tables = SparseTables(len(self.base.linears), point.num_slots, self.device)
-        drawn: dict[tuple[int, int], list[SparseEntry]] = {}
-        for slot in range(point.num_slots):
-            entries = []
-            for index, name in enumerate(self.base.linears):
-                spec = self.base.spec.linears[name]
-                shape = (spec.out_features, spec.in_features)
-                if shape not in drawn:
-                    drawn[shape] = draw(tables, *shape, self.plan.density, self.dtype, scale=0.1)
-                some = drawn[shape]
-                entries.append((index, copy_of(some[(slot + index) % len(some)])))
-            tables.set_all(slot, entries)
-        return tables
-
-    def _normal(self, *shape: int, scale: float) -> Tensor:
-        return torch.empty(*shape, dtype=self.dtype, device=self.device).normal_(std=scale)

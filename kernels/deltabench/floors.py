@@ -125,9 +125,10 @@ def layer_base_seconds(shape: ModelShape, rows: int, rates: Rates) -> float:
     return sum(base_seconds(group, rows, rates, shape.itemsize) for group in shape.groups)
 
 
-def step_base_seconds(shape: ModelShape, rows: int, rates: Rates) -> float:
-    """The linears of all layers and the head: no attention, no KV."""
-    head = linear_seconds(shape.hidden, shape.vocab, rows, rates, shape.itemsize)
+def step_base_seconds(shape: ModelShape, rows: int, rates: Rates, head_rows: int | None = None) -> float:
+    """The linears of all layers and the head (over ``head_rows``, all by default): no attention, no KV."""
+    head_rows = rows if head_rows is None else head_rows
+    head = linear_seconds(shape.hidden, shape.vocab, head_rows, rates, shape.itemsize)
     return shape.layers * layer_base_seconds(shape, rows, rates) + head
 
 

@@ -7,13 +7,14 @@ import time
 import torch
 
 from deltabench.floors import Rates
-from deltabench.timing import Call, timed_passes
+from deltabench.timing import Call, GraphClock, timed_passes
 
 GPU_COPY_BYTES = 4 * 2**30
 GPU_GEMM_SIZE = 8192
 HOST_COPY_BYTES = 16 * 2**20
 HOST_GEMM_SIZE = 256
 PASSES = 10
+CHAIN = 200  # launches
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Rates:
@@ -25,6 +26,14 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
     is_gpu = device.type == "cuda"
     copy = _copy_rate(GPU_COPY_BYTES if is_gpu else HOST_COPY_BYTES, device)
     return Rates(copy=copy, gemm=_gemm_rate(GPU_GEMM_SIZE if is_gpu else HOST_GEMM_SIZE, device, dtype))
+
+
+def launch_us(device: torch.device) -> float | None:
+    """Microseconds that one more small kernel costs in a captured chain, whatever it does. None on the host."""
+    if device.type != "cuda":
+        return None
+    number = torch.zeros(1, device=device)
+    return GraphClock(device).time([lambda: number.add_(1)] * CHAIN).median_us / CHAIN
 
 
 def _copy_rate(num_bytes: int, device: torch.device) -> float:

@@ -13,6 +13,7 @@ from deltabench.goals import all_goals
 from deltabench.journal import Entry
 
 FORMAT = 1
+RATES = ("copy_bytes_per_second", "gemm_flops_per_second", "launch_us", "dtype")
 
 
 def make_record(head: Mapping[str, Any], outcomes: Sequence[Any], entries: Sequence[Entry]) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def make_record(head: Mapping[str, Any], outcomes: Sequence[Any], entries: Seque
         **head,
         "machine": rates.get("machine"),
         "versions": rates.get("versions"),
-        "rates": {name: rates.get(name) for name in ("copy_bytes_per_second", "gemm_flops_per_second", "dtype")},
+        "rates": {name: rates.get(name) for name in RATES},
         "sections": [asdict(outcome) for outcome in outcomes],
         "results": results,
         "goals": [asdict(goal) for goal in all_goals(results, bool(head.get("dry_run")))],
@@ -33,11 +34,14 @@ def make_record(head: Mapping[str, Any], outcomes: Sequence[Any], entries: Seque
 
 
 def exit_status(record: Mapping[str, Any]) -> int:
-    """1 when a test failed, a section broke, or a result of ours or of a baseline is wrong or failed. Others' kernels
-    that fail are left out of comparisons and listed, no more."""
+    """1 when a test failed, a section broke, something of ours failed, or a result of ours or of a baseline is wrong.
+
+    A competitor that fails here, and one of another project that is wrong, is left out of comparisons and listed.
+    """
     broken = any(section["status"] == "broken" for section in record["sections"])
-    bad = any(entry["status"] in ("wrong", "failed") and entry.get("origin") != "vendor" for entry in record["results"])
-    return int(broken or bad)
+    failed = any(e["status"] == "failed" and e.get("origin", "ours") == "ours" for e in record["results"])
+    wrong = any(e["status"] == "wrong" and e.get("origin") != "vendor" for e in record["results"])
+    return int(broken or failed or wrong)
 
 
 def file_stem(record: Mapping[str, Any]) -> str:
@@ -73,6 +77,8 @@ def _head(record: Mapping[str, Any]) -> str:
             f"Measured in this run: copy {rates['copy_bytes_per_second'] / 1e12:.3f} TB/s, "
             f"{rates['dtype']} GEMM {rates['gemm_flops_per_second'] / 1e12:.1f} TFLOP/s. Floors are made of these."
         )
+    if rates["launch_us"]:
+        lines.append(f"One more small kernel in a graph: {rates['launch_us']:.2f} us.")
     return "\n".join(lines)
 
 
@@ -141,7 +147,20 @@ def _kernels(record: Mapping[str, Any], kind: str, title: str) -> str:
             (point, group, _number(base, 1) + over, _number(floor, 2), *(_cell(found.get(name)) for name in names))
         )
     note = "Microseconds that adapters add to the base's product, and (times their floor). Point: (T, G, r)."
-    return f"## {title}\n\n{note}\n\n" + _table(("point", "linear", "base", "floor", *names), rows)
+    table = _table(("point", "linear", "base", "floor", *names), rows)
+    return f"## {title}\n\n{note}\n\n{table}{_nodes(cases, names)}"
+
+
+def _nodes(cases: Mapping[tuple[str, str], Mapping[str, Entry]], names: Sequence[str]) -> str:
+    """What each adds to a captured layer, over the first point that has every linear."""
+    point = next(iter(cases))[0]
+    told = []
+    for name in names:
+        found = [entries.get(name, {}).get("nodes") for (where, _), entries in cases.items() if where == point]
+        known = [count for count in found if count is not None]
+        if known and len(known) == len(found):
+            told.append(f"{name} {sum(known):.0f}")
+    return f"\n\nGraph nodes added per layer at {point}: {', '.join(told)}." if told else ""
 
 
 def _cell(entry: Entry | None) -> str:

@@ -41,6 +41,7 @@ def main(arguments: list[str]) -> int:
         fields = {
             "copy_bytes_per_second": found.copy,
             "gemm_flops_per_second": found.gemm,
+            "launch_us": rates.launch_us(device),
             "dtype": str(dtype).removeprefix("torch."),
             "machine": machine.describe(device),
             "versions": machine.versions(),

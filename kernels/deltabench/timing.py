@@ -11,7 +11,6 @@ Each call works on a layer of its own, so that what one pass has read does not l
 from __future__ import annotations
 
 import ctypes
-import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -124,7 +123,6 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
             call()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    gc.collect()
     try:
         graph = torch.cuda.CUDAGraph(keep_graph=True)
     except TypeError:  # a torch that cannot keep what it captured: nodes stay uncounted

@@ -9,7 +9,6 @@ tiles.
 
 from __future__ import annotations
 
-import enum
 import importlib
 import logging
 import os
@@ -163,8 +162,7 @@ def load_sglang() -> tuple[Callable[..., Tensor], Callable[..., Tensor], Any]:
         _packages("sglang.srt", "sglang.srt.lora")
         _stand_in("sglang.srt.environ", envs=_Off())
         batch = make_dataclass("LoRABatchInfo", _BATCH_FIELDS.split())
-        phase = enum.Enum("Phase", "DECODE PREFILL")
-        _stand_in("sglang.srt.lora.utils", LoRABatchInfo=batch, Phase=phase)
+        _stand_in("sglang.srt.lora.utils", LoRABatchInfo=batch)
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         _stand_in(
             "sglang.srt.utils",
