@@ -25,7 +25,7 @@ from deltabench.kernel_section import DEVICE_LOST
 from deltabench.points import Plan, Point, uniform
 from deltabench.step_adapters import adapter_width, lora_tables, sparse_tables
 from deltabench.step_capture import CountingCapture, HostCapture
-from deltabench.timing import is_alive, timed_passes
+from deltabench.timing import CaptureFailed, is_alive, timed_passes
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
 from deltaserve.engine.decode_graphs import DecodeGraphs
 from deltaserve.engine.model_runner import ModelRunner
@@ -119,7 +119,7 @@ class DecodeSection:
             measure()
         except Exception as error:
             self.journal.add("step", key, "failed", {"point": name}, f"{type(error).__name__}: {str(error)[:300]}")
-            if not is_alive(self.device):
+            if isinstance(error, CaptureFailed) or not is_alive(self.device):
                 raise SystemExit(DEVICE_LOST) from error
 
     # ------------------------------------------------------------ what is measured

@@ -27,19 +27,21 @@ from deltabench import gpu_tests, report
 from deltabench.journal import Journal, read, unfinished
 from deltabench.kernel_section import DEVICE_LOST
 from deltabench.machine import ROOT, commit
+from deltabench.points import FULL
 
-STALL_SECONDS = 75.0  # no new line for so long: the device hangs. A first call that compiles takes some seconds
 MAX_RESTARTS = 6
 WARM_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A section with the seconds it may take, and those that must be left for the sections behind it."""
+    """A section with the seconds it may take, those that must be left for the sections behind it, and how long it may
+    go without a new line in the journal before it counts as hung (a first call that compiles takes some)."""
 
     name: str
     seconds: float
     kept_behind: float
+    stall: float = 60.0
 
 
 # In order; the times of a first run, compiling included, on a machine that has never run this.
@@ -48,9 +50,9 @@ STAGES = (
     Stage("rates", 40.0, 240.0),
     Stage("warm", WARM_SECONDS, 210.0),
     Stage("lora", 120.0, 130.0),
-    Stage("decode", 110.0, 40.0),
+    Stage("decode", 110.0, 40.0, stall=90.0),
     Stage("sparse", 45.0, 20.0),
-    Stage("decode-sparse", 60.0, 0.0),
+    Stage("decode-sparse", 60.0, 0.0, stall=90.0),
 )
 
 
@@ -89,7 +91,7 @@ class Run:
         elif stage.name == "warm":
             status, reason = self._warm(allowed)
         else:
-            status, reason = self._section(stage.name, allowed)
+            status, reason = self._section(stage, allowed)
         self._end(stage.name, status, time.monotonic() - began, reason)
 
     def _end(self, name: str, status: str, seconds: float, reason: str) -> None:
@@ -106,7 +108,7 @@ class Run:
         if self.device == "cpu":
             return "skipped", "nothing is compiled on the host"
         began = time.monotonic()
-        names = [("lora", group) for group in ("qkv", "o", "gate_up", "down")] + [("sparse", "qkv"), ("sparse", "down")]
+        names = [(name, group.name) for name in ("lora", "sparse") for group in FULL.shape.groups]
         running = [
             self._start(name, seconds, self.folder / f"warm-{name}-{group}.jsonl", "--warm", "--groups", group)
             for name, group in names
@@ -118,12 +120,15 @@ class Run:
                 kill(process)
         return "ok", ""
 
-    def _section(self, name: str, seconds: float) -> tuple[str, str]:
+    def _section(self, stage: Stage, seconds: float) -> tuple[str, str]:
         """Run a section, again and again behind what killed or hung it, while there is time."""
         end = time.monotonic() + seconds
         for _ in range(MAX_RESTARTS):
-            process = self._start(name, max(5.0, end - time.monotonic()), self.journal)
-            hung = self._watch(process, end + 20.0)
+            process = self._start(stage.name, max(5.0, end - time.monotonic()), self.journal)
+            try:
+                hung = self._watch(process, end + 20.0, stage.stall)
+            finally:
+                kill(process)
             if not hung and process.returncode == 0:
                 return "ok", ""
             guilty = unfinished(read(self.journal))
@@ -132,7 +137,7 @@ class Run:
                     continue  # said so in the journal itself
                 return "broken", hung or f"exit status {process.returncode}"
             why = hung or f"ended its process with status {process.returncode}"
-            Journal(self.journal).add(kind_of(name), guilty, "failed", {}, why)
+            Journal(self.journal).add(kind_of(stage.name), guilty, "failed", {}, why)
             if end - time.monotonic() < 5.0:
                 return "broken", f"{guilty}: {why}"
         return "broken", f"{MAX_RESTARTS} processes ended early"
@@ -144,7 +149,7 @@ class Run:
             command.append("--dry-run")
         return subprocess.Popen(command, cwd=ROOT, env=environment(self.device), start_new_session=True)
 
-    def _watch(self, process: subprocess.Popen[bytes], end: float) -> str:
+    def _watch(self, process: subprocess.Popen[bytes], end: float, stall: float) -> str:
         """Wait; "" when it ended by itself, else why it was killed."""
         size, changed = -1, time.monotonic()
         while process.poll() is None:
@@ -153,11 +158,9 @@ class Run:
             found = self.journal.stat().st_size if self.journal.exists() else 0
             if found != size:
                 size, changed = found, now
-            if now - changed > STALL_SECONDS * (4 if self.dry_run else 1):
-                kill(process)
+            if now - changed > stall * (4 if self.dry_run else 1):
                 return f"no sign of life for {now - changed:.0f} s"
             if now > end:
-                kill(process)
                 return "did not end in its time"
         return ""
 
@@ -167,7 +170,9 @@ def kind_of(section: str) -> str:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """The process and those it started: it leads a session of its own."""
+    """The process, if it still runs, and those it started: it leads a session of its own."""
+    if process.poll() is not None:
+        return
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -24,18 +24,17 @@ from deltabench.floors import FusedLinear, Rates
 from deltabench.implementations import Implementation, NotPresent
 from deltabench.journal import Budget, Journal
 from deltabench.points import Plan, Point
-from deltabench.timing import Clock, GraphClock, QueueClock, Timing, WallClock, capture, is_alive
+from deltabench.timing import CaptureFailed, Clock, GraphClock, QueueClock, Timing, WallClock, capture, is_alive
 from deltaserve_kernels import build_work_list
 
 DEVICE_LOST = 75  # exit status: nothing more can run in this process
 PREFILL_ROWS = 1024
-SLOW_LAYERS = 2
 
 
 @dataclass
 class KernelSection:
     """``groups``: names of fused linears to measure, all by default. ``warm``: check only, so that kernels are compiled
-    and cached; nothing is timed."""
+    and cached; nothing is timed. ``capturable``: names of those implementations that were found to be (``probe``)."""
 
     plan: Plan
     device: torch.device
@@ -45,6 +44,7 @@ class KernelSection:
     budget: Budget
     groups: Sequence[str] = ()
     warm: bool = False
+    capturable: frozenset[str] = frozenset()
 
     def lora(self) -> None:
         others: tuple[Implementation, ...] = ()
@@ -133,13 +133,13 @@ class KernelSection:
             self.journal.add(kind, key, "ok", fields)
 
     def _time(self, case: Case, one: Implementation, run: AddDelta, about: dict[str, Any]) -> dict[str, Any]:
-        layers = min(case.layers, SLOW_LAYERS) if one.slow else case.layers
+        layers = min(case.layers, one.layers or case.layers)
         calls: list[Callable[[], object]] = []
         for layer in range(layers):
             if not one.replaces_base:
                 calls.append(partial(case.base, layer))
             calls.append(partial(run, layer, case.y))
-        timing = self._clock(one.capturable).time(calls, self._rounds)
+        timing = self._clock(one.capturable or one.name in self.capturable).time(calls, self._rounds)
         total, base = timing.median_us / layers, float(about["base_us"])
         added = total - base
         nodes = None
@@ -186,7 +186,7 @@ class KernelSection:
 
     def _recover(self, error: Exception) -> None:
         """Go on after a failure with the memory it held, or end the process with a device that is lost to it."""
-        if not is_alive(self.device):
+        if isinstance(error, CaptureFailed) or not is_alive(self.device):
             raise SystemExit(DEVICE_LOST) from error
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -7,11 +7,12 @@ device answers no more in this process, call again and it goes on behind what br
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from deltabench import machine, rates
+from deltabench import machine, probe, rates
 from deltabench.floors import Rates
 from deltabench.journal import Budget, Journal, read
 from deltabench.kernel_section import KernelSection
@@ -47,6 +48,8 @@ def main(arguments: list[str]) -> int:
             "versions": machine.versions(),
         }
         journal.add("rates", "rates", "ok", fields)
+        if device.type == "cuda":
+            probe.find(device, dtype, partial(_tell_capture, journal))
         return 0
     plan = DRY if args.dry_run else FULL
     found = rates_of(args.journal)
@@ -60,12 +63,19 @@ def main(arguments: list[str]) -> int:
         else:
             section.sparse()
         return 0
-    kernels = KernelSection(plan, device, dtype, found, journal, budget, args.groups, args.warm)
+    known = frozenset(
+        e["key"].removeprefix("capture ") for e in read(args.journal) if e["kind"] == "capture" and e["can"]
+    )
+    kernels = KernelSection(plan, device, dtype, found, journal, budget, args.groups, args.warm, known)
     if args.name == "lora":
         kernels.lora()
     else:
         kernels.sparse()
     return 0
+
+
+def _tell_capture(journal: Journal, name: str, reason: str) -> None:
+    journal.add("capture", f"capture {name}", "ok", {"can": not reason, "why_not": reason})
 
 
 def rates_of(path: Path) -> Rates:

@@ -70,7 +70,6 @@ def _csr_loop(case: SparseCase) -> AddDelta:
 
 OURS = (Implementation("sparse kernel", "ours", _ours, exact=True),)
 BASELINES = (
-    Implementation("merge and GEMM", "baseline", _merge_and_multiply, slow=True, replaces_base=True),
-    # cuSPARSE asks for workspaces as it goes, so it is not captured.
-    Implementation("torch CSR loop", "baseline", _csr_loop, slow=True, capturable=False),
+    Implementation("merge and GEMM", "baseline", _merge_and_multiply, layers=1, replaces_base=True),
+    Implementation("torch CSR loop", "baseline", _csr_loop, layers=2, capturable=False),
 )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from deltabench.timing import count_nodes
+from deltabench.timing import count_nodes, new_graph, record
 
 Pass = Callable[[], None]
 TRIAL_RUNS = 2
@@ -42,12 +42,8 @@ class CountingCapture:
             for _ in range(TRIAL_RUNS):
                 run()
         torch.cuda.current_stream().wait_stream(self._stream)
-        try:
-            graph = torch.cuda.CUDAGraph(keep_graph=True)
-        except TypeError:
-            graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            run()
+        graph = new_graph()
+        record(graph, [run], pool=self._pool, stream=self._stream)
         nodes = count_nodes(graph)
 
         def replay() -> None:

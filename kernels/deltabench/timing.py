@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -114,8 +114,13 @@ def hold() -> None:
         spin(HOLD_CYCLES)
 
 
+class CaptureFailed(RuntimeError):
+    """A capture that broke half-way. What it leaves behind (streams, pools of memory) can spoil later ones, so the
+    process should end."""
+
+
 def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    """One graph of all calls, which run before, on a stream of their own: what compiles or allocates does so then."""
+    """One graph of all calls, which run before on a stream of their own: what compiles or allocates does so then."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -123,14 +128,27 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
             call()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    try:
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-    except TypeError:  # a torch that cannot keep what it captured: nodes stay uncounted
-        graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    graph = new_graph()
+    record(graph, calls)
     return graph
+
+
+def record(graph: torch.cuda.CUDAGraph, calls: Sequence[Call], **options: Any) -> None:
+    """Capture calls that have run before. ``options`` of ``torch.cuda.graph``. Raises CaptureFailed."""
+    try:
+        with torch.cuda.graph(graph, **options):
+            for call in calls:
+                call()
+    except Exception as error:
+        raise CaptureFailed(f"{type(error).__name__}: {str(error)[:300]}") from error
+
+
+def new_graph() -> torch.cuda.CUDAGraph:
+    """One that keeps what it captured, so that its nodes can be counted, where this torch has such."""
+    try:
+        return torch.cuda.CUDAGraph(keep_graph=True)
+    except TypeError:
+        return torch.cuda.CUDAGraph()
 
 
 def count_nodes(graph: torch.cuda.CUDAGraph) -> int | None:

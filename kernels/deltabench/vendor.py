@@ -66,21 +66,20 @@ def _require(*relative: str) -> None:
             raise NotPresent(f"no {path} in {FOLDER.name}/")
 
 
+def _vllm_setting(name: str) -> bool | None:
+    """``envs.X``: everything off. Plain values: some end as constants of a kernel."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return None if name.endswith("FOLDER") else False
+
+
 class _Off:
-    """Settings, all off: ``envs.X`` is None or False, ``envs.X.get()`` is False."""
+    """SGLang's settings: ``envs.X.get()`` is False."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return None if name.endswith("FOLDER") else _Setting()
-
-
-class _Setting:
-    def __bool__(self) -> bool:
-        return False
-
-    def get(self) -> bool:
-        return False
+        return SimpleNamespace(get=lambda: False)
 
 
 class _Logger(logging.Logger):
@@ -104,7 +103,7 @@ def load_vllm() -> _Vllm:
     if "vllm" not in sys.modules:
         _packages("vllm", "vllm.lora", "vllm.lora.ops", "vllm.lora.ops.triton_ops", "vllm.utils")
         _stand_in("vllm.envs")
-        sys.modules["vllm.envs"].__getattr__ = _Off().__getattr__  # type: ignore[method-assign]
+        sys.modules["vllm.envs"].__dict__["__getattr__"] = _vllm_setting
         _stand_in("vllm.logger", init_logger=_Logger)
         platform = SimpleNamespace(
             is_cuda=torch.cuda.is_available,
