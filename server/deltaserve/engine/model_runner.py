@@ -1,8 +1,8 @@
 """Turns the sequences of one step into tensors, runs the base over all of them at once, returns logits.
 
 Everything the device needs for a step (ids, positions, block tables, row ranges) travels in one copy; the work list of
-adapters is kept while the same bindings stay in the same rows, as they do from one decode step to the next. Decode steps
-that ``DecodeGraphs`` has a graph for are replayed; everything else is launched operator by operator.
+adapters is kept while the same bindings stay in the same rows, as they do from one decode step to the next. Decode
+steps that ``DecodeGraphs`` has a graph for are replayed; everything else is launched operator by operator.
 """
 
 from __future__ import annotations
@@ -87,11 +87,12 @@ class ModelRunner:
         Writes into the first blocks of the cache: call it before anything is in there. ``max_tokens``: the largest
         step to come. Triton compiles a kernel when it first meets its arguments' kinds: all of them are met here.
         """
-        table = tuple(range(min(self.kv.num_blocks, -(-max(max_tokens, 2) // BLOCK_SIZE))))
+        table = tuple(range(min(self.kv.num_blocks, max(2, -(-max_tokens // BLOCK_SIZE)))))
         longest = min(len(table) * BLOCK_SIZE, self.base.max_context)
-        self.execute([ScheduledSequence(0, (0,) * max(min(longest, 2 * BLOCK_SIZE) - 1, 1), 0, table)])
-        if longest > 1:
-            self.execute([ScheduledSequence(0, (0,), longest - 1, table, logits="all")])
+        length = min(longest, 2 * BLOCK_SIZE)
+        self.execute([ScheduledSequence(0, (0,) * max(length - 1, 1), 0, table)])
+        if length > 1:
+            self.execute([ScheduledSequence(0, (0,), length - 1, table, logits="all")])
         if select(self.base.device) == "triton":
             for batch in rehearsals(table, longest):
                 self.rehearse(batch)
