@@ -53,7 +53,7 @@ def model_config(shape: ModelShape) -> dict[str, Any]:
         "vocab_size": shape.vocab,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "attention_bias": False,

@@ -69,7 +69,7 @@ STEP_CONTEXT = 128  # positions of each sequence
 
 # The same list, small enough for Triton's interpreter.
 TINY = ModelShape(hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, layers=2, vocab=256)
-TINY_LORA_POINTS = (Point("(4,3,8..16)", 4, 3, (8, 16), 5),)
+TINY_LORA_POINTS = (Point("(3,2,8..16)", 3, 2, (8, 16), 3),)
 TINY_SPARSE_POINTS = (uniform(4, 2, 0),)
 TINY_STEP_POINTS = (uniform(4, 2, 8),)
 TINY_CONTEXT = 20
