@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,8 +52,7 @@ class KernelSection:
             others = importlib.import_module("deltabench.vendor").VENDORS
         known = (*implementations.OURS, *others, *implementations.BASELINES)
         for point in self.plan.lora:
-            is_prefill = point.rows >= PREFILL_ROWS
-            wanted = [one for one in known if (one.prefill if is_prefill else one.decode)]
+            wanted = fitting(known, point)
             for group in self._groups():
                 make = partial(LoraCase, group, point, self._layers(), self.dtype, self.device)
                 floor = floors.lora_seconds(group, point.rows, point.all_ranks, self.rates, self.dtype.itemsize)
@@ -63,9 +62,10 @@ class KernelSection:
             self._once("repeatability", self._repeatability)
 
     def sparse(self) -> None:
-        wanted = [*sparse_implementations.OURS, *sparse_implementations.BASELINES]
+        known = (*sparse_implementations.OURS, *sparse_implementations.BASELINES)
         density, size = self.plan.density, self.dtype.itemsize
         for point in self.plan.sparse:
+            wanted = fitting(known, point)
             for group in self._groups():
                 layers = self._layers(min(self.plan.layers, 4))
                 make = partial(SparseCase, group, point, layers, self.dtype, self.device, density)
@@ -228,6 +228,12 @@ class KernelSection:
         fields = {**point.describe(), "alone": equal_alone}
         fields["replay"] = equal_replay if self.device.type == "cuda" else None
         self.journal.add("repeatability", key, "ok", fields)
+
+
+def fitting(known: Iterable[Implementation], point: Point) -> list[Implementation]:
+    """Those that are measured at such a point."""
+    is_prefill = point.rows >= PREFILL_ROWS
+    return [one for one in known if (one.prefill if is_prefill else one.decode)]
 
 
 def check(case: Case, one: Implementation, run: AddDelta) -> tuple[float, float]:

@@ -57,7 +57,13 @@ DECODE_POINTS = (
 PREFILL_POINT = uniform(4096, 8, 16)
 # In the order of measuring: when time runs out, the last ones go unmeasured.
 LORA_POINTS = (*DECODE_POINTS, FEW_ACTIVE, MIXED, EQUAL_BYTES, PREFILL_POINT)
-SPARSE_POINTS = (uniform(64, 64, 0), uniform(1, 1, 0), uniform(256, 256, 0), uniform(256, 32, 0))
+SPARSE_POINTS = (
+    uniform(64, 64, 0),
+    uniform(1, 1, 0),
+    uniform(256, 256, 0),
+    uniform(256, 32, 0),
+    uniform(4096, 8, 0),
+)
 STEP_POINTS = (
     uniform(1, 1, 16),
     uniform(16, 16, 16),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,14 +12,22 @@ from deltabench.cases import AddDelta, SparseCase, row_of_entry
 from deltabench.implementations import Implementation, NotPresent, require_triton
 
 
-def _ours(case: SparseCase) -> AddDelta:
-    require_triton(case)
-    sparse = importlib.import_module("deltaserve_kernels.triton_ops.sparse")
+def _form(*names: str) -> Callable[[SparseCase], AddDelta]:
+    """The first of these forms that the operators have."""
 
-    def run(layer: int, y: Tensor) -> None:
-        sparse.sparse_linear(y, case.x, case.work, case.tables, case.members[layer], 0.0)
+    def prepare(case: SparseCase) -> AddDelta:
+        require_triton(case)
+        sparse = importlib.import_module("deltaserve_kernels.triton_ops.sparse")
+        form = next((getattr(sparse, name) for name in names if hasattr(sparse, name)), None)
+        if form is None:
+            raise NotPresent(f"the sparse operator has no form {names[0]}")
 
-    return run
+        def run(layer: int, y: Tensor) -> None:
+            sparse.sparse_linear(y, case.x, case.work, case.tables, case.members[layer], 0.0, form)
+
+        return run
+
+    return prepare
 
 
 def _merge_and_multiply(case: SparseCase) -> AddDelta:
@@ -68,8 +77,11 @@ def _csr_loop(case: SparseCase) -> AddDelta:
     return run
 
 
-OURS = (Implementation("sparse kernel", "ours", _ours, exact=True),)
+OURS = (
+    Implementation("sparse kernel", "ours", _form("DECODE", "DEFAULT"), exact=True),
+    Implementation("sparse prefill form", "ours", _form("PREFILL"), decode=False, prefill=True),
+)
 BASELINES = (
-    Implementation("merge and GEMM", "baseline", _merge_and_multiply, layers=1, replaces_base=True),
-    Implementation("torch CSR loop", "baseline", _csr_loop, layers=2, capturable=False),
+    Implementation("merge and GEMM", "baseline", _merge_and_multiply, layers=1, replaces_base=True, prefill=True),
+    Implementation("torch CSR loop", "baseline", _csr_loop, layers=2, capturable=False, prefill=True),
 )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deltabench import implementations, sparse_implementations
+from deltabench import implementations, points, sparse_implementations
 from deltabench.cases import AddDelta, Case, LoraCase, SparseCase
 from deltabench.floors import FusedLinear, Rates
 from deltabench.implementations import Implementation, NotPresent
 from deltabench.journal import Budget, Journal, read
-from deltabench.kernel_section import KernelSection, check
+from deltabench.kernel_section import KernelSection, check, fitting
 from deltabench.points import DRY, Point
 
 HOST = torch.device("cpu")
@@ -144,3 +144,27 @@ def test_what_is_done_is_not_done_again(tmp_path) -> None:
     again = KernelSection(DRY, HOST, torch.float32, Rates(1e10, 1e10), Journal(path), Budget(60), ["o"])
     again.sparse()
     assert len(read(path)) == before
+
+
+def test_forms_are_measured_where_they_belong() -> None:
+    known = (*implementations.OURS, *implementations.BASELINES)
+    decode = {one.name for one in fitting(known, points.DECODE_POINTS[0])}
+    prefill = {one.name for one in fitting(known, points.PREFILL_POINT)}
+    assert {"two launches", "one launch", "all slots GEMM", "merge and GEMM"} <= decode
+    assert "prefill form" not in decode
+    assert {"prefill form", "torch grouped_mm", "adapter loop"} <= prefill
+    assert not prefill & {"two launches", "one launch", "all slots GEMM"}
+
+
+def test_the_full_plan_has_every_point_of_the_goals() -> None:
+    names = {point.name for point in points.FULL.lora}
+    assert names >= {"(1,1,16)", "(16,16,16)", "(64,64,16)", "(64,64,64)", "(256,32,16)", "(256,256,16)"}
+    assert names >= {points.MIXED.name, points.EQUAL_BYTES.name, points.FEW_ACTIVE.name, points.PREFILL_POINT.name}
+    steps = {point.name for point in points.FULL.step}
+    assert steps == {"(1,1,16)", "(16,16,16)", "(64,64,16)", "(64,64,64)", "(256,32,16)"}
+    assert {point.name for point in points.FULL.sparse} >= {"(64,64,0)", "(256,256,0)"}
+    assert points.FULL.density == 0.005
+    assert points.FULL.rounds >= 20
+    total = sum(points.MIXED.all_ranks)
+    assert total == sum(points.EQUAL_BYTES.all_ranks)
+    assert (points.FEW_ACTIVE.adapters, points.FEW_ACTIVE.num_slots) == (8, 64)
