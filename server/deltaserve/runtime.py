@@ -149,6 +149,8 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
         )
     lora = LoraTables(len(base.linears), limits.adapter_slots, base.device)
     sparse = SparseTables(len(base.linears), limits.adapter_slots, base.device)
+    if select(base.device) == "triton":
+        sparse.keep_jagged()  # from the first adapter on, by the threads that load them
     pool = DevicePool(
         base.linears,
         lora,

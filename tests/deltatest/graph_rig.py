@@ -14,7 +14,7 @@ from deltaserve.engine.graph_capture import Pass
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
-from deltaserve_kernels import LoraTables, SparseTables
+from deltaserve_kernels import LoraTables, PaddedLayout, SparseTables
 from deltatest.kernel_cases import csr
 
 NUM_SLOTS = 5
@@ -103,6 +103,12 @@ class GraphRig:
             table = [free.pop() for _ in range(start // BLOCK_SIZE + 1)]
             token = self.draw.randrange(self.base.vocab_size)
             batch.append(ScheduledSequence(i, [token], start, table, self.random_parts(start, max_parts)))
+        # A list of the largest step holds so many parts; the rest of the rows get one each.
+        room = PaddedLayout(self.graphs.row_counts[-1]).num_parts - num_rows
+        for seq in batch:
+            room -= max(0, len(seq.parts) - 1)
+            if room < 0:
+                seq.parts = seq.parts[:1]
         return batch
 
     def random_parts(self, start: int, max_parts: int) -> tuple[ScheduledPart, ...]:

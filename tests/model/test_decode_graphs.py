@@ -104,6 +104,11 @@ def test_a_step_takes_the_smallest_graph_that_has_its_rows_and_families(llama: B
             seq.parts = (ScheduledPart(slot),)
         rig.check(batch)
         assert recorded.replayed.pop() == (rows, frozenset(families))
+    # A row of nine parts needs the list of a larger step than its own.
+    one = rig.random_batch(1, max_parts=0)
+    one[0].parts = tuple(ScheduledPart(slot % 3, 0.1, 0.2) for slot in range(9))
+    rig.check(one)
+    assert recorded.replayed.pop() == (2, frozenset({"lora", "sparse"}))
     # A part that joins later is none yet; of families that were not captured the next larger set serves.
     batch[0].parts = (ScheduledPart(0, start_position=batch[0].start + 1),)
     rig.check(batch)
@@ -128,8 +133,9 @@ def test_what_no_graph_serves_is_left_to_the_eager_runner(llama: BaseModel) -> N
     assert rig.graphs.run([ScheduledSequence(0, [3, 4], 0, [0])]) is None
     assert rig.graphs.run([ScheduledSequence(0, [3], 0, [0], logits="all")]) is None
     assert rig.graphs.run([ScheduledSequence(0, [3], 0, list(range(9)))]) is None
-    one[0].parts = tuple(ScheduledPart(slot) for slot in range(5)) * 2
-    assert rig.graphs.run(one) is None  # ten parts; a row has room for eight
+    nine = tuple(ScheduledPart(slot % 5) for slot in range(9))
+    one[0].parts = nine + nine[:6]
+    assert rig.graphs.run(one) is None  # fifteen parts; a list of six rows has room for fourteen
     one[0].parts = (ScheduledPart(0),)
     rig.fill(0, ("lora",), rank=32)
     rig.check(one)

@@ -40,9 +40,9 @@ def test_replays_follow_adapters_ranks_counts_and_rows_to_the_bit(base):
     tape = Tape()
     rig = GraphRig(base, capture=tape, row_counts=[4], keys=[["lora", "sparse"]])
     assert tape.num_steps > 100
-    for step in range(5):
+    for step in range(3):
         rig.change_adapters()
-        rig.check(rig.random_batch(max_parts=step % 3), f"step {step}")
+        rig.check(rig.random_batch(max_parts=step), f"step {step}")
     assert rig.num_captures == 2
     # A rank far above those at the capture, in rows side by side, on every linear.
     for slot, rank in ((0, 40), (1, 3)):

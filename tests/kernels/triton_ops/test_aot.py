@@ -18,7 +18,7 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
 
-from deltaserve_kernels.triton_ops import aot, attention_kernels, lora, lora_programs, sparse_kernels
+from deltaserve_kernels.triton_ops import aot, attention_kernels, lora, lora_programs, sparse_kernels, tile_kernels
 
 BF16, FP32 = "*bf16", "*fp32"
 TYPES = {
@@ -107,7 +107,10 @@ SPECS = {
     "store_kv": Spec(attention_kernels.store_kv, {"KV_HEADS": 8, "TILE_HEADS": 8, "D": 128, "BLOCK_D": 128}, wide=2),
     # x is gathered, 8 elements a row and thread; lanes and y of one window are one element a thread.
     "sparse": Spec(sparse_kernels.sparse, {"TILE_ROWS": 4, **SPARSE}, narrow=4 * 8 + 1, wide=2),
+    # A few numbers an item: nothing to read wide.
+    "build_tiles": Spec(tile_kernels.build_tiles, {"TILE_ROWS": 16}, wide=0),
 }
+
 COMPILED: dict[tuple[str, int], aot.Compiled] = {}
 
 
