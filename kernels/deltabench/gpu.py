@@ -46,7 +46,7 @@ class Stage:
 
 # In order; the times of a first run, compiling included, on a machine that has never run this.
 STAGES = (
-    Stage("tests", 120.0, 270.0),
+    Stage("tests", 140.0, 270.0),
     Stage("rates", 40.0, 240.0),
     Stage("warm", WARM_SECONDS, 210.0),
     Stage("lora", 120.0, 130.0),
@@ -208,7 +208,8 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="deltabench-") as folder:
         run = Run(Path(folder), args.device, args.dry_run, args.budget)
         for stage in STAGES:
-            if args.only is None or stage.name in args.only:
+            # Floors are made of this run's rates, so these are measured in any case.
+            if args.only is None or stage.name in (*args.only, "rates"):
                 run.stage(stage)
         entries = read(run.journal)
     head = {"commit": commit(), "started": started.isoformat(timespec="seconds"), "dry_run": args.dry_run}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import inspect
 import time
 import types
@@ -54,17 +55,20 @@ def test_the_host_is_alive_and_described() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("clock", [GraphClock, QueueClock])
-def test_device_clocks_agree_on_a_long_copy(clock: type[GraphClock]) -> None:
+def test_device_clocks_time_what_really_ran() -> None:
+    """Other tests may run on the device meanwhile, so times are only bounded from below: by a speed no memory has."""
     device = torch.device("cuda")
-    source = torch.ones(2**28, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    timing = clock(device).time([lambda: target.copy_(source)] * 4, rounds=10)
-    rate = 4 * 2 * source.numel() / (timing.median_us * 1e-6)
-    found = rates.measure(device, torch.bfloat16)
-    assert rate == pytest.approx(found.copy, rel=0.25)
-    if timing.nodes is not None:
-        assert timing.nodes == 4
+    source = torch.arange(2**26, dtype=torch.int32, device=device)
+    for clock in (GraphClock(device), QueueClock(device)):
+        target = torch.empty_like(source)
+        timing = clock.time([functools.partial(target.copy_, source)] * 4, rounds=5)
+        assert torch.equal(target, source)
+        assert timing.median_us * 1e-6 > 4 * 2 * source.nbytes / 30e12
+        assert timing.nodes in (None, 4)
+    launch = rates.launch_us(device)
+    assert launch is not None
+    assert launch > 0
+    assert 1e11 < rates.measure(device, torch.bfloat16).copy < 30e12
 
 
 class FakeGraph:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deltabench import gpu_tests
+from deltabench import gpu, gpu_tests
 from deltabench.gpu import STAGES, Outcome, Run, Stage
 from deltabench.journal import Journal, read
 
@@ -256,3 +256,25 @@ def test_a_stage_of_failed_tests_is_broken_and_recorded(tmp_path, monkeypatch) -
     Journal(run.journal)
     (entry,) = read(run.journal)
     assert (entry["status"], entry["failed"]) == ("failed", 2)
+
+
+def test_some_sections_come_with_the_rates_of_the_run(tmp_path, monkeypatch) -> None:
+    ran: list[str] = []
+
+    def note(self: Run, stage: Stage) -> None:
+        ran.append(stage.name)
+        self.outcomes.append(Outcome(stage.name, "ok", 0.0))
+
+    monkeypatch.setattr(Run, "stage", note)
+    assert gpu.main(["--device", "cpu", "--dry-run", "--only", "decode", "--out", str(tmp_path)]) == 0
+    assert ran == ["rates", "decode"]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md"}
+
+
+def test_processes_find_our_packages_and_nothing_else_decides() -> None:
+    found = gpu.environment("cuda")
+    assert found["PYTHONPATH"].split(os.pathsep)[:5] == [
+        str(ROOT / name) for name in ("server", "kernels", "adapters_store", "trainer", "tests")
+    ]
+    assert "TRITON_INTERPRET" not in found
+    assert gpu.environment("cpu")["TRITON_INTERPRET"] == "1"
