@@ -1,4 +1,4 @@
-"""What one would write in PyTorch with speed in mind; bench.py times the operators against these.
+"""What one would write in PyTorch with speed in mind; cpu.py times the operators against these.
 
 Rows come grouped by adapter in equal shares; ``adapters`` [T] names each row's adapter, ``groups`` the rows of each.
 """
@@ -39,8 +39,10 @@ def sparse(tables: SparseTables, in_features: int) -> AddLinear:
     def run(linear: int, x: Tensor, adapters: Tensor, groups: list[slice]) -> Tensor:
         if linear not in dense:
             entries = [entry for slot in range(tables.num_slots) if (entry := tables.get(linear, slot))]
-            size = [entries[0][0].numel() - 1, in_features]
-            dense[linear] = [torch.sparse_csr_tensor(*entry, size=size).to_dense() for entry in entries]
+            size = (entries[0][0].numel() - 1, in_features)
+            dense[linear] = [
+                torch.sparse_csr_tensor(starts, cols, values, size=size).to_dense() for starts, cols, values in entries
+            ]
         return torch.cat([x[rows] @ dense[linear][slot].t() for slot, rows in enumerate(groups)])
 
     return run
