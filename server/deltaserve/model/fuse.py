@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def _maker(module: nn.Module) -> Callable[[nn.Module], Any] | None:
 
 def _has_linears(module: nn.Module, inward: Sequence[str], outward: str) -> bool:
     """Whether ``inward`` are, in this order, all members of one group, and ``outward`` is a group of its own."""
-    linears = [getattr(module, name, None) for name in (*inward, outward)]
+    linears: list[Any] = [getattr(module, name, None) for name in (*inward, outward)]
     if not all(isinstance(linear, BaseLinear) for linear in linears):
         return False
     *first, last = linears
@@ -110,7 +111,7 @@ def _prove_norm(module: nn.Module) -> Callable[[nn.Module], Any] | None:
 
     for offset in (0.0, 1.0):
         if _agree(module, lambda: module.forward(x), formula(offset)):
-            return lambda each, offset=offset: _FusedNorm(each, eps, offset)
+            return partial(_FusedNorm, eps=eps, offset=offset)
     return None
 
 
@@ -136,7 +137,7 @@ def _prove_gated(module: Any) -> Callable[[nn.Module], Any] | None:
     for name, function in _ACTIVATIONS.items():
         wanted = lambda f=function: module.down_proj(f(module.gate_proj(x)) * module.up_proj(x))  # noqa: E731
         if _agree(module, lambda: module.forward(x), wanted):
-            return lambda each, name=name: _FusedGated(each, name)
+            return partial(_FusedGated, activation=name)
     return None
 
 
@@ -180,7 +181,7 @@ def _prove_attention(module: Any) -> Callable[[nn.Module], Any] | None:
         q, k = (each * cos[:, None] + _half_turn(each) * sin[:, None] for each in (q, k))
         return module.o_proj(dense_attention(q, k, v, spec).reshape(1, _PROBE_ROWS, -1))
 
-    return (lambda each: _FusedAttention(each, size)) if _agree(module, run, formula) else None
+    return partial(_FusedAttention, head_dim=size) if _agree(module, run, formula) else None
 
 
 def _half_turn(x: Tensor) -> Tensor:

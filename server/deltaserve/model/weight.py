@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaserve_kernels import LoraTables, WorkList, cpu, lora_linear
+from deltaserve_kernels import LoraTables, WorkList, cpu, lora_linear, select
 from deltaserve_kernels.checks import Member
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def _prepack(weight: Tensor) -> _Packed | None:
             return OnednnPacked(weight)
         except (RuntimeError, AttributeError, NotImplementedError) as error:
             logger.debug("oneDNN does not reorder weights in %s here: %s", weight.dtype, error)
-    if weight.dtype in (torch.bfloat16, torch.float16) and cpu.is_available():
+    if weight.dtype in (torch.bfloat16, torch.float16) and select(weight.device) == "cpu":
         return PanelPacked(weight)
     logger.info("base weights in %s are multiplied as they are", weight.dtype)
     return None
