@@ -62,8 +62,46 @@ def test_rows_may_be_a_slice_of_wider_ones(cpu_backend):
     )
 
 
+def adapted(num_rows, members):
+    """Product with adapters, the case, and its arguments: ranks 3, 8 and 64, compositions, rows of the base alone."""
+    case = LinearCase(300, members, 4, torch.bfloat16)
+    for slot, rank in enumerate((3, 8, 64)):
+        case.add_lora(slot, rank, [0, 2] if slot == 1 else None)
+    weight = randn(case.width, 300, dtype=torch.bfloat16, seed=4, scale=0.1)
+    bias, x = randn(case.width, dtype=torch.bfloat16, seed=5), randn(num_rows, 300, dtype=torch.bfloat16)
+    parts = ((0, 1.0, 0.5), (1, 0.25, 1.0), (2, -1.0, 1.0))
+    bindings = [((), parts[:1], parts[1:], parts[2:])[row % 4] for row in range(num_rows)]
+    packed = cpu.pack_weight(weight)
+
+    def run(first=0, last=num_rows):
+        work = build_work_list(bindings[first:last])
+        arguments = (packed, case.width, bias, work, case.tables("lora"), case.members, 0.25)
+        return cpu.packed_linear_lora(x[first:last], *arguments)
+
+    base = x.double() @ weight.double().t() + bias.double()
+    return run, case.expected("lora", base, x, bindings, 0.25)
+
+
+PANELS = [(0, 0, 48), (1, 48, 64), (2, 64, 208)]
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 3, 6, 40, 150])
+def test_with_adapters_equals_float64(num_rows, cpu_backend):
+    run, expected = adapted(num_rows, PANELS)
+    torch.testing.assert_close(run().double(), expected, rtol=2**-8, atol=2e-3)
+
+
+def test_an_adapters_row_has_the_same_bits_whoever_is_beside_it(cpu_backend):
+    run, _ = adapted(150, PANELS)
+    together = run()
+    for first, last in ((0, 150), (1, 2), (3, 4), (5, 17), (40, 110)):
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert torch.equal(run(first, last), together[first:last])
+
+
 @pytest.mark.parametrize("num_rows", [1, 3, 40])
-def test_with_adapters_equals_product_then_adapters(num_rows, cpu_backend):
+def test_columns_that_are_no_panels_equal_product_then_adapters(num_rows, cpu_backend):
     case = LinearCase(77, [(0, 0, 48), (1, 51, 70), (2, 73, 203)], 4, torch.bfloat16)
     for slot, rank in enumerate((3, 8, 64)):
         case.add_lora(slot, rank, [0, 2] if slot == 1 else None)

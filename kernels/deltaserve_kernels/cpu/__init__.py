@@ -147,10 +147,10 @@ def packed_linear_lora(
     members: Sequence[Member],
     depth: float,
 ) -> Tensor:
-    """``packed_linear``, then ``lora_linear`` on its result, bit for bit.
+    """``packed_linear`` and ``lora_linear`` in one: the deltas join the fp32 sums, which are rounded once.
 
     One call is cheaper than two, and where many rows make the product all arithmetic, the adapters' matrices are
-    fetched from memory meanwhile.
+    fetched from memory meanwhile. A row's bits depend on that row and its binding alone. Raises ValueError.
     """
     _check(x, work, tables)
     return torch.ops.deltaserve_cpu.packed_linear_lora(

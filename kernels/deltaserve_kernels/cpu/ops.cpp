@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -106,26 +107,24 @@ struct AttendTask {
   float scale, softcap;                                // softcap 0: none
 };
 
-// Memory that will be read soon, in cache lines.
-struct Region {
+// Some columns of a matrix [rows, ...] that will be read soon.
+struct Strip {
   const char* start;
-  int64_t lines;
+  int64_t stride, rows;
 };
-DS_INLINE Region region_of(const void* data, int64_t bytes) {
-  const char* start = (const char*)((uintptr_t)data & ~(uintptr_t)63);
-  return {start, ((const char*)data + bytes - start + 63) / 64};
-}
-// A walk over regions that brings a few lines at a time into the level 2 cache, beside arithmetic that leaves memory idle.
+// A walk over strips that brings a few rows at a time into the caches, beside arithmetic that leaves memory idle.
 struct Ahead {
-  const Region* regions;
-  int64_t left;           // lines this walk still owes
-  int64_t line;           // next line of the first region
-  int64_t lines_at_once;
+  const Strip* strips;
+  int64_t num_strips, offset;  // bytes from the strips' starts
+  int64_t rows_at_once;
+  int64_t row = 0;
 
   DS_INLINE void step() {
-    for (int64_t i = 0; i < lines_at_once && left > 0; ++i, --left) {
-      while (line >= regions->lines) ++regions, line = 0;
-      __builtin_prefetch(regions->start + 64 * line++, 0, 2);
+    for (int64_t i = 0; i < rows_at_once && num_strips > 0; ++i) {
+      const char* at = strips->start + row * strips->stride + offset;
+      __builtin_prefetch(at);
+      __builtin_prefetch(at + 64);
+      if (++row == strips->rows) row = 0, ++strips, --num_strips;
     }
   }
 };
@@ -134,6 +133,7 @@ template <class T>
 struct Kernels {
   void (*shrink)(const T* const*, int64_t, const T*, int64_t, int64_t, float*, int64_t);
   void (*expand)(T* const*, int64_t, const ExpandPart<T>*, int, int64_t, int64_t, int64_t, const float*, int64_t);
+  void (*expand_sums)(float* const*, int64_t, const ExpandPart<T>*, int, int64_t, int64_t, int64_t, const float*, int64_t);
   void (*sparse_stage)(const T* const*, int64_t, int64_t, float*);
   void (*sparse_row)(const float*, T*, const SparsePart<T>*, int, int64_t, float*);
   void (*sparse_rows)(const float*, T* const*, int64_t, const SparsePart<T>*, int, int64_t);
@@ -142,13 +142,14 @@ struct Kernels {
   void (*gated_row)(T*, const T*, const T*, int64_t, int);
   void (*rotate_head)(T*, const T*, const T*, const T*, int64_t, int64_t);
   void (*widen)(const T*, float*, int64_t);
-  void (*gemm)(T*, int64_t, const float*, int64_t, int64_t, const T*, int64_t, int64_t, int64_t, const T*, float*,
-               Ahead*);
+  void (*gemm_group)(const float*, int64_t, int64_t, const T*, int, float*, float*, Ahead*);
+  void (*gemm_finish)(T*, int64_t, int64_t, const float*, int64_t, int64_t, const T*);
 };
 
 // Blocking of gemm.inc: k of one widened block of a panel (16 KiB, half of a level 1 cache), and the rows whose fp32
 // copies stay in half of a level 2 cache.
 constexpr int64_t kGemmDepth = 256;
+constexpr int kGroupPanels = 4;  // panels whose sums are held together: 64 outputs, two cache lines of an adapter's row
 constexpr int64_t gemm_block_rows(int64_t k_size) {
   const int64_t rows = 64 * 1024 / k_size / 12 * 12;
   return rows < 48 ? 48 : rows > 192 ? 192 : rows;
