@@ -1,7 +1,8 @@
 """Sends a plan over HTTP and nothing else, and writes down what came back and when.
 
-Times are seconds of a monotonic clock since the start of the run. TTFT counts from the *scheduled* arrival, so that a
-client that falls behind shows up in the figures instead of hiding them (coordinated omission).
+Times are seconds of a monotonic clock since the start of the run. In an open loop TTFT counts from the *scheduled*
+arrival, so that a client that falls behind shows up in the figures instead of hiding them (coordinated omission); in a
+closed loop the scheduled arrival is the moment of sending.
 """
 
 from __future__ import annotations
@@ -10,13 +11,46 @@ import asyncio
 import ipaddress
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 
 from loadtest.workload import PlannedRequest
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One running server. Requests are OpenAI completions; servers differ in how a request names its adapter.
+
+    ``selectors`` maps a model's name to the fields that choose it (``{"model": name}`` where it is not listed);
+    ``fields`` go with every request.
+    """
+
+    url: str
+    base: str
+    adapters: tuple[str, ...] = ()
+    selectors: Mapping[str, Mapping[str, Any]] = NOTHING
+    fields: Mapping[str, Any] = NOTHING
+    version: Mapping[str, Any] = NOTHING
+
+    def body(self, request: PlannedRequest, *, ignore_eos: bool) -> dict[str, Any]:
+        return {
+            **self.selectors.get(request.model, {"model": request.model}),
+            "prompt": list(request.prompt) if isinstance(request.prompt, tuple) else request.prompt,
+            "max_tokens": request.max_tokens,
+            "temperature": 0,
+            "ignore_eos": ignore_eos,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self.fields,
+        }
 
 
 @dataclass(slots=True)
@@ -46,6 +80,13 @@ class Answer:
         return [later - earlier for earlier, later in zip(self.token_times, self.token_times[1:], strict=False)]
 
     @property
+    def tpot_seconds(self) -> float | None:
+        """Mean time per token after the first; also right for a server that sends several tokens in one chunk."""
+        if len(self.token_times) < 2 or self.completion_tokens < 2:
+            return None
+        return (self.token_times[-1] - self.token_times[0]) / (self.completion_tokens - 1)
+
+    @property
     def e2e_seconds(self) -> float:
         return self.finished - self.request.at_seconds
 
@@ -71,6 +112,28 @@ def require_loopback(url: str) -> None:
         raise ValueError(f"{url} is not on this machine; the load test talks to 127.0.0.1 or localhost only")
 
 
+@asynccontextmanager
+async def open_session(*, api_key: str | None = None, timeout_seconds: float = 300.0) -> AsyncIterator[Any]:
+    """A session without a limit of connections, so that the client never queues what the server should."""
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector) as session:
+        yield session
+
+
+async def find_target(session: aiohttp.ClientSession, url: str) -> Target:
+    """The server at ``url`` as ``/v1/models`` and ``/version`` describe it.
+
+    Raises ``ValueError`` for another machine or a server without a base, ``aiohttp.ClientError`` without an answer.
+    """
+    require_loopback(url)
+    base, adapters = await list_models(session, url)
+    async with session.get(f"{url}/version") as response:
+        version: dict[str, Any] = await response.json()
+    return Target(url, base, tuple(adapters), version=version)
+
+
 async def list_models(session: aiohttp.ClientSession, url: str) -> tuple[str, list[str]]:
     """The base's name and the adapters' names, as ``/v1/models`` lists them."""
     async with session.get(f"{url}/v1/models") as response:
@@ -82,22 +145,13 @@ async def list_models(session: aiohttp.ClientSession, url: str) -> tuple[str, li
     return bases[0], sorted(model["id"] for model in models if model.get("parent"))
 
 
-async def ask(session: aiohttp.ClientSession, url: str, answer: Answer, start: float, ignore_eos: bool) -> None:
+async def ask(session: aiohttp.ClientSession, target: Target, answer: Answer, start: float, ignore_eos: bool) -> None:
     """One streamed, greedy completion; fills ``answer``. Never raises for what the server did."""
-    request = answer.request
-    body = {
-        "model": request.model,
-        "prompt": request.prompt,
-        "max_tokens": request.max_tokens,
-        "temperature": 0,
-        "ignore_eos": ignore_eos,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+    body = target.body(answer.request, ignore_eos=ignore_eos)
     answer.sent = time.monotonic() - start
     is_done = False
     try:
-        async with session.post(f"{url}/v1/completions", json=body) as response:
+        async with session.post(f"{target.url}/v1/completions", json=body) as response:
             answer.status = response.status
             answer.version = response.headers.get("x-adapter-version", "")
             if response.status != 200:
@@ -139,21 +193,63 @@ async def _watch_lag(stop: asyncio.Event) -> float:
     return worst
 
 
-async def run(
-    session: aiohttp.ClientSession, url: str, planned: Sequence[PlannedRequest], *, ignore_eos: bool = False
-) -> RunResult:
-    """Sends every request at its time, whatever the others do, and waits for all answers."""
+@asynccontextmanager
+async def _watched(result: RunResult) -> AsyncIterator[float]:
+    """Yields the start of the run; fills in the client's own figures at its end."""
     start, cpu = time.monotonic(), time.process_time()
     stop = asyncio.Event()
     watch = asyncio.create_task(_watch_lag(stop))
+    try:
+        yield start
+    finally:
+        result.wall_seconds = time.monotonic() - start
+        stop.set()
+        result.max_lag_seconds = await watch
+        result.client_cpu_seconds = time.process_time() - cpu
 
-    async def send(request: PlannedRequest) -> Answer:
+
+async def run(
+    session: aiohttp.ClientSession, target: Target, planned: Sequence[PlannedRequest], *, ignore_eos: bool = False
+) -> RunResult:
+    """Open loop: sends every request at its time, whatever the others do, and waits for all answers."""
+    result = RunResult([], 0.0, 0.0, 0.0)
+
+    async def send(request: PlannedRequest, start: float) -> Answer:
         await asyncio.sleep(max(0.0, request.at_seconds - (time.monotonic() - start)))
         answer = Answer(request)
-        await ask(session, url, answer, start, ignore_eos)
+        await ask(session, target, answer, start, ignore_eos)
         return answer
 
-    answers = list(await asyncio.gather(*(send(request) for request in planned)))
-    wall = time.monotonic() - start
-    stop.set()
-    return RunResult(answers, wall, await watch, time.process_time() - cpu)
+    async with _watched(result) as start:
+        result.answers = list(await asyncio.gather(*(send(request, start) for request in planned)))
+    return result
+
+
+async def run_closed(
+    session: aiohttp.ClientSession,
+    target: Target,
+    planned: Sequence[Sequence[PlannedRequest]],
+    *,
+    ignore_eos: bool = True,
+    seconds: float | None = None,
+) -> RunResult:
+    """Closed loop: all streams start together, and each sends its next request when it has the answer to the last.
+
+    With ``seconds`` no request is sent after that time; the answers under way are waited for.
+    """
+    result = RunResult([], 0.0, 0.0, 0.0)
+
+    async def follow(requests: Sequence[PlannedRequest], start: float) -> list[Answer]:
+        answers = []
+        for request in requests:
+            if seconds is not None and time.monotonic() - start > seconds:
+                break
+            answer = Answer(replace(request, at_seconds=time.monotonic() - start))
+            await ask(session, target, answer, start, ignore_eos)
+            answers.append(answer)
+        return answers
+
+    async with _watched(result) as start:
+        nested = await asyncio.gather(*(follow(requests, start) for requests in planned))
+    result.answers = [answer for answers in nested for answer in answers]
+    return result
