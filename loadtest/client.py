@@ -14,15 +14,12 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 
 from loadtest.workload import PlannedRequest
-
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +33,9 @@ class Target:
     url: str
     base: str
     adapters: tuple[str, ...] = ()
-    selectors: Mapping[str, Mapping[str, Any]] = NOTHING
-    fields: Mapping[str, Any] = NOTHING
-    version: Mapping[str, Any] = NOTHING
+    selectors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    version: Mapping[str, Any] = field(default_factory=dict)
 
     def body(self, request: PlannedRequest, *, ignore_eos: bool) -> dict[str, Any]:
         return {

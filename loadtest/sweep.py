@@ -98,7 +98,7 @@ def measured_on(given: argparse.Namespace, opened: OpenTarget) -> Measure:
     target = opened.target
 
     async def measure(rate: float, number: int) -> dict[str, Any]:
-        seed = given.seed + 1000 * number + round(100 * rate)
+        seed = 1_000_000 * given.seed + 100_000 * (number + 1) + round(100 * rate)
         count = max(1, round(2 * rate * given.seconds))
         asked = token_prompts(count, given.prompt_tokens, opened.plain_tokens, seed)
         planned = plan(workload_of(given, rate=rate, seed=seed), target.base, target.adapters, asked)

@@ -72,6 +72,10 @@ class LlamaServer:
         selectors: dict[str, Mapping[str, Any]] = {
             name: {"model": BASE_NAME, "lora": [{"id": numbers[name], "scale": 1.0}]} for name in setup.adapters
         }
+        if numbers:
+            # A request without the field gets every loaded adapter at once, also under --lora-init-without-apply; one
+            # that names any adapter gets scale 0 for all others.
+            selectors[BASE_NAME] = {"model": BASE_NAME, "lora": [{"id": 0, "scale": 0.0}]}
         fields = {"cache_prompt": False}
         return Target(url, BASE_NAME, setup.adapters, selectors, fields, {"version": self.version()})
 
