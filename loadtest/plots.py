@@ -91,7 +91,10 @@ def draw_sweep(record: Record, path: Path) -> None:
                 with_spread(axes, rates, rounds, latency(kind, percentile), scale=1000, color=colour, label=percentile)
             if limit is not None:
                 axes.axhline(1000 * limit, color=RED, linestyle=":", label="limit")
-            axes.set(xlabel="requests/s offered", ylabel=f"{kind.upper()} (ms)", yscale="log")
+            axes.set(xlabel="requests/s offered", ylabel=f"{kind.upper()} (ms)")
+        first.set_yscale("log")
+        first.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        between.set_ylim(bottom=0)
         first.set_title("Time to first token")
         between.set_title("Inter-token latency")
         with_spread(good, rates, rounds, lambda f: f["goodput"]["requests_per_second"], color=BLUE, label="goodput")

@@ -42,7 +42,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """How a server is started. ``environment`` is added to the caller's."""
+    """How a server is started. ``environment`` is added to the caller's; an empty value takes the variable away."""
 
     words: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -39,7 +39,7 @@ async def running(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **command.environment},
+            env={name: value for name, value in {**os.environ, **command.environment}.items() if value},
             start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"

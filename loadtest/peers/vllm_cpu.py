@@ -47,6 +47,7 @@ class VllmCpuServer:
             words += [f"{name}={setup.adapter_folder(name)}" for name in setup.adapters]
         environment = {
             **setup.environment,
+            "OMP_NUM_THREADS": "",  # vLLM binds its own threads, and warns of a slower server where this is set
             "VLLM_CPU_KVCACHE_SPACE": str(self._kv_cache_gib),
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{setup.threads - 1}",
             "VLLM_NO_USAGE_STATS": "1",
