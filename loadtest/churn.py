@@ -51,6 +51,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--phases", default=",".join(PHASES))
     parser.add_argument("--steady", type=int, default=8, help="streams of the steady load, each on its own adapter")
     parser.add_argument("--background-rate", type=float, default=5.0, help="background requests per second")
+    parser.add_argument("--background-prompt-tokens", type=int, default=8, help="short, so that loading is what costs")
     parser.add_argument("--upload-rank", type=int, default=8)
     parser.add_argument("--operations-per-second", type=float, default=5.0, help="at most, in the phase upload")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each phase")
@@ -208,11 +209,11 @@ class Churn:
         given, opened = self._given, self._opened
         if name == "resident":
             return await ask_in_turn(
-                opened, self.others[:1], given.background_rate, given.prompt_tokens, seed + 1, stop
+                opened, self.others[:1], given.background_rate, given.background_prompt_tokens, seed + 1, stop
             )
         if name == "load":
             return await ask_in_turn(
-                opened, self.others[1:], given.background_rate, given.prompt_tokens, seed + 1, stop
+                opened, self.others[1:], given.background_rate, given.background_prompt_tokens, seed + 1, stop
             )
         if name == "upload":
             return await register_replace_delete(
@@ -249,6 +250,7 @@ async def run_churn(given: argparse.Namespace) -> dict[str, Any]:
             "steady": given.steady,
             "other_adapters": len(churn.others) - 1,
             "background_rate": given.background_rate,
+            "background_prompt_tokens": given.background_prompt_tokens,
             "operations_per_second": given.operations_per_second,
             "upload_rank": given.upload_rank,
             "seconds": given.seconds,

@@ -3,7 +3,7 @@
     python -m loadtest.compare FIXTURE --peers peers.toml --rounds 3 --out runs/compare
 
 Closed loop over HTTP: every stream sends its next request when it has its answer. Starting, registering and warming up
-are not timed. Writes ``record.json``, ``table.md`` and plots into ``--out``; the record grows after every round. A
+are not timed. Writes ``record.json``, ``table.md`` and plots into ``--out``; the record grows after every server. A
 server that is not there is named as not present. Exits 1 when no server could be measured.
 """
 
@@ -114,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         made = record(comparison, outcome)
         (given.out / "record.json").write_text(json.dumps(made, indent=1) + "\n")
         (given.out / "table.md").write_text(render(made))
-        print(f"round {len(outcome.rounds)} of {comparison.rounds} done", flush=True)
+        done = ", ".join(outcome.rounds[-1]["results"])
+        print(f"round {len(outcome.rounds)} of {comparison.rounds}: {done}", flush=True)
 
     async def run() -> Outcome:
         async with open_session(timeout_seconds=given.timeout) as session:

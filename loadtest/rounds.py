@@ -71,9 +71,9 @@ class Comparison:
 
 
 async def compare(
-    comparison: Comparison, session: aiohttp.ClientSession, after_round: Callable[[Outcome], None]
+    comparison: Comparison, session: aiohttp.ClientSession, after_server: Callable[[Outcome], None]
 ) -> Outcome:
-    """Runs every round; ``after_round`` gets what there is so far. A server that fails misses that round only."""
+    """Runs every round; ``after_server`` gets what there is so far. A server that fails misses that round only."""
     outcome = Outcome()
     present: list[Peer] = []
     for peer in comparison.peers:
@@ -102,9 +102,9 @@ async def compare(
                     )
             except PeerFailed as problem:
                 outcome.servers[peer.name]["failures"].append(f"round {number}: {str(problem)[:400]}")
-                print(f"  {peer.name} failed: {problem}")
-        entry["agreement"] = agreement(texts)
-        after_round(outcome)
+                print(f"  {problem}")
+            entry["agreement"] = agreement(texts)
+            after_server(outcome)
     for peer in present:
         if not any(peer.name in entry["results"] for entry in outcome.rounds):
             outcome.servers[peer.name] |= {"status": "failed", "reason": outcome.servers[peer.name]["failures"][-1]}

@@ -268,13 +268,18 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtest.small", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--adapters", type=int, default=32, help="adapters of each rank")
     parser.add_argument("--rank", type=int, action="append", help="repeatable; default 8")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=Shape().layers, help="fewer make a smaller fixture")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = arguments()
     given = parser.parse_args(argv)
     try:
         shape = replace(Shape(), layers=given.layers)

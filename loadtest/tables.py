@@ -165,10 +165,14 @@ def page_with_records(page: str, records: Path) -> str:
     return PLACE.sub(fill, page)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtest.tables", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the page is not up to date")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = arguments().parse_args(argv)
     before = PAGE.read_text(encoding="utf-8")
     if not given.check:
         from loadtest.plots import draw_all

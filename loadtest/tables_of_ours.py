@@ -74,8 +74,9 @@ def churn(record: Record) -> str:
     header = ["beside the steady stream", "ITL p50 ms", "ITL p99 ms", "p99 / quiet", "loads", "evictions", "operations"]
     return (
         f"{given['steady']} steady streams, {given['prompt_tokens']} + {given['max_tokens']} tokens, "
-        f"{given['seconds']:g} s a phase; {given['background_rate']:g} background requests/s; loads, evictions and "
-        "operations are means a phase.\n\n" + table(header, rows)
+        f"{given['seconds']:g} s a phase; {given['background_rate']:g} background requests/s of "
+        f"{given['background_prompt_tokens']} + 1 tokens; loads, evictions and operations are means a phase.\n\n"
+        + table(header, rows)
     )
 
 

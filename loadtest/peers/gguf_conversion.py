@@ -12,7 +12,7 @@ from pathlib import Path
 
 def main(sources: Path, base: Path, outtype: str, pairs: list[str]) -> None:
     sys.path.insert(0, str(sources))
-    from conversion.base import TextModel  # type: ignore[import-not-found]  # llama.cpp's
+    from conversion.base import TextModel  # llama.cpp's
 
     # The converter knows pre-tokenizers by a hash of what they do to a text; the fixture's splits words as GPT-2 does.
     TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"

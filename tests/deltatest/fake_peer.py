@@ -16,6 +16,8 @@ from pathlib import Path
 from aiohttp import web
 
 LETTERS = "abcdefghijklmnop"
+SEEN: web.AppKey[list[dict]] = web.AppKey("seen", list)
+"""Where an application keeps the bodies of the completions it was asked for."""
 
 
 def answer_text(model: str, prompt: object, step: int) -> str:
@@ -31,7 +33,7 @@ def application(
     text_of: Callable[[str, object, int], str] = answer_text,
     fail_every: int = 0,
 ) -> web.Application:
-    """``fail_every`` n: each n-th completion is answered 429. Requests of all kinds are noted in ``app["seen"]``."""
+    """``fail_every`` n: each n-th completion is answered 429. Requests of all kinds are noted in ``app[SEEN]``."""
     seen: list[dict] = []
     held = dict.fromkeys(adapters, True)
 
@@ -60,7 +62,7 @@ def application(
         return web.json_response({"version": "0-fake"})
 
     app = web.Application()
-    app["seen"] = seen
+    app[SEEN] = seen
     app.router.add_post("/v1/completions", completions)
     app.router.add_get("/v1/models", models)
     app.router.add_get("/version", version)
