@@ -63,6 +63,34 @@ class Answer:
     token_times: list[float] = field(default_factory=list)
     completion_tokens: int = 0
     error: str | None = None
+    raw: list[tuple[float, bytes]] = field(default_factory=list, repr=False)
+
+    def settle(self) -> None:
+        """Reads the events out of what was received; a token's time is that of the bytes that completed its event."""
+        rest, is_done, raw, self.raw = b"", False, self.raw, []
+        try:
+            for now, received in raw:
+                *lines, rest = (rest + received).split(b"\n")
+                for line in lines:
+                    if line.strip() == b"data: [DONE]":
+                        is_done = True
+                    elif line.startswith(b"data: "):
+                        self._take(json.loads(line[6:]), now)
+        except ValueError as failure:
+            self.error = self.error or f"{type(failure).__name__}: {failure}"
+        if self.error is None and not is_done:
+            self.error = "the stream ended without [DONE]"
+
+    def _take(self, event: dict, now: float) -> None:
+        if "error" in event:
+            self.error = self.error or str(event["error"].get("message"))
+            return
+        if event.get("usage"):
+            self.completion_tokens = event["usage"]["completion_tokens"]
+        for choice in event.get("choices", ()):
+            if choice.get("text"):
+                self.text += choice["text"]
+                self.token_times.append(now)
 
     @property
     def is_ok(self) -> bool:
@@ -142,11 +170,22 @@ async def list_models(session: aiohttp.ClientSession, url: str) -> tuple[str, li
     return bases[0], sorted(model["id"] for model in models if model.get("parent"))
 
 
-async def ask(session: aiohttp.ClientSession, target: Target, answer: Answer, start: float, ignore_eos: bool) -> None:
-    """One streamed, greedy completion; fills ``answer``. Never raises for what the server did."""
+async def ask(
+    session: aiohttp.ClientSession,
+    target: Target,
+    answer: Answer,
+    start: float,
+    ignore_eos: bool,
+    *,
+    settled: bool = True,
+) -> None:
+    """One streamed, greedy completion; fills ``answer``. Never raises for what the server did.
+
+    With ``settled`` False the caller settles the answer when the run is over: reading JSON during it would take time
+    from a server on the same cores.
+    """
     body = target.body(answer.request, ignore_eos=ignore_eos)
     answer.sent = time.monotonic() - start
-    is_done = False
     try:
         async with session.post(f"{target.url}/v1/completions", json=body) as response:
             answer.status = response.status
@@ -154,31 +193,14 @@ async def ask(session: aiohttp.ClientSession, target: Target, answer: Answer, st
             if response.status != 200:
                 answer.error = f"{response.status} {(await response.text())[:200]}"
                 return
-            async for line in response.content:
-                if not line.startswith(b"data: "):
-                    continue
-                if line.strip() == b"data: [DONE]":
-                    is_done = True
-                    break
-                _take(answer, json.loads(line[6:]), time.monotonic() - start)
+            async for received in response.content.iter_any():
+                answer.raw.append((time.monotonic() - start, received))
     except (aiohttp.ClientError, TimeoutError, ValueError) as failure:
         answer.error = f"{type(failure).__name__}: {failure}"
     finally:
         answer.finished = time.monotonic() - start
-        if answer.error is None and not is_done:
-            answer.error = "the stream ended without [DONE]"
-
-
-def _take(answer: Answer, event: dict, now: float) -> None:
-    if "error" in event:
-        answer.error = str(event["error"].get("message"))
-        return
-    if event.get("usage"):
-        answer.completion_tokens = event["usage"]["completion_tokens"]
-    for choice in event.get("choices", ()):
-        if choice.get("text"):
-            answer.text += choice["text"]
-            answer.token_times.append(now)
+        if settled:
+            answer.settle()
 
 
 async def _watch_lag(stop: asyncio.Event) -> float:
@@ -192,7 +214,7 @@ async def _watch_lag(stop: asyncio.Event) -> float:
 
 @asynccontextmanager
 async def _watched(result: RunResult) -> AsyncIterator[float]:
-    """Yields the start of the run; fills in the client's own figures at its end."""
+    """Yields the start of the run; fills in the client's own figures at its end, and settles the answers."""
     start, cpu = time.monotonic(), time.process_time()
     stop = asyncio.Event()
     watch = asyncio.create_task(_watch_lag(stop))
@@ -203,6 +225,8 @@ async def _watched(result: RunResult) -> AsyncIterator[float]:
         stop.set()
         result.max_lag_seconds = await watch
         result.client_cpu_seconds = time.process_time() - cpu
+        for answer in result.answers:
+            answer.settle()
 
 
 async def run(
@@ -214,7 +238,7 @@ async def run(
     async def send(request: PlannedRequest, start: float) -> Answer:
         await asyncio.sleep(max(0.0, request.at_seconds - (time.monotonic() - start)))
         answer = Answer(request)
-        await ask(session, target, answer, start, ignore_eos)
+        await ask(session, target, answer, start, ignore_eos, settled=False)
         return answer
 
     async with _watched(result) as start:
@@ -242,11 +266,11 @@ async def run_closed(
             if seconds is not None and time.monotonic() - start > seconds:
                 break
             answer = Answer(replace(request, at_seconds=time.monotonic() - start))
-            await ask(session, target, answer, start, ignore_eos)
+            await ask(session, target, answer, start, ignore_eos, settled=False)
             answers.append(answer)
         return answers
 
     async with _watched(result) as start:
         nested = await asyncio.gather(*(follow(requests, start) for requests in planned))
-    result.answers = [answer for answers in nested for answer in answers]
+        result.answers = [answer for answers in nested for answer in answers]
     return result

@@ -37,6 +37,35 @@ def test_ttft_counts_from_the_schedule_and_tpot_from_the_tokens() -> None:
     assert answer().ttft_seconds is None
 
 
+def test_events_are_read_whatever_the_pieces_they_came_in() -> None:
+    one = answer()
+    one.raw = [
+        (1.0, b'data: {"choices": [{"text": "a"}]}\n\ndata: {"choi'),
+        (2.0, b'ces": [{"text": "b"}]}\r\n\r\n: a comment\n\ndata: {"choices": [{"text": ""}]}\n\n'),
+        (3.0, b'data: {"choices": [], "usage": {"completion_tokens": 2}}\n\ndata: [DONE]\n'),
+    ]
+    one.settle()
+    assert (one.text, one.token_times, one.completion_tokens, one.error) == ("ab", [1.0, 2.0], 2, None)
+
+
+@pytest.mark.parametrize(
+    ("received", "told"),
+    [
+        (b'data: {"choices": [{"text": "a"}]}\n\n', "without [DONE]"),
+        (b'data: {"error": {"message": "engine failed"}}\n\n', "engine failed"),
+        (b"data: {\n\ndata: [DONE]\n\n", "JSONDecodeError"),
+    ],
+)
+def test_a_stream_that_ends_badly_is_a_failure(received: bytes, told: str) -> None:
+    one = answer()
+    one.raw = [(1.0, received)]
+    one.settle()
+    assert told in str(one.error)
+    refused = answer(error="429 queue full")
+    refused.settle()
+    assert refused.error == "429 queue full"
+
+
 def test_percentiles_of_nothing_and_of_something() -> None:
     assert percentiles([]) == {"count": 0}
     found = percentiles([float(i) for i in range(101)])
