@@ -138,13 +138,11 @@ def test_a_server_that_never_answers_is_given_up_and_stopped(setup: Setup) -> No
 
 def test_workers_that_outlive_their_parent_are_stopped_with_the_group(tmp_path: Path) -> None:
     file = tmp_path / "child"
-    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-    parent = (
-        "import pathlib, subprocess, sys, time\n"
-        f"worker = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
-        f"pathlib.Path({str(file)!r}).write_text(str(worker.pid))\n"
-        "time.sleep(60)"
+    child = (  # tells its number once it is deaf to SIGTERM
+        "import os, pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        f"pathlib.Path({str(file)!r}).write_text(str(os.getpid())); time.sleep(60)"
     )
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     started = subprocess.Popen([sys.executable, "-c", parent], start_new_session=True)
     deadline = time.monotonic() + 20
     while not (file.exists() and file.read_text()) and time.monotonic() < deadline:
