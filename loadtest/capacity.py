@@ -10,7 +10,6 @@ of a round runs in a new order, beside the base alone in the same round: overhea
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import random
 import sys
@@ -24,6 +23,7 @@ from loadtest.client import run_closed
 from loadtest.figures import summarize
 from loadtest.machine import stamp
 from loadtest.peers.peer import PeerFailed
+from loadtest.peers.process import run_until_done
 from loadtest.plots import draw_adapters, draw_ranks
 from loadtest.scrape import scrape, total
 from loadtest.small import Fixture
@@ -179,7 +179,7 @@ async def run_capacity(given: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     given = arguments().parse_args(argv)
     try:
-        made = asyncio.run(run_capacity(given))
+        made = run_until_done(run_capacity(given))
     except (ValueError, PeerFailed) as problem:
         print(f"loadtest: {problem}", file=sys.stderr)
         return 2

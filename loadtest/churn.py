@@ -35,6 +35,7 @@ from loadtest.figures import percentiles, summarize
 from loadtest.machine import stamp
 from loadtest.peers.deltaserve import delete, upload
 from loadtest.peers.peer import PeerFailed
+from loadtest.peers.process import run_until_done
 from loadtest.plots import draw_churn
 from loadtest.scrape import scrape, total
 from loadtest.small import Shape, adapter_config, adapter_tensors
@@ -264,7 +265,7 @@ async def run_churn(given: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     given = arguments().parse_args(argv)
     try:
-        made = asyncio.run(run_churn(given))
+        made = run_until_done(run_churn(given))
     except (ValueError, PeerFailed) as problem:
         print(f"loadtest: {problem}", file=sys.stderr)
         return 2

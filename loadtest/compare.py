@@ -10,7 +10,6 @@ server that is not there is named as not present. Exits 1 when no server could b
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Any
 from loadtest.client import open_session
 from loadtest.machine import stamp
 from loadtest.peers.peer import Setup
+from loadtest.peers.process import run_until_done
 from loadtest.peers.settings import peers, read
 from loadtest.plots import draw_compare
 from loadtest.rounds import Comparison, Outcome, cases, compare
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         async with open_session(timeout_seconds=given.timeout) as session:
             return await compare(comparison, session, write)
 
-    outcome = asyncio.run(run())
+    outcome = run_until_done(run())
     made = record(comparison, outcome)
     (given.out / "record.json").write_text(json.dumps(made, indent=1) + "\n")
     (given.out / "table.md").write_text(render(made))

@@ -26,7 +26,7 @@ from loadtest.figures import summarize
 from loadtest.machine import stamp
 from loadtest.peers.deltaserve import DeltaserveServer
 from loadtest.peers.peer import PeerFailed, Setup
-from loadtest.peers.process import running
+from loadtest.peers.process import run_until_done, running
 from loadtest.peers.settings import read
 from loadtest.small import Fixture
 from loadtest.workload import ClosedLoop, PlannedRequest, streams
@@ -133,7 +133,7 @@ async def run_offline(given: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     given = arguments().parse_args(argv)
     try:
-        made = asyncio.run(run_offline(given))
+        made = run_until_done(run_offline(given))
     except (ValueError, PeerFailed) as problem:
         print(f"loadtest: {problem}", file=sys.stderr)
         return 2

@@ -10,7 +10,6 @@ repeats the list in a new order each time.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import math
 import random
@@ -24,6 +23,7 @@ from loadtest.figures import Limits, summarize
 from loadtest.load import add_traffic, workload_of
 from loadtest.machine import stamp
 from loadtest.peers.peer import PeerFailed
+from loadtest.peers.process import run_until_done
 from loadtest.plots import draw_sweep
 from loadtest.target_choice import OpenTarget, add_target, open_target
 from loadtest.workload import plan, token_prompts
@@ -150,7 +150,7 @@ async def run_sweep(given: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     given = arguments().parse_args(argv)
     try:
-        made = asyncio.run(run_sweep(given))
+        made = run_until_done(run_sweep(given))
     except (ValueError, PeerFailed) as problem:
         print(f"loadtest: {problem}", file=sys.stderr)
         return 2

@@ -7,18 +7,38 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import aiohttp
 
 from loadtest.client import Target
 from loadtest.peers.peer import Peer, PeerFailed, Setup
 
+Result = TypeVar("Result")
 POLL_SECONDS = 0.25
 STOP_SECONDS = 30.0
 TAIL_BYTES = 2000
+
+
+def run_until_done(main: Coroutine[Any, Any, Result]) -> Result:
+    """``asyncio.run`` for commands that start servers: SIGTERM unwinds like Ctrl-C, so that no server is left behind.
+
+    Raises ``SystemExit`` with 143 then.
+    """
+
+    async def guarded() -> Result:
+        task = asyncio.current_task()
+        with suppress(RuntimeError, ValueError):  # signals reach the main thread only
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, cast(asyncio.Task, task).cancel)
+        return await main
+
+    try:
+        return asyncio.run(guarded())
+    except asyncio.CancelledError:
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 @asynccontextmanager

@@ -155,6 +155,40 @@ def test_workers_that_outlive_their_parent_are_stopped_with_the_group(tmp_path: 
     assert started.returncode == -signal.SIGTERM
 
 
+def test_a_command_that_is_told_to_end_leaves_no_server(tmp_path: Path, setup: Setup) -> None:
+    command = (
+        "import asyncio, pathlib, sys\n"
+        "from deltatest.fixture_of_load import TINY, FakePeer\n"
+        "from loadtest.client import open_session\n"
+        "from loadtest.peers.peer import Setup\n"
+        "from loadtest.peers.process import run_until_done, running\n"
+        "from loadtest.small import Fixture\n"
+        "place = pathlib.Path(sys.argv[1])\n"
+        "setup = Setup(Fixture(place, place, {}, (0, 9), 0, TINY), (), place)\n"
+        "async def main():\n"
+        "    async with open_session() as session, running(FakePeer('fake'), setup, session) as target:\n"
+        "        print(target.url, flush=True)\n"
+        "        await asyncio.sleep(60)\n"
+        "run_until_done(main())\n"
+    )
+    places = os.pathsep.join(path for path in sys.path if path)
+    words = [sys.executable, "-c", command, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": places}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as client:
+        assert client.stdout is not None
+        url = client.stdout.readline().strip()
+        assert url.startswith("http://127.0.0.1:")
+        client.send_signal(signal.SIGTERM)
+        assert client.wait(timeout=40) == 143
+
+    async def ask() -> None:
+        async with open_session() as session:
+            await session.get(f"{url}/health")
+
+    with pytest.raises(OSError, match="onnect"):
+        asyncio.run(ask())
+
+
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
