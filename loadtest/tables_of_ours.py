@@ -45,7 +45,7 @@ def _limit(seconds: float | None) -> str:
 
 def churn(record: Record) -> str:
     given = record["parameters"]
-    quiet = rounds_of(record, "quiet")
+    quiet, resident = rounds_of(record, "quiet"), rounds_of(record, "resident")
     names = {
         "quiet": "quiet",
         "resident": "requests to one resident adapter",
@@ -66,12 +66,14 @@ def churn(record: Record) -> str:
                 shown(over_rounds(own, latency("itl", "p50")), scale=1000, digits=1),
                 shown(over_rounds(own, latency("itl", "p99")), scale=1000, digits=1),
                 "" if phase == "quiet" else shown(ratio(own, quiet, latency("itl", "p99")), digits=2),
+                shown(ratio(own, resident, latency("itl", "p99")), digits=2) if phase == "load" else "",
                 _mean([entry["adapter_loads_total"] for entry in counted]),
                 _mean([entry["adapter_evictions_total"] for entry in counted]),
                 _mean(operations) + (f" ({failures} failed)" if failures else ""),
             ]
         )
-    header = ["beside the steady stream", "ITL p50 ms", "ITL p99 ms", "p99 / quiet", "loads", "evictions", "operations"]
+    header = ["beside the steady stream", "ITL p50 ms", "ITL p99 ms", "p99 / quiet", "p99 / resident"]
+    header += ["loads", "evictions", "operations"]
     return (
         f"{given['steady']} steady streams, {given['prompt_tokens']} + {given['max_tokens']} tokens, "
         f"{given['seconds']:g} s a phase; {given['background_rate']:g} background requests/s of "

@@ -105,11 +105,20 @@ def test_churn_is_told_against_the_quiet_phase_of_its_round() -> None:
 
     given = {"steady": 8, "other_adapters": 500, "background_rate": 20, "background_prompt_tokens": 8}
     given |= {"seconds": 30, "prompt_tokens": 64, "max_tokens": 64}
-    rounds = [{"results": {"quiet": phase(i, 1, 0), "load": phase(1.2 * i, 501, 500, failed=2)}} for i in (0.02, 0.04)]
+    rounds = [
+        {
+            "results": {
+                "quiet": phase(i, 1, 0),
+                "resident": phase(1.1 * i, 1, 500),
+                "load": phase(1.32 * i, 501, 500, failed=2),
+            }
+        }
+        for i in (0.02, 0.04)
+    ]
     text = render(stamped("churn", parameters=given, rounds=rounds, server={"num_adapters": 509}))
-    assert "| quiet | 30.0 [20.0–40.0] | 60.0 [40.0–80.0] |  | 1 | 0 | 0 |" in text
+    assert "| quiet | 30.0 [20.0–40.0] | 60.0 [40.0–80.0] |  |  | 1 | 0 | 0 |" in text
     assert "| the same requests to 500 adapters in turn |" in text
-    assert "| 1.20 [1.20–1.20] | 501 | 500 | 500 (4 failed) |" in text
+    assert "| 1.32 [1.32–1.32] | 1.20 [1.20–1.20] | 501 | 500 | 500 (4 failed) |" in text
 
 
 def test_places_are_filled_from_their_record_and_their_plots(tmp_path: Path, compared: dict) -> None:
