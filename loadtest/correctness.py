@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 import aiohttp
 
-from loadtest.client import Answer, ask
+from loadtest.client import Answer, Target, ask
+from loadtest.workload import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +19,12 @@ class Correctness:
 
     num_pairs: int
     num_checked: int
-    mismatches: tuple[tuple[str, str], ...]
+    mismatches: tuple[tuple[str, Prompt], ...]
 
 
 async def check(
     session: aiohttp.ClientSession,
-    url: str,
+    target: Target,
     answers: Sequence[Answer],
     *,
     max_pairs: int = 32,
@@ -33,7 +34,7 @@ async def check(
 
     An answer of another version than the one asked alone is left out: the name was moved meanwhile.
     """
-    groups: dict[tuple[str, str, int], list[Answer]] = defaultdict(list)
+    groups: dict[tuple[str, Prompt, int], list[Answer]] = defaultdict(list)
     for answer in answers:
         if answer.is_ok:
             groups[answer.request.model, answer.request.prompt, answer.request.max_tokens].append(answer)
@@ -41,7 +42,7 @@ async def check(
     checked, mismatches = 0, []
     for pair in pairs:
         alone = Answer(replace(groups[pair][0].request, at_seconds=0.0))
-        await ask(session, url, alone, time.monotonic(), ignore_eos)
+        await ask(session, target, alone, time.monotonic(), ignore_eos)
         same_version = [answer for answer in groups[pair] if answer.version == alone.version]
         checked += len(same_version)
         if not alone.is_ok or any(answer.text != alone.text for answer in same_version):

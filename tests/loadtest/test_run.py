@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from loadtest.__main__ import arguments, main
 from loadtest.client import require_loopback
+from loadtest.load import arguments, main
 
 CHUNKS = 3
 
