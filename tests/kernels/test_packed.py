@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 import torch
 
@@ -75,7 +77,7 @@ def adapted(num_rows, members):
 
     def run(first=0, last=num_rows):
         work = build_work_list(bindings[first:last])
-        arguments = (packed, case.width, bias, work, case.tables("lora"), case.members, 0.25)
+        arguments = (packed, case.width, bias, work, case.tables("lora"), list(chain.from_iterable(case.members)), 0.25)
         return cpu.packed_linear_lora(x[first:last], *arguments)
 
     base = x.double() @ weight.double().t() + bias.double()
@@ -110,7 +112,8 @@ def test_columns_that_are_no_panels_equal_product_then_adapters(num_rows, cpu_ba
     work = build_work_list([((row % 3, 1.0, 0.5), (2, -1.0, 1.0))[: row % 3] for row in range(num_rows)])
     expected = cpu.packed_linear(x, weight, case.width, None)
     lora_linear(expected, x, work, case.tables("lora"), case.members, 0.25, backend="cpu")
-    found = cpu.packed_linear_lora(x, weight, case.width, None, work, case.tables("lora"), case.members, 0.25)
+    columns = list(chain.from_iterable(case.members))
+    found = cpu.packed_linear_lora(x, weight, case.width, None, work, case.tables("lora"), columns, 0.25)
     assert torch.equal(found, expected)
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +72,20 @@ def lora_linear(
     y: Tensor, x: Tensor, work: WorkList, tables: LoraTables, members: Sequence[Member], depth: float
 ) -> None:
     _check(x, work, tables)
-    torch.ops.deltaserve_cpu.lora_linear(y, x, *_lora_arguments(work, tables, members), depth)
+    torch.ops.deltaserve_cpu.lora_linear(
+        y,
+        x,
+        work.rows,
+        work.item_rows,
+        work.item_parts,
+        work.part_slot,
+        work.part_scale,
+        tables.pointers,
+        tables.ranks,
+        tables.dims,
+        list(chain.from_iterable(members)),
+        depth,
+    )
 
 
 def sparse_linear(
@@ -144,18 +157,21 @@ def packed_linear_lora(
     bias: Tensor | None,
     work: WorkList,
     tables: LoraTables,
-    members: Sequence[Member],
+    columns: list[int],
     depth: float,
 ) -> Tensor:
     """``packed_linear`` and ``lora_linear`` in one: the deltas join the fp32 sums, which are rounded once.
 
-    One call is cheaper than two, and where many rows make the product all arithmetic, the adapters' matrices are
-    fetched from memory meanwhile. A row's bits depend on that row and its binding alone. Raises ValueError.
+    ``columns`` are the members one after another. One call is cheaper than two, and where many rows make the product
+    all arithmetic, the adapters' matrices are fetched from memory meanwhile. A row's bits depend on that row and its
+    binding alone. Raises ValueError.
     """
     _check(x, work, tables)
-    return torch.ops.deltaserve_cpu.packed_linear_lora(
-        x, packed, outputs, bias, *_lora_arguments(work, tables, members), depth
-    )
+    return _packed_linear_lora()(
+        x, packed, outputs, bias,
+        work.rows, work.item_rows, work.item_parts, work.part_slot, work.part_scale,
+        tables.pointers, tables.ranks, tables.dims, columns, depth,
+    )  # fmt: skip
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -177,18 +193,10 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_c
     torch.ops.deltaserve_cpu.rotate_and_store(qkv, cos, sin, k_cache, v_cache, kv_index)
 
 
-def _lora_arguments(work: WorkList, tables: LoraTables, members: Sequence[Member]) -> tuple[Any, ...]:
-    return (
-        work.rows,
-        work.item_rows,
-        work.item_parts,
-        work.part_slot,
-        work.part_scale,
-        tables.pointers,
-        tables.ranks,
-        tables.dims,
-        list(chain.from_iterable(members)),
-    )
+@cache
+def _packed_linear_lora() -> Callable[..., Tensor]:
+    """The operator itself: looking it up costs as much as a small product."""
+    return torch.ops.deltaserve_cpu.packed_linear_lora.default
 
 
 def _check(x: Tensor, work: WorkList, tables: LoraTables | SparseTables) -> None:

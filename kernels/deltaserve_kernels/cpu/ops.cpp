@@ -107,6 +107,15 @@ struct AttendTask {
   float scale, softcap;                                // softcap 0: none
 };
 
+// A row that uses an adapter: y[row] += h . b, b [rank, columns]
+template <class T>
+struct Use {
+  int64_t row;
+  const T* b;
+  int64_t rank, columns;
+  const float* h;
+};
+
 // Some columns of a matrix [rows, ...] that will be read soon.
 struct Strip {
   const char* start;
@@ -133,7 +142,6 @@ template <class T>
 struct Kernels {
   void (*shrink)(const T* const*, int64_t, const T*, int64_t, int64_t, float*, int64_t);
   void (*expand)(T* const*, int64_t, const ExpandPart<T>*, int, int64_t, int64_t, int64_t, const float*, int64_t);
-  void (*expand_sums)(float* const*, int64_t, const ExpandPart<T>*, int, int64_t, int64_t, int64_t, const float*, int64_t);
   void (*sparse_stage)(const T* const*, int64_t, int64_t, float*);
   void (*sparse_row)(const float*, T*, const SparsePart<T>*, int, int64_t, float*);
   void (*sparse_rows)(const float*, T* const*, int64_t, const SparsePart<T>*, int, int64_t);
@@ -143,6 +151,7 @@ struct Kernels {
   void (*rotate_head)(T*, const T*, const T*, const T*, int64_t, int64_t);
   void (*widen)(const T*, float*, int64_t);
   void (*gemm_group)(const float*, int64_t, int64_t, const T*, int, float*, float*, Ahead*);
+  void (*add_uses)(const Use<T>*, int64_t, float*, int64_t, int64_t, int);
   void (*gemm_finish)(T*, int64_t, int64_t, const float*, int64_t, int64_t, const T*);
 };
 

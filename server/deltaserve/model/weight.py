@@ -9,7 +9,7 @@ them. Both orders are exact, can be undone, and give results that do not depend 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -53,6 +53,7 @@ class PanelPacked:
     def __init__(self, weight: Tensor) -> None:
         self._outputs = weight.shape[0]
         self._packed = cpu.pack_weight(weight)
+        self._columns: dict[tuple[Member, ...], list[int]] = {}
 
     def matmul(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         return cpu.packed_linear(rows, self._packed, self._outputs, bias)
@@ -63,10 +64,13 @@ class PanelPacked:
         bias: Tensor | None,
         work: WorkList,
         tables: LoraTables,
-        members: Sequence[Member],
+        members: tuple[Member, ...],
         depth: float,
     ) -> Tensor:
-        return cpu.packed_linear_lora(rows, self._packed, self._outputs, bias, work, tables, members, depth)
+        columns = self._columns.get(members)
+        if columns is None:
+            columns = self._columns[members] = list(chain.from_iterable(members))
+        return cpu.packed_linear_lora(rows, self._packed, self._outputs, bias, work, tables, columns, depth)
 
     def to_plain(self) -> Tensor:
         return cpu.unpack_weight(self._packed, self._outputs)
@@ -93,7 +97,7 @@ class BaseWeight:
         bias: Tensor | None,
         work: WorkList,
         tables: LoraTables,
-        members: Sequence[Member],
+        members: tuple[Member, ...],
         depth: float,
     ) -> Tensor:
         """``matmul`` and ``lora_linear`` on its result, in one call where there is one."""
