@@ -18,11 +18,19 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
 
-from deltaserve_kernels.triton_ops import aot, attention_kernels, lora, lora_programs, sparse_kernels
+from deltaserve_kernels.triton_ops import (
+    aot,
+    attention_kernels,
+    lora,
+    lora_programs,
+    sparse,
+    sparse_kernels,
+    sparse_wide,
+)
 
 BF16, FP32 = "*bf16", "*fp32"
 TYPES = {
-    **dict.fromkeys(("x", "y", "q", "k", "v", "out", "k_cache", "v_cache", "sinks"), BF16),
+    **dict.fromkeys(("x", "x_t", "y", "q", "k", "v", "out", "k_cache", "v_cache", "sinks"), BF16),
     **dict.fromkeys(("h", "part_scale", "part_acc", "part_max", "part_sum"), FP32),
     **dict.fromkeys(("pointers", "kv_index"), "*i64"),
     **dict.fromkeys(("tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "part_slot"), "*i32"),
@@ -42,6 +50,10 @@ class Spec:
     shared: int = 48 * 1024
     types: dict[str, str] = field(default_factory=dict)
     num_warps: int = 4
+
+
+def of_kernel(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in constants.items() if name in kernel.arg_names}
 
 
 QKV = lora.place_of([4096, 1024, 1024], [0, 4096, 5120])
@@ -70,7 +82,21 @@ def expand_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
 HEAD = {"D": 128, "BLOCK_D": 128, "BLOCK_N": 32, "HAS_WINDOW": True}
 SEGMENTS = {"SEGMENTS": 16, "MIN_SEGMENT": 128}
 FOLDED = {"h": BF16}
-SPARSE = {"WINDOW": 128, "UNROLL": 8, **QKV}
+GATHERED = sparse.SparseForm(tile_rows=4, few=4)
+STAGED = sparse.SparseForm(tile_rows=2, few=2, staged=True)
+
+
+def sparse_of(form: sparse.SparseForm, in_features: int) -> dict[str, Any]:
+    return {
+        "K": in_features,
+        "BUCKET": form.bucket_of(in_features),
+        "TILE_ROWS": form.tile_rows,
+        "FEW": form.few,
+        "STAGE": form.stage(in_features),
+        **QKV,
+    }
+
+
 SPECS = {
     "shrink": Spec(lora_programs.shrink, {**shrink_of(lora.DECODE, 4096), "FOLD": False}),
     "expand": Spec(lora_programs.expand, {**expand_of(lora.DECODE, 14336), "FOLD": False}),
@@ -105,8 +131,20 @@ SPECS = {
         narrow=4,
     ),
     "store_kv": Spec(attention_kernels.store_kv, {"KV_HEADS": 8, "TILE_HEADS": 8, "D": 128, "BLOCK_D": 128}, wide=2),
-    # x is gathered, 8 elements a row and thread; lanes and y of one window are one element a thread.
-    "sparse": Spec(sparse_kernels.sparse, {"TILE_ROWS": 4, **SPARSE}, narrow=4 * 8 + 1, wide=2),
+    # Narrow: the lanes of a window, one element a thread; where x is gathered, 8 elements a row and thread. Wide: two
+    # of the adapter for each 8 diagonals of a way to read x; transposed, x's 8 lines a thread, and y.
+    "sparse": Spec(sparse_kernels.sparse, sparse_of(sparse.DECODE, 4096), narrow=2 * 8 + 2, wide=2 + 2 + 8 + 1),
+    "sparse_gathered": Spec(sparse_kernels.sparse, sparse_of(GATHERED, 4096), narrow=4 * 8 + 1, wide=2),
+    "sparse_staged": Spec(sparse_kernels.sparse, sparse_of(STAGED, 14336), narrow=1, wide=2 * (2 * 4 + 14)),
+    "transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 8, "FEW": 2}),
+    "prefill_transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 64, "FEW": 0}),
+    "sparse_wide": Spec(
+        sparse_wide.sparse_wide,
+        of_kernel(sparse_wide.sparse_wide, sparse_of(sparse.PREFILL, 14336)),
+        narrow=1,
+        wide=2 + 8 * 8 + 8,
+        num_warps=sparse.PREFILL.num_warps,
+    ),
 }
 COMPILED: dict[tuple[str, int], aot.Compiled] = {}
 

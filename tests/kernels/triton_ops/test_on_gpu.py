@@ -89,13 +89,33 @@ def test_lora_equals_the_definition(num_rows: int, form: lora.LoraForm, low_rank
     close(out, expected, 3e-2 if form.fold else 2e-3)
 
 
+SPARSE_FORMS = {
+    "decode": sparse.DECODE,
+    "gathered": sparse.SparseForm(tile_rows=4, few=4),
+    "staged": sparse.SparseForm(few=2, staged=True),
+    "staged by bucket": sparse.SparseForm(few=2, staged=True, bucket=1024 if ON_GPU else 40),
+    "prefill": sparse.PREFILL,
+}
+
+
+@pytest.mark.parametrize("form", SPARSE_FORMS.values(), ids=SPARSE_FORMS)
 @pytest.mark.parametrize("num_rows", [1, 17, 63])
-def test_sparse_equals_the_definition(num_rows: int, scattered: SparseTables) -> None:
+def test_sparse_equals_the_definition(num_rows: int, form: sparse.SparseForm, scattered: SparseTables) -> None:
     step = step_of(num_rows, num_rows, slots=3)
     expected, out = step.y.clone(), step.y.clone()
     reference.sparse_linear(expected, step.x, step.work, scattered, MEMBERS, 0.3)
-    sparse.sparse_linear(out, step.x, step.work, scattered, MEMBERS, 0.3)
+    sparse.sparse_linear(out, step.x, step.work, scattered, MEMBERS, 0.3, form)
     close(out, expected, 2e-3)
+
+
+def test_how_sparse_reads_x_does_not_change_a_bit(scattered: SparseTables) -> None:
+    step = step_of(40, 7, slots=2)
+    expected = step.y.clone()
+    sparse.sparse_linear(expected, step.x, step.work, scattered, MEMBERS, 0.3)
+    for name in ("gathered", "staged"):
+        out = step.y.clone()
+        sparse.sparse_linear(out, step.x, step.work, scattered, MEMBERS, 0.3, SPARSE_FORMS[name])
+        assert torch.equal(out, expected), name
 
 
 def test_one_launch_equals_two_to_the_bit_under_stress(low_rank: LoraTables) -> None:

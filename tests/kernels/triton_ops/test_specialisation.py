@@ -65,14 +65,15 @@ def step(
     x, y = torch.zeros(num_rows, 64).bfloat16(), torch.zeros(num_rows, 128).bfloat16()
     for form in FORMS:
         lora.lora_linear(y, x, work, tables[0], MEMBERS, depth, form)
-    sparse.sparse_linear(y, x, work, tables[1], MEMBERS, depth)
+    for sparse_form in (sparse.DECODE, sparse.PREFILL):
+        sparse.sparse_linear(y, x, work, tables[1], MEMBERS, depth, sparse_form)
 
 
 def test_adapter_operators_compile_once(binaries: set[tuple[str, str]]) -> None:
     torch.manual_seed(0)
     step(1, [(0, 1, ((0, 1.0, 1.0),))], tables_of([8], 1, [0]), 0.0)
     warm = set(binaries)
-    assert {name for name, _ in warm} == {"shrink", "expand", "fused", "sparse"}
+    assert {name for name, _ in warm} == {"shrink", "expand", "fused", "sparse", "sparse_wide", "transpose"}
     draw = random.Random(0)
     for ranks, num_slots, linears in (([1, 5, 16, 64], 16, [0, 1, 2]), ([33], 7, [2]), ([8, 16], 2, [0, 2])):
         tables = tables_of(ranks, num_slots, linears)
