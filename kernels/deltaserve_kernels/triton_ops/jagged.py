@@ -4,7 +4,7 @@ Output rows go in windows of 128. Inside a window rows are sorted by their numbe
 is its *lane*. *Diagonal* j of a window holds the j-th nonzero of every row that has one: lanes 0 to its length, without
 a gap, since shorter rows come later. Each diagonal is padded to 8 entries, which is 16 bytes of 16-bit numbers.
 
-A window may be cut by columns too, into *buckets*: window and bucket make a *cell*, with lanes and diagonals of its own,
+A window may be cut by columns too, into *buckets*: window and bucket make a *cell*, of lanes and diagonals of its own,
 so that a program that goes through one cell touches a bounded piece of x. One bucket: a cell is a window.
 
 About 4.2 bytes a nonzero in 16 bits: a value, a 16-bit column, and little else. Plain torch; no GPU, no triton.
