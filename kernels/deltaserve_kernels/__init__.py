@@ -18,7 +18,9 @@ from deltaserve_kernels.errors import (
     ShapeMismatch,
 )
 from deltaserve_kernels.operators import lora_linear, paged_attention, sparse_linear, write_kv
+from deltaserve_kernels.padded_list import PaddedLayout
 from deltaserve_kernels.tables import LoraTables, SparseEntry, SparseTables
+from deltaserve_kernels.transfer import upload
 from deltaserve_kernels.worklist import WorkList, build_work_list, build_work_list_runs
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "Misaligned",
     "NotContiguous",
     "OutOfRange",
+    "PaddedLayout",
     "ShapeMismatch",
     "SparseEntry",
     "SparseTables",
@@ -42,6 +45,7 @@ __all__ = [
     "paged_attention",
     "select",
     "sparse_linear",
+    "upload",
     "use_backend",
     "write_kv",
 ]

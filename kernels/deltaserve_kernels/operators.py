@@ -45,7 +45,7 @@ def lora_linear(
     [0, 1] places the layer between the first and last one: scale = first + (last - first) * depth. Sums are fp32 and
     y is rounded once. A row's result depends on nothing but that row and its binding. Raises a KernelError.
     """
-    if not work.is_empty and any(tables.has_any(member[0]) for member in members):
+    if not work.is_empty and work.concerns(tables, members):
         _implementation(x.device, backend).lora_linear(y, x, work, tables, members, depth)
 
 
@@ -63,7 +63,7 @@ def sparse_linear(
 
     Arguments, precision, order and errors as in ``lora_linear``.
     """
-    if not work.is_empty and any(tables.has_any(member[0]) for member in members):
+    if not work.is_empty and work.concerns(tables, members):
         _implementation(x.device, backend).sparse_linear(y, x, work, tables, members, depth)
 
 
@@ -79,6 +79,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    one_query: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Causal attention over a paged cache, prefill and decode rows mixed; returns contiguous [T, H, D] of q's dtype.
@@ -88,10 +89,12 @@ def paged_attention(
     block_tables int32 [S, max_blocks];  cu_seqlens_q int32 [S+1];  kv_lens int32 [S], queries included
     window       positions a query sees, its own included; None: all.  softcap: ``softcap * tanh(score / softcap)``
     sinks        [H] extra score per head that takes weight and adds no value
+    one_query    the caller knows that every sequence has exactly one row, which only the device could tell otherwise
 
     Query i of sequence s sits at position ``kv_lens[s] - q_len[s] + i``. fp32 sums. What lies in the cache beyond
     a query's reach never enters its result, not even NaN. Raises a KernelError (ValueError).
     """
+    # Only kernels that never see the host's numbers have a use for the last one.
     return _implementation(q.device, backend).paged_attention(
         q,
         k_cache,
@@ -103,6 +106,7 @@ def paged_attention(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        one_query=one_query,
     )
 
 

@@ -95,6 +95,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    one_query: bool = False,
 ) -> Tensor:
     """Causal attention of each sequence's queries over its own positions, one sequence at a time; [T, H, D]."""
     checks.check_attention(q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, window, softcap, sinks)

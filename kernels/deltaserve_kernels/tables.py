@@ -7,6 +7,7 @@ entry stands. Only the engine thread changes them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,9 +22,12 @@ from deltaserve_kernels.errors import (
     OutOfRange,
     ShapeMismatch,
 )
+from deltaserve_kernels.transfer import upload
+from deltaserve_kernels.triton_ops.jagged import JaggedDelta, from_csr
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT_BYTES = 16
+RANK_TILE = 16
 _MAX_INT32 = 2**31 - 1
 
 
@@ -39,6 +43,7 @@ class _Tables:
         self.dtype: torch.dtype | None = None
         self._tensors: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self._filled = [0] * num_linears
+        self._num_linears_of: Counter[int] = Counter()
         # int32 [num_linears, 2], always on the host: (in_features or 0 while unknown, out_features or 0).
         self.dims = torch.zeros(num_linears, 2, dtype=torch.int32)
         self._known = self.dims.numpy()  # the same memory: reading single numbers from a tensor is slow
@@ -46,6 +51,10 @@ class _Tables:
     def has_any(self, linear: int) -> bool:
         """True when some slot has an entry for this linear; False lets a caller skip the operator."""
         return self._filled[linear] > 0
+
+    def has_slot(self, slot: int) -> bool:
+        """True when the slot has an entry for some linear."""
+        return slot in self._num_linears_of
 
     def get(self, linear: int, slot: int) -> tuple[Tensor, ...] | None:
         """The tensors of an entry, in the order ``set`` took them, or None."""
@@ -64,6 +73,7 @@ class _Tables:
         for linear in range(self.num_linears):
             if self._tensors.pop((linear, slot), None) is not None:
                 self._filled[linear] -= 1
+        self._num_linears_of.pop(slot, None)
         self._clear_tables(slot)
 
     def _grow_tables(self, extra: int) -> None:
@@ -106,9 +116,13 @@ class _Tables:
             side = ("in", "out")[axis]
             raise ShapeMismatch(f"linear {linear}: {side}_features {size} differs from the {known} of earlier entries")
 
+    def _upload(self, numbers: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
+        return upload(torch.tensor(numbers, dtype=dtype), self.device)
+
     def _keep(self, linear: int, slot: int, tensors: tuple[Tensor, ...]) -> None:
         if (linear, slot) not in self._tensors:
             self._filled[linear] += 1
+            self._num_linears_of[slot] += 1
         self._tensors[(linear, slot)] = tensors
         self.dtype = tensors[-1].dtype
 
@@ -118,12 +132,24 @@ class LoraTables(_Tables):
 
     pointers: int64 [num_linears, 2, num_slots]  address of A [r, K], of B transposed [r, N]; 0 where empty
     ranks:    int32 [num_linears, num_slots]     0 where empty
+    rank_capacity: ranks a shrunk row has room for, a multiple of 16: the largest rank ever set or reserved. Room alone:
+                   kernels read true ranks.
     """
 
     def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_linears, num_slots, device)
+        self.rank_capacity = RANK_TILE
+        self._largest_rank: dict[int, int] = {}
         self.pointers = torch.zeros(num_linears, 2, num_slots, dtype=torch.int64, device=self.device)
         self.ranks = torch.zeros(num_linears, num_slots, dtype=torch.int32, device=self.device)
+
+    def reserve_rank(self, rank: int) -> None:
+        """Let launches from now on have room for ``rank``, so that graphs captured with it outlive smaller adapters."""
+        self.rank_capacity = max(self.rank_capacity, -(-rank // RANK_TILE) * RANK_TILE)
+
+    def largest_rank(self, slot: int) -> int:
+        """A bound on the ranks of a slot's entries; 0 where it has none."""
+        return self._largest_rank.get(slot, 0)
 
     def set(self, linear: int, slot: int, a: Tensor, b_t: Tensor) -> None:
         """Point (linear, slot) at ``a`` [r, K] and ``b_t`` [r, N], replacing what was there.
@@ -155,30 +181,34 @@ class LoraTables(_Tables):
             return
         for linear, a, b_t in entries:
             self._keep(linear, slot, (a, b_t))
+        largest = max(a.shape[0] for _, a, _ in entries)
+        self._largest_rank[slot] = max(largest, self.largest_rank(slot))
+        self.reserve_rank(largest)
         self.dims[linears] = torch.tensor([(a.shape[1], b_t.shape[1]) for _, a, b_t in entries], dtype=torch.int32)
         addresses = [(a.data_ptr(), b_t.data_ptr()) for _, a, b_t in entries]
-        index = torch.tensor(linears, device=self.device)
-        self.pointers[index, :, slot] = torch.tensor(addresses, dtype=torch.int64, device=self.device)
-        self.ranks[index, slot] = torch.tensor(
-            [a.shape[0] for _, a, _ in entries], dtype=torch.int32, device=self.device
-        )
+        index = self._upload(linears)
+        self.pointers[index, :, slot] = self._upload(addresses)
+        self.ranks[index, slot] = self._upload([a.shape[0] for _, a, _ in entries], torch.int32)
 
     def _grow_tables(self, extra: int) -> None:
         self.pointers = torch.nn.functional.pad(self.pointers, (0, extra))
         self.ranks = torch.nn.functional.pad(self.ranks, (0, extra))
 
     def _clear_tables(self, slot: int) -> None:
+        self._largest_rank.pop(slot, None)
         self.pointers[:, :, slot] = 0
         self.ranks[:, slot] = 0
 
 
 class SparseEntry(NamedTuple):
-    """A scanned CSR delta (``SparseTables.scan``): its contents may be trusted. ``num_columns``: largest column + 1."""
+    """A scanned CSR delta (``SparseTables.scan``): its contents may be trusted. ``num_columns``: largest column + 1.
+    ``jagged``: the same delta as Triton kernels read it, where tables keep that form."""
 
     indptr: Tensor
     cols: Tensor
     values: Tensor
     num_columns: int
+    jagged: JaggedDelta | None = None
 
 
 class SparseTables(_Tables):
@@ -187,10 +217,14 @@ class SparseTables(_Tables):
 
     pointers: int64 [num_linears, 3, num_slots]  addresses of indptr int32 [N+1], cols int32 [nnz], values [nnz]
     extents:  int32 [num_linears, 2, num_slots]  (nnz, largest column + 1); 0 where empty
+    jagged_pointers: int64 [num_linears, 5, num_slots]  the arrays of ``JaggedDelta.tensors``; 0 where empty. Kept from
+                     ``keep_jagged`` on, for Triton kernels; None before.
     """
 
     def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_linears, num_slots, device)
+        self.jagged_pointers: Tensor | None = None
+        self._jagged: dict[tuple[int, int], JaggedDelta] = {}
         self.pointers = torch.zeros(num_linears, 3, num_slots, dtype=torch.int64, device=self.device)
         self.extents = torch.zeros(num_linears, 2, num_slots, dtype=torch.int32, device=self.device)
 
@@ -220,7 +254,39 @@ class SparseTables(_Tables):
         low, high = (int(cols.min()), int(cols.max())) if nnz else (0, -1)
         if low < 0 or high == _MAX_INT32:
             raise OutOfRange(f"cols run {low}..{high}; they must be in 0..K-1")
-        return SparseEntry(indptr, cols, values, high + 1)
+        twin = self._to_jagged(indptr, cols, values) if self.jagged_pointers is not None else None
+        return SparseEntry(indptr, cols, values, high + 1, twin)
+
+    def keep_jagged(self) -> Tensor:
+        """``jagged_pointers``. From the first call on every entry is kept as jagged diagonals too: those that are there
+        are converted now, later ones by ``scan``. Raises OutOfRange for a column that 16 bits do not hold."""
+        if self.jagged_pointers is None:
+            twins = {place: self._to_jagged(*tensors) for place, tensors in self._tensors.items()}
+            shape = (self.num_linears, 5, self.num_slots)
+            self.jagged_pointers = torch.zeros(shape, dtype=torch.int64, device=self.device)
+            for (linear, slot), twin in twins.items():
+                self._point_jagged(slot, {linear: twin})
+        return self.jagged_pointers
+
+    def expect_columns(self, linear: int, in_features: int) -> None:
+        """Tell how many inputs a linear has, so that no later entry may have more columns: a captured launch does not
+        look. Raises OutOfRange when an entry has more already."""
+        if self._known[linear, 0]:
+            return
+        for (held, slot), twin in self._jagged.items():
+            if held == linear and twin.num_columns > in_features:
+                raise OutOfRange(f"linear {linear}, slot {slot}: column {twin.num_columns - 1}, x has {in_features}")
+        self.dims[linear, 0] = in_features
+
+    def _to_jagged(self, indptr: Tensor, cols: Tensor, values: Tensor) -> JaggedDelta:
+        return from_csr(indptr.cpu(), cols.cpu(), values.cpu()).to(self.device)
+
+    def _point_jagged(self, slot: int, twins: dict[int, JaggedDelta]) -> None:
+        if self.jagged_pointers is None or not twins:
+            return
+        self._jagged.update({(linear, slot): twin for linear, twin in twins.items()})
+        addresses = [[tensor.data_ptr() for tensor in twin.tensors] for twin in twins.values()]
+        self.jagged_pointers[self._upload(list(twins)), :, slot] = self._upload(addresses)
 
     def set_all(self, slot: int, entries: Sequence[tuple[int, SparseEntry]]) -> None:
         """``set`` for the scanned deltas of a whole adapter: as few tensor operations as for one linear."""
@@ -233,21 +299,33 @@ class SparseTables(_Tables):
             self._check_value_dtype("values", entry.values.dtype, held)
             held = entry.values.dtype
             self._check_dim(linear, 1, entry.indptr.numel() - 1)
+            if 0 < self._known[linear, 0] < entry.num_columns:
+                raise OutOfRange(f"linear {linear}: column {entry.num_columns - 1}, x has {self._known[linear, 0]}")
         if not entries:
             return
+        # Scanned before this form was kept: converted here, where it holds up the caller.
+        is_jagged = self.jagged_pointers is not None
+        twins = {linear: e.jagged or self._to_jagged(*e[:3]) for linear, e in entries} if is_jagged else {}
         for linear, entry in entries:
             self._keep(linear, slot, (entry.indptr, entry.cols, entry.values))
         self.dims[linears, 1] = torch.tensor([entry.indptr.numel() - 1 for _, entry in entries], dtype=torch.int32)
         addresses = [(e.indptr.data_ptr(), e.cols.data_ptr(), e.values.data_ptr()) for _, e in entries]
         extents = [(entry.values.numel(), entry.num_columns) for _, entry in entries]
-        index = torch.tensor(linears, device=self.device)
-        self.pointers[index, :, slot] = torch.tensor(addresses, dtype=torch.int64, device=self.device)
-        self.extents[index, :, slot] = torch.tensor(extents, dtype=torch.int32, device=self.device)
+        index = self._upload(linears)
+        self.pointers[index, :, slot] = self._upload(addresses)
+        self.extents[index, :, slot] = self._upload(extents, torch.int32)
+        self._point_jagged(slot, twins)
 
     def _grow_tables(self, extra: int) -> None:
         self.pointers = torch.nn.functional.pad(self.pointers, (0, extra))
         self.extents = torch.nn.functional.pad(self.extents, (0, extra))
+        if self.jagged_pointers is not None:
+            self.jagged_pointers = torch.nn.functional.pad(self.jagged_pointers, (0, extra))
 
     def _clear_tables(self, slot: int) -> None:
         self.pointers[:, :, slot] = 0
         self.extents[:, :, slot] = 0
+        if self.jagged_pointers is not None:
+            self.jagged_pointers[:, :, slot] = 0
+            for linear in range(self.num_linears):
+                self._jagged.pop((linear, slot), None)

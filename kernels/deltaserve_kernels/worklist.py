@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deltaserve_kernels.errors import DtypeMismatch, OutOfRange, ShapeMismatch
+from deltaserve_kernels.transfer import upload
+
+if TYPE_CHECKING:
+    from deltaserve_kernels.tables import _Tables
 
 Part = tuple[int, float, float]
 Parts = tuple[Part, ...]
@@ -31,6 +36,9 @@ class WorkList:
     item_parts: int32 [I+1]  item i uses parts ``item_parts[i]:item_parts[i+1]``, in binding order, never none
     part_slot:  int32 [P]
     part_scale: float32 [P, 2]  (scale at the first layer, at the last layer)
+    num_planes: sum over items of rows * parts, or a bound; None: only the device knows
+    is_padded:  the arrays have a fixed capacity (``padded_list``): items past the last are empty, and rows and parts
+                past the last are never read. What is in them is known to the device alone.
     """
 
     num_rows: int
@@ -39,11 +47,20 @@ class WorkList:
     item_parts: Tensor
     part_slot: Tensor
     part_scale: Tensor
+    num_planes: int | None = None
+    is_padded: bool = False
 
     @property
     def is_empty(self) -> bool:
-        """True when no row of the step has an adapter."""
+        """True when no row of the step has an adapter; a padded list never tells."""
         return self.rows.numel() == 0
+
+    def concerns(self, tables: _Tables, members: Sequence[tuple[int, int, int]]) -> bool:
+        """Whether an operator has to run: False where no slot has an entry for any member (linear, start, stop).
+
+        A padded list always concerns: a captured launch stays when adapters come and go.
+        """
+        return self.is_padded or any(tables.has_any(member[0]) for member in members)
 
     @property
     def num_items(self) -> int:
@@ -74,12 +91,20 @@ class WorkList:
             ("item_rows", item_rows, rows.size),
             ("item_parts", item_parts, self.part_slot.numel()),
         ):
-            if starts.size == 0 or starts[0] != 0 or starts[-1] != total or (np.diff(starts) <= 0).any():
+            if starts.size == 0 or starts[0] != 0 or not self._rises(np.diff(starts), int(starts[-1]), total):
                 raise OutOfRange(f"{name} must rise strictly from 0 to {total}")
         if item_rows.size != item_parts.size:
             raise ShapeMismatch(f"item_rows has {item_rows.size} entries and item_parts {item_parts.size}")
+        rows = rows[: item_rows[-1]]
         if rows.size and (rows.min() < 0 or rows.max() >= self.num_rows or np.unique(rows).size != rows.size):
             raise OutOfRange(f"rows must be distinct and in 0..{self.num_rows - 1}")
+
+    def _rises(self, steps: np.ndarray, last: int, total: int) -> bool:
+        """Whether starts rise as they must; those of a padded list stay where they are after the last item."""
+        if not self.is_padded:
+            return last == total and not (steps <= 0).any()
+        used = int(np.count_nonzero(steps))
+        return last <= total and not (steps[:used] <= 0).any()
 
 
 def build_work_list(row_bindings: Sequence[Parts], device: torch.device | str = "cpu") -> WorkList:
@@ -136,9 +161,12 @@ def _pack(groups: dict[Parts, list[int]], num_rows: int, device: torch.device | 
     rows = [row for group in groups.values() for row in group]
     item_rows = list(accumulate(map(len, groups.values()), initial=0))
     item_parts = list(accumulate(map(len, groups), initial=0))
+    num_planes = sum(len(group) * len(binding) for binding, group in groups.items())
     # One buffer and one copy: on a GPU five small host-to-device copies would cost more than the building.
     sizes = (len(rows), len(item_rows), len(item_parts), len(slots))
-    packed = torch.from_numpy(np.array(rows + item_rows + item_parts + slots, dtype=np.int32))
-    scale = torch.from_numpy(np.array([part[1:] for part in parts], dtype=np.float32).reshape(len(parts), 2))
-    split = packed.to(device).split(sizes)
-    return WorkList(num_rows, split[0], split[1], split[2], split[3], scale.to(device))
+    scales = np.array([part[1:] for part in parts], dtype=np.float32).reshape(-1)
+    numbers = np.array(rows + item_rows + item_parts + slots, dtype=np.int32)
+    packed = upload(torch.from_numpy(np.concatenate([numbers, scales.view(np.int32)])), device)
+    split = packed.split((*sizes, 2 * len(slots)))
+    scale = split[4].view(torch.float32).view(len(slots), 2)
+    return WorkList(num_rows, split[0], split[1], split[2], split[3], scale, num_planes)

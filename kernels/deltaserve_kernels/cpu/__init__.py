@@ -118,6 +118,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    one_query: bool = False,
 ) -> Tensor:
     if window is not None and window < 1:
         raise OutOfRange(f"window {window} must be at least 1")

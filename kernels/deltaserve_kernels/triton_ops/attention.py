@@ -41,6 +41,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    one_query: bool = False,
     form: AttentionForm = DEFAULT,
 ) -> Tensor:
     """Causal attention over a paged cache; see ``operators.paged_attention``. [T, H, D]. Raises a KernelError."""
@@ -71,6 +72,8 @@ def paged_attention(
         out, part_acc, part_max, part_sum, cu_seqlens_q, kv_lens, sink, out.stride(0), numbers[2],
         HEADS=heads, HAS_SINKS=sinks is not None, num_warps=1, **sizes, **segments,
     )  # fmt: skip
+    if one_query:
+        return out
     # Whether some sequence has several queries is known to the device alone, so this launch may find nothing to do.
     tile_heads = min(_MIN_TILE_HEADS, triton.next_power_of_2(group))
     tile_queries = form.rows // tile_heads

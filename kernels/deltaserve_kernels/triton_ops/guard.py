@@ -14,16 +14,21 @@ from deltaserve_kernels.tables import FLOAT_DTYPES, LoraTables, SparseTables
 from deltaserve_kernels.worklist import WorkList
 
 
+def may_look(tensor: Tensor) -> bool:
+    """Whether looking into a tensor is free of a sync."""
+    return tensor.device.type == "cpu"
+
+
 def check_linear(
     y: Tensor, x: Tensor, work: WorkList, tables: LoraTables | SparseTables, members: Sequence[Member]
 ) -> None:
     """``checks.check_linear`` on the host; on a GPU all of it but the list's contents. Raises a KernelError."""
-    if x.device.type == "cpu":
+    if may_look(x):
         checks.check_linear(y, x, work, tables, members)
         return
     if y.dim() != 2 or x.dim() != 2 or y.shape[0] != x.shape[0] or x.shape[0] != work.num_rows:
         raise ShapeMismatch(f"y {list(y.shape)} and x {list(x.shape)} must be [T, N] and [T, K], T = {work.num_rows}")
-    if x.dtype not in FLOAT_DTYPES or y.dtype != x.dtype or tables.dtype != x.dtype:
+    if x.dtype not in FLOAT_DTYPES or y.dtype != x.dtype or tables.dtype not in (None, x.dtype):
         raise DtypeMismatch(f"y is {y.dtype}, x {x.dtype}, the tables hold {tables.dtype}; one float dtype is needed")
     if y.stride(1) != 1 or x.stride(1) != 1:
         raise ShapeMismatch(f"rows of y {y.stride()} and x {x.stride()} must be contiguous")
@@ -47,7 +52,7 @@ def check_attention(
     sinks: Tensor | None,
 ) -> None:
     """``checks.check_attention`` on the host; on a GPU shapes and dtypes. Raises a KernelError."""
-    if q.device.type == "cpu":
+    if may_look(q):
         checks.check_attention(q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, window, softcap, sinks)
         return
     checks.check_cache(k_cache, v_cache, q.dtype, q.device)
@@ -67,7 +72,7 @@ def check_attention(
 
 def check_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_index: Tensor) -> None:
     """``checks.check_write`` on the host; on a GPU shapes and dtypes. Raises a KernelError."""
-    if k.device.type == "cpu":
+    if may_look(k):
         checks.check_write(k, v, k_cache, v_cache, kv_index)
         return
     checks.check_cache(k_cache, v_cache, k.dtype, k.device)

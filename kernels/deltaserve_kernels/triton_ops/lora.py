@@ -11,12 +11,11 @@ import triton
 from torch import Tensor
 
 from deltaserve_kernels.checks import Member
-from deltaserve_kernels.tables import LoraTables
+from deltaserve_kernels.tables import RANK_TILE, LoraTables
 from deltaserve_kernels.triton_ops import guard, lora_programs
 from deltaserve_kernels.triton_ops.tiles import RowTiles, row_tiles
 from deltaserve_kernels.worklist import WorkList
 
-RANK_TILE = 16
 MAX_MEMBERS = 3
 
 
@@ -74,7 +73,7 @@ def lora_linear(
     for begin in range(0, len(members), MAX_MEMBERS):
         # Members without any entry stay in: a launch's shape must not follow the adapters, or one would compile anew.
         group = members[begin : begin + MAX_MEMBERS]
-        if any(tables.has_any(linear) for linear, _, _ in group):
+        if work.concerns(tables, group):
             _launch(y, x, work, tables, group, depth, form, tiles)
 
 
@@ -90,7 +89,8 @@ def _launch(
 ) -> None:
     in_features = x.shape[1]
     splits = form.splits(in_features)
-    max_rank = -(-_largest_rank(tables, members) // RANK_TILE) * RANK_TILE
+    # Room, not work: programs go by true ranks, so a row is as fast as if the room were exact.
+    max_rank = tables.rank_capacity
     plane_stride = len(members) * max_rank
     dtype = y.dtype if form.fold else torch.float32
     h = torch.empty(splits, tiles.num_plane_rows, plane_stride, dtype=dtype, device=x.device)
@@ -129,17 +129,19 @@ def place_of(widths: Sequence[int], columns: Sequence[int]) -> dict[str, int]:
     return {f"WIDTH{i}": width for i, width in enumerate(widths)} | {f"COLUMN{i}": at for i, at in enumerate(columns)}
 
 
-def _largest_rank(tables: LoraTables, members: Sequence[Member]) -> int:
-    entries = (tables.get(linear, slot) for linear, _, _ in members for slot in range(tables.num_slots))
-    return max(entry[0].shape[0] for entry in entries if entry is not None)
-
-
-_counters: dict[torch.device, Tensor] = {}
+_counters: dict[torch.device, list[Tensor]] = {}
+_MIN_COUNTERS = 1 << 14
 
 
 def counters(num_flags: int, device: torch.device) -> Tensor:
-    """Tickets, programs done and flags for ``fused``, all zero between launches; one per device, so one stream only."""
-    held = _counters.get(device)
-    if held is None or held.numel() < num_flags + 2:
-        held = _counters[device] = torch.zeros(max(1024, num_flags + 2), dtype=torch.int32, device=device)
-    return held
+    """Tickets, programs done and flags for ``fused``, all zero between launches; one per device, so one stream only.
+
+    A buffer once handed out is never freed: a captured graph may hold its address. Raises RuntimeError when one would
+    have to be made while a graph is captured, whose pool would own it.
+    """
+    held = _counters.setdefault(device, [])
+    if not held or held[-1].numel() < num_flags + 2:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a launch was captured that had never run before; run it once first")
+        held.append(torch.zeros(max(_MIN_COUNTERS, 2 * num_flags), dtype=torch.int32, device=device))
+    return held[-1]

@@ -1,4 +1,4 @@
-"""Launches of the sparse kernel, and the tables it reads: jagged copies of the CSR deltas in ``SparseTables``."""
+"""Launches of the sparse kernel. It reads the jagged copies that ``SparseTables`` keeps of its CSR deltas."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from deltaserve_kernels.checks import Member
-from deltaserve_kernels.errors import OutOfRange
 from deltaserve_kernels.tables import SparseTables
-from deltaserve_kernels.triton_ops import guard, jagged, sparse_kernels, sparse_wide
+from deltaserve_kernels.triton_ops import bucketed, guard, jagged, sparse_kernels, sparse_wide
 from deltaserve_kernels.triton_ops.lora import MAX_MEMBERS, place_of
 from deltaserve_kernels.triton_ops.tiles import RowTiles, row_tiles
 from deltaserve_kernels.worklist import WorkList
@@ -53,61 +51,6 @@ MAX_STAGE = 16384  # columns: 32 KB of 16 bits, of the 48 KB that a decode kerne
 _TRANSPOSE_K = 128
 
 
-class JaggedTables:
-    """Device addresses of jagged deltas, following one ``SparseTables``; ``bucket``: columns of a bucket, None: all.
-
-    pointers: int64 [num_linears, 5, num_slots]  the arrays of ``JaggedDelta.tensors``; 0 where empty
-    """
-
-    def __init__(self, tables: SparseTables, bucket: int | None = None) -> None:
-        self.bucket = bucket
-        shape = (tables.num_linears, 5, tables.num_slots)
-        self.pointers = torch.zeros(shape, dtype=torch.int64, device=tables.device)
-        # What an entry was made from, to see when it is replaced, and the entry, to keep its memory.
-        self._held: dict[tuple[int, int], tuple[Tensor, jagged.JaggedDelta]] = {}
-
-    def follow(self, tables: SparseTables, linear: int, in_features: int) -> None:
-        """Bring one linear's entries up to date. Converts what is new on the host, once an entry.
-
-        Raises OutOfRange for a column that x does not have or 16 bits do not hold.
-        """
-        for slot in range(tables.num_slots):
-            entry, held = tables.get(linear, slot), self._held.get((linear, slot))
-            if entry is None:
-                if held is not None:
-                    del self._held[linear, slot]
-                    self.pointers[linear, :, slot] = 0
-                continue
-            values = entry[2]
-            if held is None or held[0] is not values:
-                delta = self._convert(entry, in_features).to(tables.device)
-                addresses = [tensor.data_ptr() for tensor in delta.tensors]
-                self.pointers[linear, :, slot] = torch.tensor(addresses, dtype=torch.int64, device=tables.device)
-                held = self._held[linear, slot] = (values, delta)
-            if held[1].num_columns > in_features:
-                last = held[1].num_columns - 1
-                raise OutOfRange(f"linear {linear}, slot {slot}: column {last}, x has {in_features}")
-
-    def _convert(self, entry: tuple[Tensor, ...], in_features: int) -> jagged.JaggedDelta:
-        indptr, cols, values = (tensor.cpu() for tensor in entry)
-        if self.bucket is None:
-            return jagged.from_csr(indptr, cols, values)
-        return jagged.from_csr(indptr, cols, values, self.bucket, -(-in_features // self.bucket))
-
-
-_followers = WeakIdKeyDictionary()
-
-
-def jagged_tables(tables: SparseTables, bucket: int | None = None) -> JaggedTables:
-    """The jagged twin of ``tables`` with this bucket, made anew when the number of slots has changed."""
-    of_tables: dict[int | None, JaggedTables] | None = _followers.get(tables)
-    if of_tables is None:
-        of_tables = _followers[tables] = {}
-    if bucket not in of_tables or of_tables[bucket].pointers.shape[2] != tables.num_slots:
-        of_tables[bucket] = JaggedTables(tables, bucket)
-    return of_tables[bucket]
-
-
 def sparse_linear(
     y: Tensor,
     x: Tensor,
@@ -119,21 +62,24 @@ def sparse_linear(
 ) -> None:
     """``y[row, start:stop] += sum over parts of scale * (S x[row])``; see ``operators.sparse_linear``.
 
-    The form is the caller's choice, never the batch's: what a form decides by a tile's rows leaves the bits alone. A
-    delta is converted when it is first met, which blocks; warm-up should meet them all. Raises a KernelError.
+    The form is the caller's choice, never the batch's: what a form decides by a tile's rows leaves the bits alone. The
+    first call has the tables convert what they hold, and a form with buckets converts what it meets first; that blocks.
+    Raises a KernelError.
     """
     guard.check_linear(y, x, work, tables, members)
     if work.is_empty:
         return
     in_features = x.shape[1]
-    twin = jagged_tables(tables, form.bucket)
+    pointers = tables.keep_jagged()
     for linear, _, _ in members:
-        twin.follow(tables, linear, in_features)
+        tables.expect_columns(linear, in_features)
+    if form.bucket is not None and form.bucket < in_features:
+        pointers = bucketed.pointers(tables, [linear for linear, _, _ in members], in_features, form.bucket)
     tiles = row_tiles(work, form.tile_rows)
     x_t = _transposed(x, work, tiles, form)
     for begin in range(0, len(members), MAX_MEMBERS):
         group = members[begin : begin + MAX_MEMBERS]
-        if not any(tables.has_any(linear) for linear, _, _ in group):
+        if not work.concerns(tables, group):
             continue
         padded = [*group, *[(0, 0, 0)] * (MAX_MEMBERS - len(group))]
         widths = [stop - start for _, start, stop in padded]
@@ -145,7 +91,7 @@ def sparse_linear(
         kernel[grid](
             y, y.stride(0), *source,
             tiles.tile_item, tiles.tile_first, work.rows, work.item_rows, work.item_parts, work.part_slot,
-            work.part_scale, twin.pointers, tables.num_slots,
+            work.part_scale, pointers, tables.num_slots,
             *[linear for linear, _, _ in padded], depth,
             K=in_features, BUCKET=form.bucket_of(in_features), TILE_ROWS=form.tile_rows,
             num_warps=form.num_warps, **reading, **place_of(widths, columns),

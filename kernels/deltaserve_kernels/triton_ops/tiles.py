@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from deltaserve_kernels.triton_ops.tile_kernels import build_tiles
 from deltaserve_kernels.worklist import WorkList
 
 
@@ -19,7 +20,7 @@ class RowTiles:
     size covers them all, and programs whose ``tile_item`` is negative have nothing to do.
 
     tile_item:      int32 [capacity]  item of the tile, or -1
-    tile_first:     int32 [capacity]  position of its first row in ``work.rows``
+    tile_first:     int32 [capacity]  position of its first row in ``work.rows``; any number where there is no tile
     item_plane:     int32 [I]         first row of the item in the buffer of shrunk rows: parts * rows, part-major
     num_plane_rows: rows of that buffer
     """
@@ -36,7 +37,10 @@ _cache = WeakIdKeyDictionary()
 
 
 def row_tiles(work: WorkList, tile_rows: int) -> RowTiles:
-    """The tiles of a list that is not empty; the same object for every layer of a step."""
+    """The tiles of a list that is not empty; the same object for every layer of a step.
+
+    They are kept with the list object: a list whose memory is filled anew needs a new object (``PaddedLayout``).
+    """
     of_work: dict[int, RowTiles] | None = _cache.get(work)
     if of_work is None:
         of_work = _cache[work] = {}
@@ -46,22 +50,16 @@ def row_tiles(work: WorkList, tile_rows: int) -> RowTiles:
 
 
 def _build(work: WorkList, tile_rows: int) -> RowTiles:
-    capacity = work.num_items + work.rows.numel() // tile_rows
-    row_counts, part_counts = work.item_rows.diff(), work.item_parts.diff()
-    tile_counts = (row_counts + tile_rows - 1) // tile_rows
-    tile_ends = tile_counts.cumsum(0)
-    tile = torch.arange(capacity, device=work.device)
-    item = torch.searchsorted(tile_ends, tile, right=True)
-    inside = item.clamp(max=work.num_items - 1)
-    first = work.item_rows[inside] + (tile - (tile_ends - tile_counts)[inside]) * tile_rows
-    plane_counts = row_counts * part_counts
-    # One part an item is what serving without compositions has. Only other lists cost a sync, once per step.
-    one_part = work.part_slot.numel() == work.num_items
-    return RowTiles(
-        tile_rows=tile_rows,
-        capacity=capacity,
-        tile_item=torch.where(item < work.num_items, item, -1).to(torch.int32),
-        tile_first=first.to(torch.int32),
-        item_plane=(plane_counts.cumsum(0) - plane_counts).to(torch.int32),
-        num_plane_rows=work.rows.numel() if one_part else int(plane_counts.sum()),
-    )
+    num_rows, num_items = work.rows.numel(), work.num_items
+    # A tile has a row, and an item at most one tile that is not full.
+    capacity = min(num_rows, num_items + num_rows // tile_rows)
+    tile_item, tile_first = torch.empty(2, capacity, dtype=torch.int32, device=work.device)
+    item_plane = torch.empty(num_items, dtype=torch.int32, device=work.device)
+    build_tiles[(1,)](
+        work.item_rows, work.item_parts, tile_item, tile_first, item_plane, num_items, capacity,
+        TILE_ROWS=tile_rows, num_warps=4,
+    )  # fmt: skip
+    num_planes = work.num_planes
+    if num_planes is None:  # a list from elsewhere, whose counts only the device knows: a sync
+        num_planes = int((work.item_rows.diff() * work.item_parts.diff()).sum())
+    return RowTiles(tile_rows, capacity, tile_item, tile_first, item_plane, num_planes)

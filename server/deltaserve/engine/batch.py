@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from deltaserve.model.kv_cache import BLOCK_SIZE
 
 
 class ScheduledPart(NamedTuple):
@@ -44,3 +46,18 @@ class ScheduledSequence:
     def stop(self) -> int:
         """One past the last position computed."""
         return self.start + len(self.token_ids)
+
+
+def check_batch(batch: Sequence[ScheduledSequence], sizes: Any, starts: Any, max_context: int) -> None:
+    """Raise ValueError when a sequence is empty, leaves the context or its block table; ``sizes`` and ``starts`` are
+    numpy int64 [S], the numbers of tokens and first positions."""
+    if not len(batch) or sizes.min() < 1:
+        raise ValueError("a step needs at least one sequence, and each at least one token")
+    if starts.min() < 0 or (starts + sizes).max() > max_context:
+        raise ValueError(f"positions {starts.min()}..{(starts + sizes).max()} leave 0..{max_context}")
+    for seq in batch:
+        if len(seq.block_table) * BLOCK_SIZE < seq.stop:
+            raise ValueError(
+                f"sequence {seq.seq_id} has {len(seq.block_table)} blocks for {seq.stop} positions; "
+                f"a block holds {BLOCK_SIZE}"
+            )

@@ -1,7 +1,8 @@
 """Turns the sequences of one step into tensors, runs the base over all of them at once, returns logits.
 
 Everything the device needs for a step (ids, positions, block tables, row ranges) travels in one copy; the work list of
-adapters is kept while the same bindings stay in the same rows, as they do from one decode step to the next.
+adapters is kept while the same bindings stay in the same rows, as they do from one decode step to the next. Decode steps
+that ``DecodeGraphs`` has a graph for are replayed; everything else is launched operator by operator.
 """
 
 from __future__ import annotations
@@ -14,11 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltaserve.engine.batch import ScheduledSequence
+from deltaserve.engine.batch import ScheduledSequence, check_batch
+from deltaserve.engine.decode_graphs import DecodeGraphs
 from deltaserve.model.base import BaseModel
 from deltaserve.model.context import ForwardContext
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
-from deltaserve_kernels import LoraTables, SparseTables, WorkList, build_work_list_runs
+from deltaserve_kernels import (
+    LoraTables,
+    PaddedLayout,
+    SparseTables,
+    WorkList,
+    build_work_list_runs,
+    select,
+    upload,
+)
 
 # (first row, number of rows, active parts as (slot, scale_first, scale_last))
 Run = tuple[int, int, tuple[tuple[int, float, float], ...]]
@@ -28,12 +38,19 @@ class ModelRunner:
     """Runs steps; owned by the engine thread. The tables may change between steps, never during one."""
 
     def __init__(
-        self, base: BaseModel, kv: KVCache, lora: LoraTables | None = None, sparse: SparseTables | None = None
+        self,
+        base: BaseModel,
+        kv: KVCache,
+        lora: LoraTables | None = None,
+        sparse: SparseTables | None = None,
+        *,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.base = base
         self.kv = kv
         self.lora = lora
         self.sparse = sparse
+        self.graphs = graphs
         self._is_host = base.device.type == "cpu"
         self._staging = np.empty(0, dtype=np.int64)
         self._runs: list[Run] = []
@@ -44,9 +61,45 @@ class ModelRunner:
     def execute(self, batch: Sequence[ScheduledSequence]) -> Tensor:
         """Float32 [R, vocab] on the base's device: in batch order, 0 ("none"), 1 ("last") or all rows a sequence.
 
-        Raises ValueError when a sequence is empty, exceeds the context or its block table.
+        Valid until the next call. Raises ValueError when a sequence is empty, exceeds the context or its block table.
         """
-        ctx, input_ids, logit_rows = self._prepare(batch)
+        sizes = np.fromiter((len(seq.token_ids) for seq in batch), dtype=np.int64, count=len(batch))
+        starts = np.fromiter((seq.start for seq in batch), dtype=np.int64, count=len(batch))
+        check_batch(batch, sizes, starts, self.base.max_context)
+        if self.graphs is not None:
+            logits = self.graphs.run(batch)
+            if logits is not None:
+                return logits
+        return self._forward(*self._prepare(batch, sizes, starts))
+
+    @torch.inference_mode()
+    def rehearse(self, batch: Sequence[ScheduledSequence]) -> None:
+        """Run a step launching every operator of every kind of term, though no row has an adapter."""
+        sizes = np.array([len(seq.token_ids) for seq in batch])
+        ctx, input_ids, logit_rows = self._prepare(batch, sizes, np.array([seq.start for seq in batch]))
+        layout = PaddedLayout(len(input_ids))
+        ctx.work = layout.work_list(torch.zeros(layout.size, dtype=torch.int32, device=self.base.device))
+        self._forward(ctx, input_ids, logit_rows)
+
+    def warm_up(self, max_tokens: int = 2 * BLOCK_SIZE) -> None:
+        """Run every kind of step once and capture the graphs, so that no request pays for first calls.
+
+        Writes into the first blocks of the cache: call it before anything is in there. ``max_tokens``: the largest
+        step to come. Triton compiles a kernel when it first meets its arguments' kinds: all of them are met here.
+        """
+        table = tuple(range(min(self.kv.num_blocks, -(-max(max_tokens, 2) // BLOCK_SIZE))))
+        longest = min(len(table) * BLOCK_SIZE, self.base.max_context)
+        self.execute([ScheduledSequence(0, (0,) * max(min(longest, 2 * BLOCK_SIZE) - 1, 1), 0, table)])
+        if longest > 1:
+            self.execute([ScheduledSequence(0, (0,), longest - 1, table, logits="all")])
+        if select(self.base.device) == "triton":
+            for batch in rehearsals(table, longest):
+                self.rehearse(batch)
+        if self.graphs is not None:
+            self.graphs.capture()
+        self.kv.pool.zero_()
+
+    def _forward(self, ctx: ForwardContext, input_ids: Tensor, logit_rows: Tensor | None) -> Tensor:
         hidden = self.base.forward(input_ids, ctx)
         if logit_rows is None:
             return self.base.logits(hidden, ctx)
@@ -54,25 +107,11 @@ class ModelRunner:
             return torch.empty(0, self.base.vocab_size, device=self.base.device)
         return self.base.logits(hidden.index_select(0, logit_rows), ctx)
 
-    def warm_up(self) -> None:
-        """Run a prefill and a decode step once, so that the first request does not pay for first calls.
-
-        Writes into blocks 0 and 1 of the cache: call it before anything is in there.
-        """
-        table = (0, 1)[: self.kv.num_blocks]
-        length = min(len(table) * BLOCK_SIZE, self.base.max_context)
-        first = ScheduledSequence(0, (0,) * max(length - 1, 1), 0, table)
-        self.execute([first])
-        if length > 1:
-            self.execute([ScheduledSequence(0, (0,), length - 1, table, logits="all")])
-        self.kv.pool.zero_()
-
-    def _prepare(self, batch: Sequence[ScheduledSequence]) -> tuple[ForwardContext, Tensor, Tensor | None]:
+    def _prepare(
+        self, batch: Sequence[ScheduledSequence], sizes: Any, starts: Any
+    ) -> tuple[ForwardContext, Tensor, Tensor | None]:
         """Context, input ids int64 [T] and the rows that need logits (None: every row)."""
         num_sequences = len(batch)
-        sizes = np.fromiter((len(seq.token_ids) for seq in batch), dtype=np.int64, count=num_sequences)
-        starts = np.fromiter((seq.start for seq in batch), dtype=np.int64, count=num_sequences)
-        self._check(batch, sizes, starts)
         stops = starts + sizes
         bounds = np.zeros(num_sequences + 1, dtype=np.int64)
         np.cumsum(sizes, out=bounds[1:])
@@ -104,8 +143,7 @@ class ModelRunner:
         rows_at = 2 * num_sequences + 1 + num_sequences * width
         num_logit_rows = self._fill_logit_rows(batch, bounds, narrow[rows_at:])
 
-        packed = torch.from_numpy(staging)
-        device_copy = packed if self._is_host else packed.to(self.base.device)
+        device_copy = upload(torch.from_numpy(staging), self.base.device)
         wide, thin = device_copy[: 3 * num_rows].view(3, num_rows), device_copy[3 * num_rows :].view(torch.int32)
         ctx = ForwardContext(
             positions=wide[1],
@@ -118,21 +156,10 @@ class ModelRunner:
             lora=self.lora,
             sparse=self.sparse,
             kv_regimes=self._regimes(batch, owner),
+            is_decode=num_rows == num_sequences,
         )
         logit_rows = None if num_logit_rows == num_rows else thin[rows_at : rows_at + num_logit_rows]
         return ctx, wide[0], logit_rows
-
-    def _check(self, batch: Sequence[ScheduledSequence], sizes: Any, starts: Any) -> None:
-        if not len(batch) or sizes.min() < 1:
-            raise ValueError("a step needs at least one sequence, and each at least one token")
-        if starts.min() < 0 or (starts + sizes).max() > self.base.max_context:
-            raise ValueError(f"positions {starts.min()}..{(starts + sizes).max()} leave 0..{self.base.max_context}")
-        for seq in batch:
-            if len(seq.block_table) * BLOCK_SIZE < seq.stop:
-                raise ValueError(
-                    f"sequence {seq.seq_id} has {len(seq.block_table)} blocks for {seq.stop} positions; "
-                    f"a block holds {BLOCK_SIZE}"
-                )
 
     def _reserve(self, count: int) -> Any:
         """A staging array of ``count`` int64; on the host the step's tensors live in it, so it is not shared then."""
@@ -186,4 +213,19 @@ class ModelRunner:
         per_sequence = np.array([self.base.kv_regime(max(seq.length, seq.stop)) for seq in batch], dtype=np.int64)
         if not per_sequence.any():
             return None
-        return torch.from_numpy(per_sequence[owner]).to(self.base.device)
+        return upload(torch.from_numpy(per_sequence[owner]), self.base.device)
+
+
+def rehearsals(table: Sequence[int], longest: int) -> list[list[ScheduledSequence]]:
+    """Steps of every shape that launches tell apart: one row, some rows, prompts of rising lengths, both together."""
+
+    def sequence(start: int, count: int) -> ScheduledSequence:
+        return ScheduledSequence(0, (0,) * count, start, table)
+
+    lengths = [length for length in (2, 15, 16, 33, *(1 << i for i in range(6, 20))) if length < longest]
+    batches = [[sequence(0, length)] for length in (*lengths, longest)]
+    for count in (1, 2, 16, 17):
+        batches.append([sequence(longest - 1, 1)] * count)
+    if longest > 3:
+        batches.append([sequence(longest - 1, 1), sequence(0, longest - 2)])
+    return batches

@@ -57,6 +57,7 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any
         scale=spec.scale,
         window=spec.window,
         softcap=spec.softcap,
+        one_query=ctx.is_decode,
     )
     return output.unsqueeze(0), None
 

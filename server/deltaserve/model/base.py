@@ -100,15 +100,16 @@ class BaseModel:
         """``input_ids`` int64 [T] of a step -> final hidden rows [T, hidden] in the serving dtype; writes K and V."""
         return self._decode(input_ids, ctx.positions, ctx)
 
-    def logits(self, hidden_rows: Tensor, ctx: PassContext) -> Tensor:
-        """Hidden rows [R, hidden] -> float32 [R, vocab], through the model's own head (soft-capping, scaling)."""
+    def logits(self, hidden_rows: Tensor, ctx: PassContext, out: Tensor | None = None) -> Tensor:
+        """Hidden rows [R, hidden] -> float32 [R, vocab], through the model's own head (soft-capping, scaling); into
+        ``out`` if given."""
         ctx.head_rows = hidden_rows[None]
         try:
             with use(ctx):
                 output = self._model(inputs_embeds=ctx.head_rows, use_cache=False)
         finally:
             ctx.head_rows = None
-        return output.logits[0].float()
+        return output.logits[0].float() if out is None else out.copy_(output.logits[0])
 
     @torch.inference_mode()
     def folded_logits(self, ids: Tensor, deltas: Mapping[str, Callable[[], Tensor]]) -> Tensor:

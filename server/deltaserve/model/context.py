@@ -38,7 +38,8 @@ class ForwardContext(PassContext):
 
     ``positions`` int64 [T]; ``cu_seqlens_q`` int32 [S+1], row ranges of the sequences; ``kv_lens`` int32 [S], positions
     valid after this step; ``block_tables`` int32 [S, B]; ``kv_index`` int64 [T] = block * 16 + offset, where each row's
-    K and V go. ``work`` groups rows by binding; None or empty means base only.
+    K and V go. ``work`` groups rows by binding; None or empty means base only. ``is_decode``: every sequence has one
+    row, which spares a launch.
     """
 
     positions: Tensor
@@ -50,6 +51,7 @@ class ForwardContext(PassContext):
     work: WorkList | None = None
     lora: LoraTables | None = None
     sparse: SparseTables | None = None
+    is_decode: bool = False
     # Results of a projection group waiting for its other members: linear index -> (input rows, output slice).
     pending: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 

@@ -30,14 +30,20 @@ class KVLayout:
 
 
 class KVCache:
-    """``num_blocks`` blocks of the layout on ``device``; who owns which block is the block manager's business."""
+    """``num_blocks`` blocks of the layout on ``device``; who owns which block is the block manager's business.
 
-    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device | str) -> None:
+    ``has_scratch`` adds one block that nobody owns, ``scratch_block``: rows that only fill up a step write there.
+    """
+
+    def __init__(
+        self, layout: KVLayout, num_blocks: int, device: torch.device | str, *, has_scratch: bool = False
+    ) -> None:
         if num_blocks < 1:
             raise ValueError(f"num_blocks is {num_blocks}; at least 1 is needed")
         self.layout = layout
         self.num_blocks = num_blocks
-        shape = (num_blocks, layout.num_layers, 2, layout.kv_heads, BLOCK_SIZE, layout.head_dim)
+        self.scratch_block = num_blocks if has_scratch else None
+        shape = (num_blocks + has_scratch, layout.num_layers, 2, layout.kv_heads, BLOCK_SIZE, layout.head_dim)
         # Zeros, not empty: a masked position may hold any finite value, but NaN times zero weight would still be NaN.
         self.pool = torch.zeros(shape, dtype=layout.dtype, device=device)
         self._k = tuple(self.pool[:, layer, 0] for layer in range(layout.num_layers))

@@ -45,9 +45,9 @@ class ProjectionGroup:
         if work is None or work.is_empty:
             return y
         lora, sparse = ctx.lora, ctx.sparse
-        if lora is not None and any(lora.has_any(member.linear) for member in self.members):
+        if lora is not None and work.concerns(lora, self.members):
             lora_linear(y, rows, work, lora, self.members, self.depth)
-        if sparse is not None and any(sparse.has_any(member.linear) for member in self.members):
+        if sparse is not None and work.concerns(sparse, self.members):
             sparse_linear(y, rows, work, sparse, self.members, self.depth)
         return y
 

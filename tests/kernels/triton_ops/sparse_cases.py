@@ -7,7 +7,7 @@ import torch
 
 from deltaserve_kernels import KernelError, build_work_list, sparse_linear
 from deltaserve_kernels.triton_ops import sparse
-from deltatest.kernel_cases import LinearCase, Parts, randn
+from deltatest.kernel_cases import LinearCase, Parts, csr, randn
 
 TOLERANCE = {
     torch.float32: {"rtol": 0.0, "atol": 3e-5},
@@ -160,5 +160,18 @@ def test_the_operator_reaches_the_kernel_by_name_and_checks_columns():
     work = build_work_list([((2, 1.0, 1.0),)])
     sparse_linear(y, x, work, case.sparse, case.members, backend="triton")
     torch.testing.assert_close(y.double(), expected, **TOLERANCE[torch.float32])
-    with pytest.raises(KernelError, match="column"):
+    with pytest.raises(KernelError, match="77 inputs; x has 20"):
         sparse_linear(y, randn(1, 20), work, case.sparse, case.members, backend="triton")
+
+
+def test_columns_beyond_x_are_refused_before_and_after_x_is_known():
+    """A captured launch looks at nothing: once a linear's inputs are known, tables take no entry that has more."""
+    case = filled(widths=(30,))
+    work = build_work_list([((2, 1.0, 1.0),)])
+    with pytest.raises(KernelError, match=r"slot \d: column \d+, x has 20"):
+        sparse_linear(randn(1, 30), randn(1, 20), work, case.sparse, case.members, backend="triton")
+    sparse_linear(randn(1, 30), randn(1, 77), work, case.sparse, case.members, backend="triton")
+    wide = torch.zeros(30, 99, dtype=torch.bool)
+    wide[3, 98] = True
+    with pytest.raises(KernelError, match="column 98, x has 77"):
+        case.sparse.set(0, 4, *csr(wide, torch.ones(1)))

@@ -1,0 +1,161 @@
+"""Decode steps as captured graphs: one for each bucket of rows and each set of term families, all made at start-up.
+
+A *family* is a kind of term with tables of its own (low-rank, sparse). Which families a step needs is known on the host
+from its slots; the graph with no family has no launch for adapters at all. Inside a family adapters are data: tables say
+where their matrices are and what ranks they have, and a step's list says which rows use them, so no load, eviction,
+rank or mixture of them captures anything again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaserve.engine.batch import ScheduledSequence
+from deltaserve.engine.graph_capture import Capture, CudaCapture, Pass
+from deltaserve.engine.static_step import RowBinding, StaticStep
+from deltaserve.model.base import BaseModel
+from deltaserve.model.context import ForwardContext
+from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
+from deltaserve_kernels import LoraTables, PaddedLayout, SparseTables
+
+MAX_RANK = 256
+"""Ranks that graphs have room for. Adapters of a higher one are served without graphs."""
+
+Family = str
+FAMILIES: tuple[Family, ...] = ("lora", "sparse")
+"""Names of ``ForwardContext``'s tables."""
+
+
+def buckets(max_seqs: int) -> tuple[int, ...]:
+    """Numbers of rows that graphs are made for: 1, 2, 4, then multiples of 8 up to 32, 16 up to 64, 32 beyond."""
+    steps = [1, 2, 4, *range(8, 33, 8), *range(48, 65, 16), *range(96, max_seqs + 1, 32)]
+    return (*(rows for rows in steps if rows < max_seqs), max_seqs)
+
+
+class DecodeGraphs:
+    """Runs decode steps (one token a sequence, logits "last") of at most ``max_seqs`` sequences by replay.
+
+    ``kv`` needs a scratch block. ``max_blocks``: longest block table (default: the base's whole context). ``keys``: the
+    sets of families to capture (default: none, each alone, all); a step takes the smallest one that covers its own, and
+    launches it does not need cost little and change nothing. ``row_counts``: the buckets.
+
+    Nothing works before ``capture``. For the engine thread alone; the tables may change between steps.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        kv: KVCache,
+        lora: LoraTables | None = None,
+        sparse: SparseTables | None = None,
+        *,
+        max_seqs: int = 64,
+        max_blocks: int | None = None,
+        max_rank: int = MAX_RANK,
+        keys: Iterable[Iterable[Family]] | None = None,
+        row_counts: Iterable[int] | None = None,
+        capture: Capture | None = None,
+    ) -> None:
+        self.base = base
+        self.kv = kv
+        self.row_counts = tuple(sorted(row_counts)) if row_counts is not None else buckets(max_seqs)
+        if max_blocks is None:
+            max_blocks = min(-(-base.max_context // BLOCK_SIZE), kv.num_blocks)
+        self.step = StaticStep(kv, max_seqs=self.row_counts[-1], max_blocks=max_blocks, has_regimes=base.has_kv_regimes)
+        given: dict[Family, Any] = {"lora": lora, "sparse": sparse}
+        self._tables = {family: tables for family, tables in given.items() if tables is not None}
+        if lora is not None:
+            lora.reserve_rank(max_rank)
+        self._max_rank = lora.rank_capacity if lora is not None else 0
+        self._num_slots = {family: tables.num_slots for family, tables in self._tables.items()}
+        self.keys = self._sorted_keys(keys)
+        self._capture: Capture = capture or CudaCapture(kv.pool.device)
+        self._replays: dict[tuple[int, frozenset[Family]], Pass] = {}
+        # Outside of the graphs' pool, where other graphs would overwrite it.
+        self._logits = torch.zeros(self.row_counts[-1], base.vocab_size, device=kv.pool.device)
+
+    def _sorted_keys(self, keys: Iterable[Iterable[Family]] | None) -> tuple[frozenset[Family], ...]:
+        """Smallest first, the empty one always among them."""
+        wanted = [[], *([family] for family in self._tables), self._tables] if keys is None else [[], *keys]
+        unique = {frozenset(key) for key in wanted}
+        for key in unique:
+            if not key <= set(self._tables):
+                raise ValueError(f"families {sorted(key)}: only {sorted(self._tables)} have tables")
+        return tuple(sorted(unique, key=lambda key: (len(key), sorted(key))))
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._replays)
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Make every graph; tens of milliseconds to a second each. Writes to the scratch block alone."""
+        for num_rows in reversed(self.row_counts):
+            # Rows that belong to nobody: a trial run must not touch anybody's blocks.
+            self.step.fill([], num_rows, [()] * num_rows)
+            for key in reversed(self.keys):
+                self._replays[num_rows, key] = self._capture(partial(self._pass, num_rows, key))
+
+    @torch.inference_mode()
+    def run(self, batch: Sequence[ScheduledSequence]) -> Tensor | None:
+        """Float32 [R, vocab], one row a sequence, valid until the next run; None when no graph serves the batch.
+
+        The batch must have passed ``check_batch``. No sync: what is in the result is known when the stream has come
+        to it.
+        """
+        if not self._replays or not all(len(seq.token_ids) == 1 and seq.logits == "last" for seq in batch):
+            return None
+        if not batch or not self.step.fits(batch):
+            return None
+        bindings = [_active(seq) for seq in batch]
+        needed = self._families(bindings)
+        num_rows = next((rows for rows in self.row_counts if rows >= len(batch)), 0)
+        key = None if needed is None else next((key for key in self.keys if key >= needed), None)
+        if key is None or not PaddedLayout(num_rows).fits(bindings):
+            return None
+        regimes = (
+            [self.base.kv_regime(max(seq.length, seq.stop)) for seq in batch] if self.base.has_kv_regimes else None
+        )
+        self.step.fill(batch, num_rows, bindings if key else None, regimes)
+        self._replays[num_rows, key]()
+        return self._logits[: len(batch)]
+
+    def _families(self, bindings: list[RowBinding]) -> frozenset[Family] | None:
+        """Families that some row's adapters have; None when an adapter or a table has outgrown the graphs."""
+        if any(tables.num_slots != self._num_slots[family] for family, tables in self._tables.items()):
+            return None
+        slots = {slot for binding in set(bindings) for slot, _, _ in binding}
+        lora = self._tables.get("lora")
+        if lora is not None and any(lora.largest_rank(slot) > self._max_rank for slot in slots):
+            return None
+        return frozenset(
+            family for family, tables in self._tables.items() if any(tables.has_slot(slot) for slot in slots)
+        )
+
+    def _pass(self, num_rows: int, key: frozenset[Family]) -> None:
+        inputs = self.step.inputs(num_rows)
+        ctx = ForwardContext(
+            positions=inputs.positions,
+            cu_seqlens_q=inputs.cu_seqlens,
+            kv_lens=inputs.kv_lens,
+            block_tables=inputs.block_tables,
+            kv_index=inputs.kv_index,
+            kv=self.kv,
+            work=inputs.work if key else None,
+            lora=self._tables["lora"] if "lora" in key else None,
+            sparse=self._tables["sparse"] if "sparse" in key else None,
+            kv_regimes=inputs.regimes,
+            is_decode=True,
+        )
+        hidden = self.base.forward(inputs.ids, ctx)
+        self.base.logits(hidden, ctx, out=self._logits[:num_rows])
+
+
+def _active(seq: ScheduledSequence) -> RowBinding:
+    """The parts that change the row of a decoding sequence: those that joined at its position or before."""
+    return tuple((slot, first, last) for slot, first, last, since in seq.parts if since <= seq.start)
