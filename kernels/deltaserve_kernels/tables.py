@@ -52,6 +52,10 @@ class _Tables:
         """True when some slot has an entry for this linear; False lets a caller skip the operator."""
         return self._filled[linear] > 0
 
+    def shape_of(self, linear: int) -> tuple[int, int]:
+        """(in_features, out_features) of a linear, 0 while unknown."""
+        return int(self._known[linear, 0]), int(self._known[linear, 1])
+
     def has_slot(self, slot: int) -> bool:
         """True when the slot has an entry for some linear."""
         return slot in self._num_linears_of
@@ -263,7 +267,8 @@ class SparseTables(_Tables):
         if self.jagged_pointers is None:
             twins = {place: self._to_jagged(*tensors) for place, tensors in self._tensors.items()}
             shape = (self.num_linears, 5, self.num_slots)
-            self.jagged_pointers = torch.zeros(shape, dtype=torch.int64, device=self.device)
+            with torch.inference_mode(False):  # the first call may come from a pass; later entries come from outside
+                self.jagged_pointers = torch.zeros(shape, dtype=torch.int64, device=self.device)
             for (linear, slot), twin in twins.items():
                 self._point_jagged(slot, {linear: twin})
         return self.jagged_pointers

@@ -24,7 +24,14 @@ class GraphRig:
     """``capture`` defaults to running the same pass again. Slots: any of low-rank, sparse, both or nothing."""
 
     def __init__(
-        self, base: BaseModel, *, capture: Any = None, seed: int = 0, max_seqs: int = 6, **options: Any
+        self,
+        base: BaseModel,
+        *,
+        capture: Any = None,
+        capture_now: bool = True,
+        seed: int = 0,
+        max_seqs: int = 6,
+        **options: Any,
     ) -> None:
         self.base = base
         self.draw = random.Random(seed)
@@ -39,7 +46,8 @@ class GraphRig:
         self.graphs = DecodeGraphs(
             base, self.kv, self.lora, self.sparse, max_seqs=max_seqs, max_blocks=8, capture=self._count, **options
         )
-        self.graphs.capture()
+        if capture_now:
+            self.graphs.capture()
         self.eager_kv = KVCache(base.kv_layout, self.num_blocks, device)
         self.eager = ModelRunner(base, self.eager_kv, self.lora, self.sparse)
 
@@ -86,14 +94,16 @@ class GraphRig:
         for i in range(num_rows):
             start = self.draw.choice([0, 1, 15, 16, self.draw.randrange(6 * BLOCK_SIZE)])
             table = [free.pop() for _ in range(start // BLOCK_SIZE + 1)]
-            slots = self.draw.sample(range(NUM_SLOTS), self.draw.randint(0, max_parts))
-            parts = tuple(
-                ScheduledPart(slot, self.draw.choice([1.0, -0.5]), 2.0, self.draw.choice([0, 0, start, start + 1]))
-                for slot in slots
-            )
             token = self.draw.randrange(self.base.vocab_size)
-            batch.append(ScheduledSequence(i, [token], start, table, parts))
+            batch.append(ScheduledSequence(i, [token], start, table, self.random_parts(start, max_parts)))
         return batch
+
+    def random_parts(self, start: int, max_parts: int) -> tuple[ScheduledPart, ...]:
+        slots = self.draw.sample(range(NUM_SLOTS), self.draw.randint(0, max_parts))
+        return tuple(
+            ScheduledPart(slot, self.draw.choice([1.0, -0.5]), 2.0, self.draw.choice([0, 0, start, start + 1]))
+            for slot in slots
+        )
 
     def check(self, batch: Sequence[ScheduledSequence], name: str = "") -> None:
         """The graph's logits and what it wrote to the cache equal the eager runner's, bit for bit."""

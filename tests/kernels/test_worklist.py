@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaserve_kernels import KernelError, OutOfRange, WorkList, build_work_list, build_work_list_runs
+from deltaserve_kernels import KernelError, OutOfRange, PaddedLayout, WorkList, build_work_list, build_work_list_runs
 
 A, B = (3, 1.0, 1.0), (5, 0.5, 2.0)
 
@@ -59,6 +62,50 @@ def test_runs_and_rows_agree(runs):
     from_runs, from_rows = build_work_list_runs(starts, len(flat)), build_work_list(flat)
     from_runs.validate()
     assert rows_by_binding(from_runs) == rows_by_binding(from_rows)
+
+
+def padded(bindings, num_rows):
+    layout = PaddedLayout(num_rows)
+    buffer = np.full(layout.size, -7, dtype=np.int32)
+    layout.fill(buffer, bindings)
+    return layout.work_list(torch.from_numpy(buffer))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([(), (A,), (B,), (A, B)]), max_size=12))
+def test_a_padded_list_holds_what_a_plain_one_does(bindings):
+    plain, wide = build_work_list(bindings), padded(bindings, 12)
+    wide.validate()
+    assert wide.is_padded
+    assert not wide.is_empty
+    assert (wide.num_rows, wide.num_items) == (12, 12)
+    count = plain.num_items
+    found = rows_by_binding(
+        dataclasses.replace(wide, item_rows=wide.item_rows[: count + 1], item_parts=wide.item_parts[: count + 1])
+    )
+    assert found == rows_by_binding(plain)
+    assert plain.num_planes == sum(map(len, bindings)) <= wide.num_planes
+    assert set(wide.item_rows[count:].tolist()) == {plain.rows.numel()}
+
+
+def test_a_padded_list_of_64_rows_is_small_and_says_what_it_has_no_room_for():
+    layout = PaddedLayout(64)
+    assert layout.size * 4 == 1640
+    assert layout.fits([((row, 1.0, 1.0),) for row in range(64)])
+    assert layout.fits([((row % 4, 1.0, 1.0), (5, 1.0, 1.0)) for row in range(64)])
+    assert not layout.fits([((row, 1.0, 1.0), (65, 1.0, 1.0)) for row in range(64)])
+    assert not layout.fits([(A,)] * 65)
+    assert not PaddedLayout(1).fits([tuple((slot, 1.0, 1.0) for slot in range(9))])
+    with pytest.raises(OutOfRange, match="no room"):
+        layout.fill(np.zeros(layout.size, dtype=np.int32), [(A,)] * 65)
+
+
+@pytest.mark.parametrize(("name", "place", "value"), [("item_rows", 2, 1), ("item_parts", 1, 0), ("rows", 1, 0)])
+def test_a_padded_list_that_is_wrong_is_refused(name, place, value):
+    work = padded([(A,), (A,), (B,)], 5)
+    getattr(work, name)[place] = value
+    with pytest.raises(KernelError):
+        work.validate()
 
 
 @pytest.mark.parametrize(

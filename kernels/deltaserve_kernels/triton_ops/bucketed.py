@@ -1,4 +1,4 @@
-"""Jagged copies of sparse deltas with columns in buckets, beside the copies without that ``SparseTables`` keeps itself."""
+"""Jagged copies of sparse deltas with columns in buckets, beside those without, which ``SparseTables`` keeps itself."""
 
 from __future__ import annotations
 

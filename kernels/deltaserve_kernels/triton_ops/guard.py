@@ -33,7 +33,7 @@ def check_linear(
     if y.stride(1) != 1 or x.stride(1) != 1:
         raise ShapeMismatch(f"rows of y {y.stride()} and x {x.stride()} must be contiguous")
     for linear, start, stop in members:
-        known_in, known_out = tables.dims[linear].tolist()
+        known_in, known_out = tables.shape_of(linear)
         if not 0 <= start < stop <= y.shape[1] or (known_out and known_out != stop - start):
             raise OutOfRange(f"linear {linear} has {known_out} outputs; columns {start}:{stop} of {y.shape[1]} differ")
         if known_in and known_in != x.shape[1]:

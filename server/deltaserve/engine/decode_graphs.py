@@ -1,9 +1,9 @@
 """Decode steps as captured graphs: one for each bucket of rows and each set of term families, all made at start-up.
 
-A *family* is a kind of term with tables of its own (low-rank, sparse). Which families a step needs is known on the host
-from its slots; the graph with no family has no launch for adapters at all. Inside a family adapters are data: tables say
-where their matrices are and what ranks they have, and a step's list says which rows use them, so no load, eviction,
-rank or mixture of them captures anything again.
+A *family* is a kind of term with tables of its own (low-rank, sparse). Which families a step needs is known on the
+host from its slots; the graph with no family has no launch for adapters at all. Inside a family adapters are data:
+tables say where their matrices are and what ranks they have, and a step's list says which rows use them, so no load,
+eviction, rank or mixture of them captures anything again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Turns the sequences of one step into tensors, runs the base over all of them at once, returns logits.
 
 Everything the device needs for a step (ids, positions, block tables, row ranges) travels in one copy; the work list of
-adapters is kept while the same bindings stay in the same rows, as they do from one decode step to the next. Decode steps
-that ``DecodeGraphs`` has a graph for are replayed; everything else is launched operator by operator.
+adapters is kept while the same bindings stay in the same rows, as they do from one decode step to the next. Decode
+steps that ``DecodeGraphs`` has a graph for are replayed; everything else is launched operator by operator.
 """
 
 from __future__ import annotations

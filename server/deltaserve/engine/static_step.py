@@ -118,7 +118,7 @@ class StaticStep:
         self._fill_block_tables([seq.block_table for seq in batch] + [[self._scratch_block]] * (num_rows - count))
 
     def _pack(self, bindings: list[RowBinding], num_rows: int) -> Any:
-        """The list as int32; kept while the same bindings stay in the same rows, as from one decode step to the next."""
+        """The list as int32; kept while the same bindings stay in the same rows."""
         if self._packed[0] != num_rows or self._packed[1] != bindings:
             layout = PaddedLayout(num_rows)
             packed = np.empty(layout.size, dtype=np.int32)

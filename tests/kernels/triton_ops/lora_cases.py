@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from deltaserve_kernels import build_work_list, lora_linear, select
-from deltaserve_kernels.triton_ops import lora
+from deltaserve_kernels import PaddedLayout, WorkList, build_work_list, lora_linear, select
+from deltaserve_kernels.triton_ops import guard, lora
 from deltaserve_kernels.triton_ops.tiles import row_tiles
 from deltatest.kernel_cases import LinearCase, Parts, randn
 
@@ -152,6 +153,53 @@ def test_tiles_cover_every_row_once_and_are_built_once():
     assert tiles.tile_item.tolist() == [0, 0, 0, 1, 2, -1]
     assert tiles.tile_first.tolist()[:5] == [0, 16, 32, 33, 49]
     assert (tiles.item_plane.tolist(), tiles.num_plane_rows) == ([0, 33, 65], 66)
+
+
+def padded(bindings: list[Parts], num_rows: int) -> WorkList:
+    """The same list with room for ``num_rows`` rows; what lies past the counts must not matter."""
+    layout = PaddedLayout(num_rows)
+    buffer = np.zeros(layout.size, dtype=np.int32)
+    layout.fill(buffer, bindings)
+    work = layout.work_list(torch.from_numpy(buffer))
+    work.validate()
+    work.rows[int(work.item_rows[-1]) :] = 10**6
+    work.part_slot[int(work.item_parts[-1]) :] = 10**6
+    return work
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("num_rows", [0, 1, 9])
+def test_a_padded_list_gives_the_same_bits(num_rows, form, monkeypatch):
+    monkeypatch.setattr(guard, "may_look", lambda tensor: False)
+    case = filled()
+    case.lora.reserve_rank(100)
+    bindings = bindings_of(num_rows) + [()] * (12 - num_rows)
+    x, y = randn(12, 77), randn(12, case.width, seed=1)
+    expected = run(case, bindings, x, y.clone(), form)
+    form = replace(form, block_k=32) if form.fold else replace(form, block_k=32, split_k=32)
+    lora.lora_linear(y, x, padded(bindings, 12), case.lora, case.members, 0.25, form)
+    assert torch.equal(y, expected)
+
+
+def test_padded_tiles_are_those_of_the_plain_list():
+    bindings: list[Parts] = [((0, 1.0, 1.0),)] * 33 + [()] * 7 + [((1, 1.0, 1.0), (2, 1.0, 1.0))] * 16
+    plain, wide = (row_tiles(work, 16) for work in (build_work_list(bindings), padded(bindings, 200)))
+    count = int((plain.tile_item >= 0).sum())
+    assert plain.tile_item[:count].tolist() == wide.tile_item[:count].tolist() == [0, 0, 0, 1]
+    assert plain.tile_first[:count].tolist() == wide.tile_first[:count].tolist() == [0, 16, 32, 33]
+    assert set(wide.tile_item[count:].tolist()) == {-1}
+    assert wide.item_plane[:2].tolist() == [0, 33]
+    assert (wide.capacity, wide.num_plane_rows) == (200, 1600)
+
+
+def test_tiles_of_hundreds_of_items():
+    """More items than the kernel takes at a time, of one row to five."""
+    bindings: list[Parts] = [((slot, 1.0, 1.0),) for slot in range(300) for _ in range(1 + slot % 5)]
+    tiles = row_tiles(build_work_list(bindings), 2)
+    expected = [slot for slot in range(300) for _ in range((2 + slot % 5) // 2)]
+    assert tiles.tile_item[: len(expected)].tolist() == expected
+    assert set(tiles.tile_item[len(expected) :].tolist()) <= {-1}
+    assert tiles.item_plane.diff().tolist() == [1 + slot % 5 for slot in range(299)]
 
 
 def test_the_operator_reaches_the_kernels_by_name_only():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from deltaserve_kernels import KernelError, build_work_list, sparse_linear
+from deltaserve_kernels import KernelError, PaddedLayout, build_work_list, sparse_linear
 from deltaserve_kernels.triton_ops import sparse
 from deltatest.kernel_cases import LinearCase, Parts, csr, randn
 
@@ -151,6 +152,19 @@ def test_replaced_cleared_and_grown_tables_are_followed():
     case.sparse.grow(9)
     case.sparse.set(0, 8, indptr, cols, values)
     assert torch.equal(run(case, [((8, 1.0, 1.0),)], x, torch.zeros(1, 30)), before)
+
+
+@pytest.mark.parametrize("num_rows", [0, 9])
+def test_a_padded_list_gives_the_same_bits(num_rows):
+    case = filled()
+    bindings = bindings_of(num_rows) + [()] * (12 - num_rows)
+    x, y = randn(12, 77), randn(12, case.width, seed=1)
+    expected = run(case, bindings, x, y.clone())
+    layout = PaddedLayout(12)
+    buffer = np.zeros(layout.size, dtype=np.int32)
+    layout.fill(buffer, bindings)
+    sparse.sparse_linear(y, x, layout.work_list(torch.from_numpy(buffer)), case.sparse, case.members, 0.25)
+    assert torch.equal(y, expected)
 
 
 def test_the_operator_reaches_the_kernel_by_name_and_checks_columns():

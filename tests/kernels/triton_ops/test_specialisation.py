@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +23,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import jit
 
-from deltaserve_kernels import LoraTables, SparseTables, build_work_list_runs
-from deltaserve_kernels.triton_ops import attention, lora, sparse
+from deltaserve.engine.batch import ScheduledSequence
+from deltaserve.engine.model_runner import ModelRunner
+from deltaserve.model.base import load_base
+from deltaserve_kernels import LoraTables, SparseTables, build_work_list_runs, triton_ops, use_backend
+from deltaserve_kernels.triton_ops import attention, guard, lora, sparse
+from deltatest.graph_rig import GraphRig
 from deltatest.kernel_cases import PagedCase, Parts, csr
+from deltatest.tiny_models import build_tiny_model
 
 MEMBERS = [(0, 0, 64), (1, 64, 96), (2, 96, 128)]
 FORMS = [lora.DECODE, lora.ONE_LAUNCH, lora.PREFILL]
@@ -73,7 +79,8 @@ def test_adapter_operators_compile_once(binaries: set[tuple[str, str]]) -> None:
     torch.manual_seed(0)
     step(1, [(0, 1, ((0, 1.0, 1.0),))], tables_of([8], 1, [0]), 0.0)
     warm = set(binaries)
-    assert {name for name, _ in warm} == {"shrink", "expand", "fused", "sparse", "sparse_wide", "transpose"}
+    adapters = {"shrink", "expand", "fused", "sparse", "sparse_wide", "transpose"}
+    assert {name for name, _ in warm} == {"build_tiles", *adapters}
     draw = random.Random(0)
     for ranks, num_slots, linears in (([1, 5, 16, 64], 16, [0, 1, 2]), ([33], 7, [2]), ([8, 16], 2, [0, 2])):
         tables = tables_of(ranks, num_slots, linears)
@@ -104,3 +111,48 @@ def test_attention_compiles_once(binaries: set[tuple[str, str]]) -> None:
         for window in (None, 1, 16, 100):
             run(q_lens, kv_lens, window)
     assert binaries == warm
+
+
+def prompts(draw: random.Random, num_blocks: int) -> list[ScheduledSequence]:
+    """A step with prompts, chunks of prompts and decoding sequences; tables may share blocks, as nothing runs."""
+    batch = []
+    for i in range(draw.randint(1, 4)):
+        count = draw.choice([1, 1, 2, 3, 16, 17, 40, 64])
+        start = draw.choice([0, 0, 7, 16])
+        table = [draw.randrange(num_blocks) for _ in range(-(-(start + count) // 16))]
+        logits = draw.choice(["none", "last", "all"])
+        batch.append(ScheduledSequence(i, [3] * count, start, table, logits=logits))  # type: ignore[arg-type]
+    return batch
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "phi3-longrope"])
+@pytest.mark.parametrize("has_graphs", [True, False], ids=["graphs", "eager"])
+def test_serving_compiles_nothing_after_the_warm_up(
+    architecture: str, has_graphs: bool, binaries: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Warm-up meets an empty server; then adapters of any kind come, in steps of every shape."""
+    base = load_base(build_tiny_model(architecture, tmp_path), dtype=torch.bfloat16, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(triton_ops, "unavailable_reason", lambda device: None)
+    monkeypatch.setattr(guard, "may_look", lambda tensor: False)
+    before = use_backend("triton")
+    try:
+        rig = GraphRig(base, capture_now=False)
+        graphs = rig.graphs if has_graphs else None
+        runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=graphs)
+        runner.warm_up(max_tokens=256)
+        warm = set(binaries)
+        names = {name for name, _ in warm}
+        adapters = {"build_tiles", "shrink", "expand", "sparse", "transpose"}
+        assert names == {*adapters, "decode", "combine", "prefill", "store_kv"}
+        for _ in range(12):
+            rig.change_adapters()
+            rig.fill(0, ("lora", "sparse"), rank=rig.draw.choice([1, 300]))
+            runner.execute(rig.random_batch(max_parts=3))
+            batch = [*prompts(rig.draw, rig.num_blocks), *rig.random_batch()[: rig.draw.randint(0, 3)]]
+            for seq in batch:
+                seq.parts = rig.random_parts(seq.start, 2)
+            rig.draw.shuffle(batch)
+            runner.execute(batch)
+        assert binaries == warm, f"compiled late: {sorted(binaries - warm)}"
+    finally:
+        use_backend(before)

@@ -1,0 +1,52 @@
+"""Decode graphs over the Triton operators, on a tape in place of a CUDA graph; see test_interpreter.py, deltatest.tape.
+
+The tape replays recorded operations only, so a count, a rank, a grid or a decision taken from the host at recording
+would show as a wrong number as soon as adapters or rows change.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deltaserve.model.base import BaseModel, load_base
+from deltaserve_kernels import use_backend
+from deltaserve_kernels.triton_ops import guard
+from deltatest.graph_rig import GraphRig
+from deltatest.tape import SyncError, Tape
+from deltatest.tiny_models import save_random, tiny_config
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> BaseModel:
+    config = tiny_config("llama", hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1)
+    folder = save_random(config, tmp_path_factory.mktemp("base"))
+    return load_base(folder, dtype=torch.float32, cache_dir=folder / "cache")
+
+
+@pytest.fixture(autouse=True)
+def _triton_as_on_a_gpu(monkeypatch):
+    """The operators by Triton, checking arguments as they do on a GPU: without looking."""
+    monkeypatch.setattr(guard, "may_look", lambda tensor: False)
+    before = use_backend("triton")
+    yield
+    use_backend(before)
+
+
+def test_replays_follow_adapters_ranks_counts_and_rows_to_the_bit(base):
+    tape = Tape()
+    rig = GraphRig(base, capture=tape, row_counts=[4], keys=[["lora", "sparse"]])
+    assert tape.num_steps > 100
+    for step in range(5):
+        rig.change_adapters()
+        rig.check(rig.random_batch(max_parts=step % 3), f"step {step}")
+    assert rig.num_captures == 2
+
+
+def test_an_operator_that_looks_cannot_be_captured(base):
+    """So the plain PyTorch operators run without graphs; and the tape does see what would sync."""
+    use_backend("reference")
+    with pytest.raises(SyncError, match="to be captured"):
+        GraphRig(base, capture=Tape(), row_counts=[1])
