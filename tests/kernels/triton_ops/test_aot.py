@@ -21,6 +21,8 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 from deltaserve_kernels.triton_ops import (
     aot,
     attention_kernels,
+    block_kernels,
+    blocks,
     lora,
     lora_programs,
     sparse,
@@ -34,7 +36,7 @@ TYPES = {
     **dict.fromkeys(("h", "part_scale", "part_acc", "part_max", "part_sum"), FP32),
     **dict.fromkeys(("pointers", "kv_index"), "*i64"),
     **dict.fromkeys(("tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "part_slot"), "*i32"),
-    **dict.fromkeys(("ranks", "counters", "block_tables", "cu_seqlens_q", "kv_lens"), "*i32"),
+    **dict.fromkeys(("ranks", "sizes", "counters", "block_tables", "cu_seqlens_q", "kv_lens"), "*i32"),
     **dict.fromkeys(("depth", "scale", "softcap"), "fp32"),
 }
 
@@ -136,6 +138,14 @@ SPECS = {
     "sparse": Spec(sparse_kernels.sparse, sparse_of(sparse.DECODE, 4096), narrow=2 * 8 + 2, wide=2 + 2 + 8 + 1),
     "sparse_gathered": Spec(sparse_kernels.sparse, sparse_of(GATHERED, 4096), narrow=4 * 8 + 1, wide=2),
     "sparse_staged": Spec(sparse_kernels.sparse, sparse_of(STAGED, 14336), narrow=1, wide=2 * (2 * 4 + 14)),
+    # x through a list: 16 rows of 128 columns over 128 threads; 16 of 32.
+    "shrink_blocks": Spec(block_kernels.shrink_blocks, shrink_of(blocks.FORM, 14336), narrow=16, wide=3),
+    "expand_blocks": Spec(
+        block_kernels.expand_blocks,
+        {**of_kernel(block_kernels.expand_blocks, expand_of(blocks.FORM, 14336)), "BLOCK_C": blocks.BLOCK_COLUMNS},
+        narrow=4,
+        wide=4,
+    ),
     "transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 8, "FEW": 2}),
     "prefill_transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 64, "FEW": 0}),
     "sparse_wide": Spec(

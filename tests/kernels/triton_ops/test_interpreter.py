@@ -41,4 +41,10 @@ def test_kernels_in_the_interpreter(path: Path) -> None:
 
 
 def test_each_operator_has_cases() -> None:
-    assert [path.stem for path in CASES] == ["attention_cases", "graph_cases", "lora_cases", "sparse_cases"]
+    assert [path.stem for path in CASES] == [
+        "attention_cases",
+        "block_cases",
+        "graph_cases",
+        "lora_cases",
+        "sparse_cases",
+    ]
