@@ -21,8 +21,9 @@ from deltaserve_kernels.errors import (
 from deltaserve_kernels.operators import lora_linear, paged_attention, sparse_linear, write_kv
 from deltaserve_kernels.padded_list import PaddedLayout
 from deltaserve_kernels.tables import LoraTables, SparseEntry, SparseTables
-from deltaserve_kernels.terms import block_linear
+from deltaserve_kernels.terms import block_linear, lora_vector_linear, rms_norm
 from deltaserve_kernels.transfer import upload
+from deltaserve_kernels.vector_tables import NormTables, VectorEntry, VectorTables
 from deltaserve_kernels.worklist import WorkList, build_work_list, build_work_list_runs
 
 __all__ = [
@@ -36,18 +37,23 @@ __all__ = [
     "KernelError",
     "LoraTables",
     "Misaligned",
+    "NormTables",
     "NotContiguous",
     "OutOfRange",
     "PaddedLayout",
     "ShapeMismatch",
     "SparseEntry",
     "SparseTables",
+    "VectorEntry",
+    "VectorTables",
     "WorkList",
     "block_linear",
     "build_work_list",
     "build_work_list_runs",
     "lora_linear",
+    "lora_vector_linear",
     "paged_attention",
+    "rms_norm",
     "select",
     "sparse_linear",
     "upload",

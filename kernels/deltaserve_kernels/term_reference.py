@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from deltaserve_kernels import checks
+from deltaserve_kernels import checks, term_checks
 from deltaserve_kernels.block_tables import BlockTables
 from deltaserve_kernels.checks import Member
-from deltaserve_kernels.reference import add_parts
+from deltaserve_kernels.reference import TILE_ROWS, add_parts, items_of
+from deltaserve_kernels.tables import LoraTables
+from deltaserve_kernels.vector_tables import NormTables, VectorTables
 from deltaserve_kernels.worklist import WorkList
 
 
@@ -27,3 +30,56 @@ def _block_delta(x_tile: Tensor, inverse: Tensor, in_cols: Tensor, d: Tensor, sc
         return taken @ d.float() * scale
     put = (taken @ d.float().t())[:, inverse.clamp(min=0).long()]
     return put.masked_fill(inverse < 0, 0.0) * scale
+
+
+def lora_vector_linear(
+    y: Tensor,
+    x: Tensor,
+    work: WorkList,
+    tables: LoraTables,
+    vectors: VectorTables,
+    members: Sequence[Member],
+    depth: float,
+) -> None:
+    """``y = (y + sum of scale * B A x) * product of (1 + scale * (s - 1)) + sum of scale * b`` over a row's parts."""
+    checks.check_linear(y, x, work, tables, members)
+    term_checks.check_vectors(vectors, tables, members)
+    for rows, parts in items_of(work):
+        for first in range(0, len(rows), TILE_ROWS):
+            index = torch.tensor(rows[first : first + TILE_ROWS], device=x.device)
+            x_tile = torch.zeros(TILE_ROWS, x.shape[1], device=x.device)
+            x_tile[: len(index)] = x[index].float()
+            for linear, start, stop in members:
+                total = torch.zeros(TILE_ROWS, stop - start, device=x.device)
+                factor, shift = torch.ones(stop - start, device=x.device), torch.zeros(stop - start, device=x.device)
+                has_any = False
+                for slot, scale_first, scale_last in parts:
+                    scale = scale_first + (scale_last - scale_first) * depth
+                    low_rank, vector = tables.get(linear, slot), vectors.get(linear, slot)
+                    has_any = has_any or low_rank is not None or vector is not None
+                    if low_rank is not None:
+                        a, b_t = low_rank
+                        total += (x_tile @ a.float().t() * scale) @ b_t.float()
+                    if vector is not None:
+                        s, b = vector
+                        factor = factor * (1 + scale * (s - 1)) if s.numel() else factor
+                        shift = shift + scale * b if b.numel() else shift
+                if has_any:
+                    sums = y[index, start:stop].float() + total[: len(index)]
+                    y[index, start:stop] = (sums * factor + shift).to(y.dtype)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, work: WorkList, tables: NormTables, norm: int, depth: float
+) -> Tensor:
+    """torch's ``rms_norm`` for every row; rows whose parts have gains again, with ``weight + sum of scale * delta``."""
+    term_checks.check_norm(x, weight, work, tables, norm)
+    term_checks.check_slots(work, tables.num_slots)
+    out = torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+    for rows, parts in items_of(work):
+        found = [(tables.get(norm, slot), first + (last - first) * depth) for slot, first, last in parts]
+        deltas = [scale * entry[0] for entry, scale in found if entry is not None]
+        if rows and deltas:
+            gain = weight.float() + torch.stack(deltas).sum(0)
+            out[rows] = torch.nn.functional.rms_norm(x[rows].float(), weight.shape, gain, eps).to(x.dtype)
+    return out

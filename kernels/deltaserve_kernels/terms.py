@@ -12,6 +12,8 @@ from deltaserve_kernels import term_reference
 from deltaserve_kernels.backend import select
 from deltaserve_kernels.block_tables import BlockTables
 from deltaserve_kernels.checks import Member
+from deltaserve_kernels.tables import LoraTables
+from deltaserve_kernels.vector_tables import NormTables, VectorTables
 from deltaserve_kernels.worklist import WorkList
 
 
@@ -39,3 +41,45 @@ def block_linear(
     """
     if not work.is_empty and work.concerns(tables, members):
         _implementation(x.device, backend).block_linear(y, x, work, tables, members, depth)
+
+
+def lora_vector_linear(
+    y: Tensor,
+    x: Tensor,
+    work: WorkList,
+    tables: LoraTables,
+    vectors: VectorTables,
+    members: Sequence[Member],
+    depth: float = 0.0,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Low-rank deltas, output scales and biases in place: ``y[row, start:stop] = (y + D) * s + b``.
+
+    D is the delta of ``lora_linear``, s the product over parts of ``1 + scale * (s_part - 1)`` and b the sum of
+    ``scale * b_part``; so one part at scale 1 has its own s and b, and one at scale 0 none. s meets the whole sum: to
+    have it meet the base alone, fold 1/s into B. ``vectors`` has the linears and slots of ``tables``; either may be
+    empty. Other arguments, precision, order and errors as in ``lora_linear``; on a GPU the same launches.
+    """
+    if not work.is_empty and (work.concerns(tables, members) or work.concerns(vectors, members)):
+        _implementation(x.device, backend).lora_vector_linear(y, x, work, tables, vectors, members, depth)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    work: WorkList,
+    tables: NormTables,
+    norm: int,
+    depth: float = 0.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Root-mean-square norm of each row, with the gain ``weight + sum over parts of scale * delta``: contiguous [T, H].
+
+    x [T, H] with contiguous rows and weight [H] are of one float dtype; ``norm`` numbers the norm in ``tables``. fp32,
+    rounded once. Rows without a difference are torch's ``rms_norm``: to the bit in the definition, up to the order of
+    the sum of squares in kernels. Raises a KernelError.
+    """
+    return _implementation(x.device, backend).rms_norm(x, weight, eps, work, tables, norm, depth)

@@ -6,5 +6,14 @@ from deltaserve_kernels.triton_ops.attention import paged_attention, write_kv
 from deltaserve_kernels.triton_ops.blocks import block_linear
 from deltaserve_kernels.triton_ops.lora import lora_linear
 from deltaserve_kernels.triton_ops.sparse import sparse_linear
+from deltaserve_kernels.triton_ops.vectors import lora_vector_linear, rms_norm
 
-__all__ = ["block_linear", "lora_linear", "paged_attention", "sparse_linear", "write_kv"]
+__all__ = [
+    "block_linear",
+    "lora_linear",
+    "lora_vector_linear",
+    "paged_attention",
+    "rms_norm",
+    "sparse_linear",
+    "write_kv",
+]

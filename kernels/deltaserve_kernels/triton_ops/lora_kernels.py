@@ -113,17 +113,53 @@ def add_rank_tile(
 
 
 @triton.jit
+def vector(vectors, which, linear, slot, num_slots):
+    """Address of an output scale (0) or bias (1) of (linear, slot), fp32; 0 where there is none."""
+    return tl.load(vectors + (linear * 2 + which) * num_slots + slot)
+
+
+@triton.jit
+def count_vectors(vectors, part_slot, part_begin, part_end, linear, num_slots):
+    """Vectors that the parts have for this linear."""
+    count = 0
+    for part in range(part_begin, part_end):
+        slot = tl.load(part_slot + part)
+        for which in tl.static_range(2):
+            count += (vector(vectors, which, linear, slot, num_slots) != 0).to(tl.int32)
+    return count
+
+
+@triton.jit
+def load_vectors(vectors, part_slot, part_scale, part_begin, part_end, linear, num_slots, n, width, depth):
+    """(factor, shift) of columns n: the product of ``1 + scale * (s - 1)`` and the sum of ``scale * b`` over parts."""
+    factor = tl.full(n.shape, 1.0, dtype=tl.float32)
+    shift = tl.zeros(n.shape, dtype=tl.float32)
+    for part in range(part_begin, part_end):
+        slot = tl.load(part_slot + part)
+        at_first = tl.load(part_scale + 2 * part)
+        scale = at_first + (tl.load(part_scale + 2 * part + 1) - at_first) * depth
+        s = tl.multiple_of(vector(vectors, 0, linear, slot, num_slots).to(tl.pointer_type(tl.float32)), 16)
+        b = tl.multiple_of(vector(vectors, 1, linear, slot, num_slots).to(tl.pointer_type(tl.float32)), 16)
+        if vector(vectors, 0, linear, slot, num_slots) != 0:
+            factor *= 1.0 + scale * (tl.load(s + n, mask=n < width, other=1.0) - 1.0)
+        if vector(vectors, 1, linear, slot, num_slots) != 0:
+            shift += scale * tl.load(b + n, mask=n < width, other=0.0)
+    return factor, shift
+
+
+@triton.jit
 def expand_tile(
     y, y_stride, h, split_stride, plane_stride, max_rank,
-    rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
+    rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, vectors, num_slots,
     flag, item, first, member, linear, width, column, tile_n, depth,
     SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, BLOCK_N: tl.constexpr,
-    FOLD: tl.constexpr, WAIT: tl.constexpr,
+    FOLD: tl.constexpr, VECTORS: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Add every part's ``B h`` to one tile of y: [TILE_ROWS, BLOCK_N] of one member, read and written once.
 
-    The first B tile and y are asked for before h is looked at. WAIT: h comes from programs of this launch; wait until
-    ``flag`` counts all SPLITS of them.
+    The first B tile and y are asked for before h is looked at. VECTORS: then scale and shift the sum by the parts'
+    vectors; an item of rank 0 may have nothing else. WAIT: h comes from programs of this launch; wait until ``flag``
+    counts all SPLITS of them.
     """
     start = tl.load(item_rows + item)
     num_rows = tl.load(item_rows + item + 1) - start
@@ -135,7 +171,10 @@ def expand_tile(
     total_rank = 0
     for part in range(part_begin, part_end):
         total_rank += tl.load(ranks + linear * num_slots + tl.load(part_slot + part))
-    if total_rank > 0:
+    work = total_rank
+    if VECTORS:
+        work += count_vectors(vectors, part_slot, part_begin, part_end, linear, num_slots)
+    if work > 0:
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         out = y + row[:, None] * y_stride + (column + n)[None, :]
         out_mask = live[:, None] & (n < width)[None, :]
@@ -143,6 +182,10 @@ def expand_tile(
         rank = tl.load(ranks + linear * num_slots + slot)
         b_tile = load_b(matrix(y, pointers, 1, linear, slot, num_slots), 0, rank, width, n, RANK_TILE)
         before = tl.load(out, mask=out_mask, other=0.0)
+        if VECTORS:
+            factor, shift = load_vectors(
+                vectors, part_slot, part_scale, part_begin, part_end, linear, num_slots, n, width, depth
+            )  # fmt: skip
         if WAIT:
             while tl.atomic_add(flag, 0, sem="acquire") < SPLITS:
                 pass
@@ -161,4 +204,7 @@ def expand_tile(
                     acc, b_tile, h, split_stride, plane_stride, plane, member * max_rank, live, rank_begin, scale,
                     SPLITS, RANK_TILE, FOLD,
                 )  # fmt: skip
-        tl.store(out, (before.to(tl.float32) + acc).to(y.dtype.element_ty), mask=out_mask)
+        acc = before.to(tl.float32) + acc
+        if VECTORS:
+            acc = acc * factor[None, :] + shift[None, :]
+        tl.store(out, acc.to(y.dtype.element_ty), mask=out_mask)

@@ -25,6 +25,7 @@ from deltaserve_kernels.triton_ops import (
     blocks,
     lora,
     lora_programs,
+    norm_kernels,
     sparse,
     sparse_kernels,
     sparse_wide,
@@ -32,12 +33,12 @@ from deltaserve_kernels.triton_ops import (
 
 BF16, FP32 = "*bf16", "*fp32"
 TYPES = {
-    **dict.fromkeys(("x", "x_t", "y", "q", "k", "v", "out", "k_cache", "v_cache", "sinks"), BF16),
+    **dict.fromkeys(("x", "x_t", "y", "q", "k", "v", "out", "k_cache", "v_cache", "sinks", "weight"), BF16),
     **dict.fromkeys(("h", "part_scale", "part_acc", "part_max", "part_sum"), FP32),
-    **dict.fromkeys(("pointers", "kv_index"), "*i64"),
+    **dict.fromkeys(("pointers", "vectors", "kv_index"), "*i64"),
     **dict.fromkeys(("tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "part_slot"), "*i32"),
-    **dict.fromkeys(("ranks", "sizes", "counters", "block_tables", "cu_seqlens_q", "kv_lens"), "*i32"),
-    **dict.fromkeys(("depth", "scale", "softcap"), "fp32"),
+    **dict.fromkeys(("ranks", "sizes", "row_item", "counters", "block_tables", "cu_seqlens_q", "kv_lens"), "*i32"),
+    **dict.fromkeys(("depth", "scale", "softcap", "eps"), "fp32"),
 }
 
 
@@ -77,6 +78,7 @@ def expand_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
         "TILE_ROWS": form.tile_rows,
         "RANK_TILE": lora.RANK_TILE,
         "BLOCK_N": form.block_n,
+        "VECTORS": False,
         **QKV,
     }
 
@@ -106,6 +108,19 @@ SPECS = {
         lora_programs.fused,
         {**shrink_of(lora.ONE_LAUNCH, 4096), **expand_of(lora.ONE_LAUNCH, 4096), "NUM_MEMBERS": 3, "TILES_N": 48},
     ),
+    # Vectors are fp32 and one number a thread.
+    "expand_vectors": Spec(lora_programs.expand, {**expand_of(lora.DECODE, 14336), "FOLD": False, "VECTORS": True}),
+    "fused_vectors": Spec(
+        lora_programs.fused,
+        {
+            **shrink_of(lora.ONE_LAUNCH, 4096),
+            **expand_of(lora.ONE_LAUNCH, 4096),
+            "NUM_MEMBERS": 3,
+            "TILES_N": 48,
+            "VECTORS": True,
+        },
+    ),
+    "rms_norm": Spec(norm_kernels.rms_norm, {"SIZE": 4096, "BLOCK": 4096}, wide=3, num_warps=4),
     "prefill_shrink": Spec(
         lora_programs.shrink,
         {**shrink_of(lora.PREFILL, 4096), "FOLD": True},
