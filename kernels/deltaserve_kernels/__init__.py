@@ -21,7 +21,7 @@ from deltaserve_kernels.errors import (
 from deltaserve_kernels.operators import lora_linear, paged_attention, sparse_linear, write_kv
 from deltaserve_kernels.padded_list import PaddedLayout
 from deltaserve_kernels.tables import LoraTables, SparseEntry, SparseTables
-from deltaserve_kernels.terms import block_linear, lora_vector_linear, rms_norm
+from deltaserve_kernels.terms import block_linear, lora_vector_linear, rms_norm, rotate_and_write_kv
 from deltaserve_kernels.transfer import upload
 from deltaserve_kernels.vector_tables import NormTables, VectorEntry, VectorTables
 from deltaserve_kernels.worklist import WorkList, build_work_list, build_work_list_runs
@@ -54,6 +54,7 @@ __all__ = [
     "lora_vector_linear",
     "paged_attention",
     "rms_norm",
+    "rotate_and_write_kv",
     "select",
     "sparse_linear",
     "upload",

@@ -53,11 +53,12 @@ def check_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ShapeMismatch(f"q {list(q.shape)} and k {list(k.shape)} must be [T, heads, D] with one T and one D")
     if q.dtype != k.dtype:
         raise DtypeMismatch(f"q is {q.dtype} and k {k.dtype}; both must be the same")
-    if cos.dim() != 2 or cos.shape != sin.shape or cos.shape[0] != q.shape[0] or 2 * cos.shape[1] > q.shape[2]:
+    if cos.dim() != 2 or cos.shape != sin.shape or cos.shape[0] != q.shape[0]:
         raise ShapeMismatch(
-            f"cos {list(cos.shape)} and sin {list(sin.shape)} must both be [{q.shape[0]}, half], "
-            f"2 * half at most {q.shape[2]}"
+            f"cos {list(cos.shape)} and sin {list(sin.shape)} must both be [{q.shape[0]}, half of the rotary size]"
         )
+    if not 2 <= 2 * cos.shape[1] <= q.shape[2]:
+        raise ShapeMismatch(f"cos {list(cos.shape)} rotates {2 * cos.shape[1]} of {q.shape[2]}; 2..{q.shape[2]} can be")
     if cos.dtype not in FLOAT_DTYPES or sin.dtype != cos.dtype:
         raise DtypeMismatch(f"cos is {cos.dtype} and sin {sin.dtype}; one float dtype is needed")
     if not q.device == k.device == cos.device == sin.device:

@@ -10,7 +10,7 @@ from torch import Tensor
 from deltaserve_kernels import checks, term_checks
 from deltaserve_kernels.block_tables import BlockTables
 from deltaserve_kernels.checks import Member
-from deltaserve_kernels.reference import TILE_ROWS, add_parts, items_of
+from deltaserve_kernels.reference import TILE_ROWS, add_parts, items_of, write_kv
 from deltaserve_kernels.tables import LoraTables
 from deltaserve_kernels.vector_tables import NormTables, VectorTables
 from deltaserve_kernels.worklist import WorkList
@@ -83,3 +83,21 @@ def rms_norm(
             gain = weight.float() + torch.stack(deltas).sum(0)
             out[rows] = torch.nn.functional.rms_norm(x[rows].float(), weight.shape, gain, eps).to(x.dtype)
     return out
+
+
+def rotate_and_write_kv(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, kv_index: Tensor
+) -> None:
+    """Rotate ``q`` in place; store rotated ``k``, and ``v``, at positions ``kv_index``."""
+    term_checks.check_rotary(q, k, cos, sin)
+    checks.check_write(k, v, k_cache, v_cache, kv_index)
+    q.copy_(_rotated(q, cos, sin))
+    write_kv(_rotated(k, cos, sin), v, k_cache, v_cache, kv_index)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[1]
+    c, s = cos.float()[:, None], sin.float()[:, None]
+    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+    turned = torch.cat([first * c - second * s, second * c + first * s], dim=-1)
+    return torch.cat([turned.to(x.dtype), x[..., 2 * half :]], dim=-1)

@@ -83,3 +83,26 @@ def rms_norm(
     the sum of squares in kernels. Raises a KernelError.
     """
     return _implementation(x.device, backend).rms_norm(x, weight, eps, work, tables, norm, depth)
+
+
+def rotate_and_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_index: Tensor,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Rotary embedding of q in place, and of k on its way into the cache, where v goes too; k and v stay as they are.
+
+    q [T, H, D];  k, v [T, kv_heads, D];  caches and ``kv_index`` as in ``write_kv``
+    cos, sin  [T, R / 2] of any float dtype, of each row's position; contiguous in the last dimension
+
+    Half-split rotation (Llama's) of the first R of D elements, R the rotary size: element d < R / 2 turns with element
+    R / 2 + d, the rest passes. fp32, rounded once. Raises a KernelError.
+    """
+    _implementation(q.device, backend).rotate_and_write_kv(q, k, v, cos, sin, k_cache, v_cache, kv_index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from deltaserve_kernels.triton_ops.attention import paged_attention, write_kv
 from deltaserve_kernels.triton_ops.blocks import block_linear
 from deltaserve_kernels.triton_ops.lora import lora_linear
+from deltaserve_kernels.triton_ops.rotary import rotate_and_write_kv
 from deltaserve_kernels.triton_ops.sparse import sparse_linear
 from deltaserve_kernels.triton_ops.vectors import lora_vector_linear, rms_norm
 
@@ -14,6 +15,7 @@ __all__ = [
     "lora_vector_linear",
     "paged_attention",
     "rms_norm",
+    "rotate_and_write_kv",
     "sparse_linear",
     "write_kv",
 ]

@@ -26,6 +26,7 @@ from deltaserve_kernels.triton_ops import (
     lora,
     lora_programs,
     norm_kernels,
+    rotary,
     sparse,
     sparse_kernels,
     sparse_wide,
@@ -33,7 +34,9 @@ from deltaserve_kernels.triton_ops import (
 
 BF16, FP32 = "*bf16", "*fp32"
 TYPES = {
-    **dict.fromkeys(("x", "x_t", "y", "q", "k", "v", "out", "k_cache", "v_cache", "sinks", "weight"), BF16),
+    **dict.fromkeys(
+        ("x", "x_t", "y", "q", "k", "v", "out", "k_cache", "v_cache", "sinks", "weight", "cos", "sin"), BF16
+    ),
     **dict.fromkeys(("h", "part_scale", "part_acc", "part_max", "part_sum"), FP32),
     **dict.fromkeys(("pointers", "vectors", "kv_index"), "*i64"),
     **dict.fromkeys(("tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "part_slot"), "*i32"),
@@ -119,6 +122,23 @@ SPECS = {
             "TILES_N": 48,
             "VECTORS": True,
         },
+    ),
+    # Narrow: angles, one number a thread.
+    "rotate_and_store": Spec(
+        rotary.rotate_and_store,
+        {
+            "HEADS": 32,
+            "KV_HEADS": 8,
+            "TILE_HEADS": rotary.TILE_HEADS,
+            "D": 128,
+            "HALF": 64,
+            "BLOCK_D": 128,
+            "BLOCK_HALF": 64,
+            "BLOCK_REST": 1,
+        },
+        narrow=4,
+        wide=6,
+        num_warps=2,
     ),
     "rms_norm": Spec(norm_kernels.rms_norm, {"SIZE": 4096, "BLOCK": 4096}, wide=3, num_warps=4),
     "prefill_shrink": Spec(

@@ -37,7 +37,7 @@ from deltaserve_kernels import (
     triton_ops,
     use_backend,
 )
-from deltaserve_kernels.triton_ops import attention, blocks, guard, lora, sparse, vectors
+from deltaserve_kernels.triton_ops import attention, blocks, guard, lora, rotary, sparse, vectors
 from deltatest.graph_rig import GraphRig
 from deltatest.kernel_cases import PagedCase, Parts, csr
 from deltatest.tiny_models import build_tiny_model
@@ -129,11 +129,14 @@ def test_attention_compiles_once(binaries: set[tuple[str, str]]) -> None:
         attention.paged_attention(*case.args, scale=0.25, window=window)
         k = torch.zeros(sum(q_lens), 2, 16).bfloat16()
         attention.write_kv(k, k, case.k_cache, case.v_cache, torch.arange(sum(q_lens)))
+        angles = torch.zeros(sum(q_lens), 8)
+        index = torch.arange(sum(q_lens))
+        rotary.rotate_and_write_kv(case.q, k, k, angles, angles, case.k_cache, case.v_cache, index)
 
     run([1], [1], None)
     run([1], [1], 8)
     warm = set(binaries)
-    assert {name for name, _ in warm} == {"decode", "combine", "prefill", "store_kv"}
+    assert {name for name, _ in warm} == {"decode", "combine", "prefill", "store_kv", "rotate_and_store"}
     for q_lens, kv_lens in (([1, 1, 1], [5, 40, 16]), ([17], [17]), ([1, 0, 30, 1], [33, 3, 90, 256])):
         for window in (None, 1, 16, 100):
             run(q_lens, kv_lens, window)
