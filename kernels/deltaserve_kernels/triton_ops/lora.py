@@ -26,6 +26,7 @@ class LoraForm:
 
     ``fold``: shrunk rows scaled and rounded to the 16-bit dtype, K not split; for many rows an adapter.
     ``split_k``: columns of x a split takes at least; the number of splits is a function of K alone.
+    ``rank_tile``: ranks that one reading of x serves; those past an adapter's own cost no bytes.
     """
 
     one_launch: bool = False
@@ -34,6 +35,7 @@ class LoraForm:
     block_k: int = 128
     block_n: int = 128
     split_k: int = 512
+    rank_tile: int = RANK_TILE
     max_splits: int = 16
     num_warps: int = 4
 
@@ -50,7 +52,7 @@ class LoraForm:
 
 DECODE = LoraForm()
 ONE_LAUNCH = LoraForm(one_launch=True)
-PREFILL = LoraForm(fold=True, tile_rows=64, num_warps=8)
+PREFILL = LoraForm(fold=True, tile_rows=64, block_k=64, rank_tile=64, num_warps=8)
 
 
 def lora_linear(
@@ -111,11 +113,11 @@ def _launch(
     columns = [start for _, start, _ in padded]
     tiles_n = sum(triton.cdiv(width, form.block_n) for width in widths)
     read: dict[str, Any] = {"K": in_features, "CHUNK": form.chunk(in_features), "BLOCK_K": form.block_k}
-    shared: dict[str, Any] = {"TILE_ROWS": form.tile_rows, "RANK_TILE": RANK_TILE, "num_warps": form.num_warps}
+    shared: dict[str, Any] = {"TILE_ROWS": form.tile_rows, "RANK_TILE": form.rank_tile, "num_warps": form.num_warps}
     write: dict[str, Any] = {"SPLITS": splits, "BLOCK_N": form.block_n, "VECTORS": vectors is not None}
     write |= place_of(widths, columns)
     if not form.one_launch:
-        lora_programs.shrink[(tiles.capacity, splits, len(members))](
+        lora_programs.shrink[(len(members), splits, tiles.capacity)](
             x, x.stride(0), *planes, *lists, tables.num_slots, *linears, depth, **read, **shared, FOLD=form.fold
         )
         lora_programs.expand[(tiles.capacity, tiles_n)](

@@ -29,9 +29,9 @@ def shrink(
     K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, splits, members)."""
-    tile = tl.program_id(0)
-    member = tl.program_id(2)
+    """Grid (members, splits, tiles): programs that read the same rows of x run side by side."""
+    tile = tl.program_id(2)
+    member = tl.program_id(0)
     item = tl.load(tile_item + tile)
     if item >= 0:
         shrink_tile(

@@ -71,7 +71,7 @@ def shrink_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
         "CHUNK": form.chunk(in_features),
         "BLOCK_K": form.block_k,
         "TILE_ROWS": form.tile_rows,
-        "RANK_TILE": lora.RANK_TILE,
+        "RANK_TILE": form.rank_tile,
     }
 
 
@@ -79,7 +79,7 @@ def expand_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
     return {
         "SPLITS": form.splits(in_features),
         "TILE_ROWS": form.tile_rows,
-        "RANK_TILE": lora.RANK_TILE,
+        "RANK_TILE": form.rank_tile,
         "BLOCK_N": form.block_n,
         "VECTORS": False,
         **QKV,
@@ -144,7 +144,6 @@ SPECS = {
     "prefill_shrink": Spec(
         lora_programs.shrink,
         {**shrink_of(lora.PREFILL, 4096), "FOLD": True},
-        shared=64 * 1024,
         types=FOLDED,
         num_warps=lora.PREFILL.num_warps,
     ),
@@ -222,6 +221,29 @@ def test_no_warpgroup_product_below_64_rows(name: str) -> None:
     """Their left operands come from registers, which ptxas before 13.3 may reuse under a warpgroup product."""
     assert "HGMMA" not in compiled(name, 90).instructions
     assert compiled(name, 90).instructions["HMMA"] > 0
+
+
+@pytest.mark.parametrize("name", ["prefill_shrink", "prefill_expand"])
+def test_warpgroup_products_take_both_operands_from_shared_memory(name: str) -> None:
+    products = [line for line in compiled(name, 90).listing if "HGMMA" in line]
+    assert products
+    for line in products:
+        _, left, *_ = line.split(",")
+        assert left.strip().startswith("gdesc"), line
+
+
+@pytest.mark.parametrize("name", ["fused", "fused_vectors"])
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+def test_one_launch_asks_for_b_and_y_before_it_waits(name: str, arch: int) -> None:
+    """The wait is an acquiring read of the flag in a loop of its own, the products of B come after it."""
+    listing = compiled(name, arch).listing
+    waits = [i for i, line in enumerate(listing) if "LDG.E.STRONG.GPU" in line]
+    assert len(waits) == 1, waits
+    products = [i for i, line in enumerate(listing) if line.lstrip("@!P0123456 ").startswith("HMMA")]
+    shrink_end = max(i for i in products if i < waits[0])
+    asked = [line for line in listing[shrink_end : waits[0]] if "LDG.E.128" in line]
+    assert len(asked) >= 4, asked  # two of B, two of y
+    assert max(products) > waits[0]
 
 
 def test_y_is_stored_wide() -> None:
