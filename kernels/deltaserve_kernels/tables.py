@@ -136,19 +136,20 @@ class LoraTables(_Tables):
 
     pointers: int64 [num_linears, 2, num_slots]  address of A [r, K], of B transposed [r, N]; 0 where empty
     ranks:    int32 [num_linears, num_slots]     0 where empty
-    rank_capacity: ranks a shrunk row has room for, a multiple of 16: the largest rank ever set or reserved. Room alone:
-                   kernels read true ranks.
+    rank_in_use:   the largest rank ever set, rounded up to 16: the room a shrunk row needs
+    rank_capacity: the same of what was reserved too: the room it has in captured launches. Kernels read true ranks.
     """
 
     def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_linears, num_slots, device)
+        self.rank_in_use = RANK_TILE
         self.rank_capacity = RANK_TILE
         self._largest_rank: dict[int, int] = {}
         self.pointers = torch.zeros(num_linears, 2, num_slots, dtype=torch.int64, device=self.device)
         self.ranks = torch.zeros(num_linears, num_slots, dtype=torch.int32, device=self.device)
 
     def reserve_rank(self, rank: int) -> None:
-        """Let launches from now on have room for ``rank``, so that graphs captured with it outlive smaller adapters."""
+        """Let launches captured from now on have room for ``rank``, so that they serve every adapter up to it."""
         self.rank_capacity = max(self.rank_capacity, -(-rank // RANK_TILE) * RANK_TILE)
 
     def largest_rank(self, slot: int) -> int:
@@ -187,6 +188,7 @@ class LoraTables(_Tables):
             self._keep(linear, slot, (a, b_t))
         largest = max(a.shape[0] for _, a, _ in entries)
         self._largest_rank[slot] = max(largest, self.largest_rank(slot))
+        self.rank_in_use = max(self.rank_in_use, -(-largest // RANK_TILE) * RANK_TILE)
         self.reserve_rank(largest)
         self.dims[linears] = torch.tensor([(a.shape[1], b_t.shape[1]) for _, a, b_t in entries], dtype=torch.int32)
         addresses = [(a.data_ptr(), b_t.data_ptr()) for _, a, b_t in entries]

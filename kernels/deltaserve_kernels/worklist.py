@@ -38,7 +38,8 @@ class WorkList:
     part_scale: float32 [P, 2]  (scale at the first layer, at the last layer)
     num_planes: sum over items of rows * parts, or a bound; None: only the device knows
     is_padded:  the arrays have a fixed capacity (``padded_list``): items past the last are empty, and rows and parts
-                past the last are never read. What is in them is known to the device alone.
+                past the last are never read. What is in them is known to the device alone. Not for the
+                C++ operators.
     """
 
     num_rows: int

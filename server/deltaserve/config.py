@@ -20,6 +20,9 @@ BLOCK_SIZE = 16
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPE_NAMES: tuple[DTypeName, ...] = ("auto", "float32", "bfloat16", "float16")
 
+OperatorsName = Literal["auto", "reference", "cpu", "triton"]
+OPERATORS_NAMES: tuple[OperatorsName, ...] = ("auto", "reference", "cpu", "triton")
+
 
 DEFAULT_STORE = Path(".deltaserve") / "store"
 """Where adapters live unless ``--store`` says otherwise: a folder of the working directory."""
@@ -67,6 +70,8 @@ class ServeConfig:
     ``dtype`` auto is the checkpoint's own dtype, float32 for the embedded base (small enough to be served exactly).
     ``base_names`` are further names under which adapters may know the base. ``chat_templates`` maps operator-chosen
     names to template files. ``preload`` lists adapter names made resident before the server reports ready.
+    ``operators``: which implementation runs adapters and attention; auto is the fastest one proven on the device.
+    ``cuda_graphs``: replay decode steps, where the device and the operators can (CUDA, triton).
     """
 
     model: str | None = None
@@ -75,6 +80,8 @@ class ServeConfig:
     port: int = 8000
     dtype: DTypeName = "auto"
     device: str = "cpu"
+    operators: OperatorsName = "auto"
+    cuda_graphs: bool = True
     load_format: Literal["auto", "dummy"] = "auto"
     allow_hub: bool = False
     served_model_name: str | None = None
@@ -94,6 +101,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_NAMES:
             raise ConfigError(f"--dtype is {self.dtype!r}; it must be one of {', '.join(DTYPE_NAMES)}.")
+        if self.operators not in OPERATORS_NAMES:
+            raise ConfigError(f"--operators is {self.operators!r}; it must be one of {', '.join(OPERATORS_NAMES)}.")
         if self.load_format not in ("auto", "dummy"):
             raise ConfigError(f"--load-format is {self.load_format!r}; it must be auto or dummy.")
         if not 0 <= self.port <= 65535:

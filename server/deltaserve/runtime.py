@@ -8,6 +8,7 @@ The collaborators are passed in, never looked up, so tests build the same runtim
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from deltaserve.admission.folders import LocalDoor, adapter_files
 from deltaserve.config import BLOCK_SIZE, ServeConfig
 from deltaserve.engine.async_engine import AsyncEngine
 from deltaserve.engine.block_manager import BlockManager
+from deltaserve.engine.decode_graphs import DecodeGraphs
 from deltaserve.engine.engine import Engine
 from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.model_runner import ModelRunner
@@ -35,7 +37,7 @@ from deltaserve.model import checkpoint
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve.model.kv_cache import KVCache
 from deltaserve.text import Tokenizer
-from deltaserve_kernels import LoraTables, SparseTables, select
+from deltaserve_kernels import BackendUnavailable, LoraTables, SparseTables, select, use_backend
 from deltaserve_store.names import DEFAULT_TENANT
 from deltaserve_store.store import AdapterStore
 
@@ -68,6 +70,7 @@ class Runtime:
 
     @classmethod
     def _build(cls, config: ServeConfig, store: AdapterStore) -> Runtime:
+        choose_operators(config)
         folder, names = base_folder(config), base_names(config)
         base = load_base(
             folder,
@@ -146,6 +149,8 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
         )
     lora = LoraTables(len(base.linears), limits.adapter_slots, base.device)
     sparse = SparseTables(len(base.linears), limits.adapter_slots, base.device)
+    if select(base.device) == "triton":
+        sparse.keep_jagged()  # from the first adapter on, by the threads that load them
     pool = DevicePool(
         base.linears,
         lora,
@@ -170,12 +175,38 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
         vocab_size=base.vocab_size,
     )
     blocks = BlockManager(num_blocks, base.spec.fingerprint)
-    runner = ModelRunner(base, KVCache(base.kv_layout, num_blocks, base.device), lora, sparse)
-    runner.warm_up()
+    has_graphs = can_capture(config, base.device)
+    kv = KVCache(base.kv_layout, num_blocks, base.device, has_scratch=has_graphs)
+    graphs = None
+    if has_graphs:
+        max_blocks = -(-max_model_len // BLOCK_SIZE)
+        graphs = DecodeGraphs(base, kv, lora, sparse, max_seqs=limits.max_num_seqs, max_blocks=max_blocks)
+    runner = ModelRunner(base, kv, lora, sparse, graphs=graphs)
+    began = time.monotonic()
+    runner.warm_up(max_tokens=limits.max_num_batched_tokens)
+    if graphs is not None:
+        fields = {"graphs": graphs.num_graphs, "seconds": round(time.monotonic() - began, 1)}
+        logger.info("decode steps captured", extra={"fields": fields})
     kv_regime = base.kv_regime if base.has_kv_regimes else None
     scheduler = Scheduler(blocks, residency, engine_limits, kv_regime=kv_regime)
     engine = Engine(runner, residency, blocks, scheduler, Sampler(base.vocab_size), engine_limits)
     return AsyncEngine(engine, loader=loader, metrics=metrics)
+
+
+def can_capture(config: ServeConfig, device: torch.device) -> bool:
+    """Whether decode steps become CUDA graphs: only the Triton operators never look into a tensor."""
+    return config.cuda_graphs and device.type == "cuda" and select(device) == "triton"
+
+
+def choose_operators(config: ServeConfig) -> None:
+    """Set the process's operators. Raises ``ConfigError`` when those asked for cannot run on the device."""
+    if config.operators == "auto":
+        return
+    try:
+        select(config.device, config.operators)
+        use_backend(config.operators)
+    except BackendUnavailable as error:
+        raise ConfigError(f"--operators {config.operators}: {error}") from error
 
 
 def base_folder(config: ServeConfig) -> Path:

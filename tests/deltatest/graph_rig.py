@@ -14,10 +14,16 @@ from deltaserve.engine.graph_capture import Pass
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
-from deltaserve_kernels import LoraTables, SparseTables
+from deltaserve_kernels import LoraTables, PaddedLayout, SparseTables
 from deltatest.kernel_cases import csr
 
 NUM_SLOTS = 5
+
+
+def rerun(run: Pass) -> Pass:
+    """A ``Capture``: the pass itself, run once as a capture would."""
+    run()
+    return run
 
 
 class GraphRig:
@@ -36,7 +42,7 @@ class GraphRig:
         self.base = base
         self.draw = random.Random(seed)
         self.num_captures = 0
-        self._capture = capture or (lambda run: run)
+        self._capture = capture or rerun
         device = base.device
         self.lora = LoraTables(len(base.linears), NUM_SLOTS, device)
         self.sparse = SparseTables(len(base.linears), NUM_SLOTS, device)
@@ -66,10 +72,11 @@ class GraphRig:
                 self.sparse.clear(slot)
                 self.fill(slot, self.draw.choice([(), ("lora",), ("sparse",), ("lora", "sparse")]))
 
-    def fill(self, slot: int, families: Sequence[str], rank: int | None = None) -> None:
+    def fill(self, slot: int, families: Sequence[str], rank: int | None = None, share: float = 0.7) -> None:
+        """``rank`` None: a random one for each linear; ``share`` of the linears get terms."""
         generator = torch.Generator().manual_seed(self.draw.randrange(1 << 30))
         device, dtype = self.base.device, self.base.dtype
-        targets = [i for i in range(len(self.base.linears)) if self.draw.random() < 0.7]
+        targets = [i for i in range(len(self.base.linears)) if self.draw.random() < share]
         for linear in targets:
             spec = self.base.spec.linears[self.base.linears[linear]]
             out_features, in_features = spec.out_features, spec.in_features
@@ -96,6 +103,12 @@ class GraphRig:
             table = [free.pop() for _ in range(start // BLOCK_SIZE + 1)]
             token = self.draw.randrange(self.base.vocab_size)
             batch.append(ScheduledSequence(i, [token], start, table, self.random_parts(start, max_parts)))
+        # A list of the largest step holds so many parts; the rest of the rows get one each.
+        room = PaddedLayout(self.graphs.row_counts[-1]).num_parts - num_rows
+        for seq in batch:
+            room -= max(0, len(seq.parts) - 1)
+            if room < 0:
+                seq.parts = seq.parts[:1]
         return batch
 
     def random_parts(self, start: int, max_parts: int) -> tuple[ScheduledPart, ...]:

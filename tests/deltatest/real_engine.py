@@ -17,6 +17,7 @@ from deltaserve.deltas.fold import fold
 from deltaserve.deltas.folded import FoldedAdapter
 from deltaserve.engine.batch import ScheduledSequence
 from deltaserve.engine.block_manager import BlockManager
+from deltaserve.engine.decode_graphs import DecodeGraphs
 from deltaserve.engine.engine import Engine
 from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.model_runner import ModelRunner
@@ -92,6 +93,7 @@ def real_rig(
     num_slots: int = 16,
     max_num_seqs: int = 64,
     max_num_batched_tokens: int = 256,
+    has_graphs: bool = False,
 ) -> RealRig:
     lora = LoraTables(len(base.linears), num_slots, base.device)
     sparse = SparseTables(len(base.linears), num_slots, base.device)
@@ -105,12 +107,16 @@ def real_rig(
         vocab_size=base.vocab_size,
     )
     blocks = BlockManager(num_blocks, base.spec.fingerprint)
-    kv = KVCache(base.kv_layout, num_blocks, base.device)
+    kv = KVCache(base.kv_layout, num_blocks, base.device, has_scratch=has_graphs)
     # What blocks held before must not matter.
     kv.pool.normal_(generator=torch.Generator(base.device).manual_seed(1))
     kv_regime = base.kv_regime if base.has_kv_regimes else None
     scheduler = Scheduler(blocks, residency, limits, kv_regime=kv_regime, patience_seconds=0.05)
-    runner = RecordingRunner(ModelRunner(base, kv, lora, sparse))
+    graphs = None
+    if has_graphs:  # each a pass that is run again; wants the reference operators
+        graphs = DecodeGraphs(base, kv, lora, sparse, max_seqs=max_num_seqs, capture=lambda run: run)
+        graphs.capture()
+    runner = RecordingRunner(ModelRunner(base, kv, lora, sparse, graphs=graphs))
     engine = Engine(runner, residency, blocks, scheduler, Sampler(base.vocab_size), limits)
     return RealRig(engine, runner, residency)
 

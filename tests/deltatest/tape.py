@@ -42,6 +42,24 @@ def _is_mask(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.dtype == torch.bool
 
 
+class _NoLookingOps(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in LOOKING_OPS:
+            raise SyncError(f"{func._schema.name} in a pass that is to be captured")
+        return func(*args, **(kwargs or {}))
+
+
+def watched(run: Callable[[], None]) -> Callable[[], None]:
+    """A ``Capture`` that runs the pass itself, raising ``SyncError`` when it looks into a tensor."""
+
+    def replay() -> None:
+        with NoLooking(), _NoLookingOps():
+            run()
+
+    replay()
+    return replay
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, steps: list[Callable[[], None]]) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -208,3 +209,42 @@ def test_rows_that_are_not_numbers_are_told() -> None:
     tokens = Sampler(VOCAB).sample(batch, [seq(temperature=t) for t in (1.0, 1.0, 0.0, 1.0)])
     assert tokens[0] >= 0
     assert tokens[1:] == [-1, -1, -1]
+
+
+class Looks(TorchFunctionMode):
+    """Counts how often tensors come to the host: on a GPU each is a wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__"):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_the_device_once() -> None:
+    """Whatever mixture of greedy, drawn, filtered, penalised and biased rows; a row of no numbers among them."""
+    some = [
+        seq(temperature=0.0),
+        seq(temperature=1.0),
+        seq(temperature=0.7, top_p=0.5),
+        seq(temperature=0.0, repetition_penalty=1.3),
+        seq(temperature=1.0, logit_bias=((3, 2.0),)),
+        seq(temperature=0.0, stops=(4, 7), min_tokens=3),
+        seq(temperature=1.0, top_k=5),
+        seq(temperature=1.0),
+    ]
+    numbers = rows(len(some))
+    numbers[6, 2] = numbers[7, 0] = float("nan")
+    sampler = Sampler(VOCAB)
+    with Looks() as looks:
+        tokens = sampler.sample(numbers, some)
+    assert looks.count == 1
+    assert tokens[6:] == [-1, -1]
+    alone = [
+        Sampler(VOCAB).sample(numbers[i : i + 1], [seq(**kwargs)])[0]
+        for i, kwargs in ((0, {"temperature": 0.0}), (1, {"temperature": 1.0}), (2, {"temperature": 0.7, "top_p": 0.5}))
+    ]
+    assert tokens[:3] == alone

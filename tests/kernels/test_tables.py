@@ -15,6 +15,7 @@ from deltaserve_kernels import (
     ShapeMismatch,
     SparseTables,
 )
+from deltaserve_kernels.triton_ops.jagged import to_csr
 
 INDPTR = torch.tensor([0, 1, 3], dtype=torch.int32)
 COLS = torch.tensor([4, 0, 2], dtype=torch.int32)
@@ -169,3 +170,58 @@ def test_a_refused_term_leaves_nothing_of_its_adapter():
             tables.set_all(2, [good, bad])
         assert not tables.has_any(0)
         assert not tables.pointers[:, :, 2].any()
+
+
+def test_slots_and_ranks_are_known_on_the_host():
+    """What decides, without looking at a device, which graph a step takes."""
+    tables = LoraTables(3, 4)
+    assert (tables.rank_in_use, tables.rank_capacity, tables.has_slot(2)) == (16, 16, False)
+    tables.reserve_rank(65)
+    tables.set(1, 2, torch.randn(5, 8), torch.randn(5, 6))
+    tables.set(0, 2, torch.randn(17, 8), torch.randn(17, 6))
+    assert tables.has_slot(2)
+    assert (tables.largest_rank(2), tables.largest_rank(1)) == (17, 0)
+    assert (tables.rank_in_use, tables.rank_capacity) == (32, 80)
+    assert (tables.shape_of(1), tables.shape_of(2)) == ((8, 6), (0, 0))
+    tables.clear(2)
+    assert (tables.has_slot(2), tables.largest_rank(2)) == (False, 0)
+    tables.set(1, 3, torch.randn(100, 8), torch.randn(100, 6))
+    assert (tables.rank_in_use, tables.rank_capacity) == (112, 112)
+
+
+def dense_from(tables: SparseTables, linear: int, slot: int, shape: tuple[int, int]) -> torch.Tensor:
+    """What the jagged form of an entry says, after its addresses are found in the table."""
+    twin = tables._jagged[linear, slot]
+    assert tables.keep_jagged()[linear, :, slot].tolist() == [tensor.data_ptr() for tensor in twin.tensors]
+    indptr, cols, values = to_csr(twin)
+    dense = torch.zeros(shape)
+    dense[torch.repeat_interleave(torch.arange(shape[0]), indptr.diff()), cols.long()] = values
+    return dense
+
+
+def test_the_jagged_form_follows_the_entries():
+    tables = SparseTables(2, 2)
+    early = tables.scan(INDPTR, COLS, torch.tensor([1.0, 2.0, 3.0]))
+    tables.set(1, 0, INDPTR, COLS, torch.tensor([4.0, 5.0, 6.0]))
+    assert tables.jagged_pointers is None
+    tables.keep_jagged()
+    assert dense_from(tables, 1, 0, (2, 5)).tolist() == [[0, 0, 0, 0, 4], [5, 0, 6, 0, 0]]
+    tables.set_all(1, [(0, early)])  # scanned when the form was not kept yet
+    assert dense_from(tables, 0, 1, (2, 5)).tolist() == [[0, 0, 0, 0, 1], [2, 0, 3, 0, 0]]
+    late = tables.scan(INDPTR, COLS, torch.tensor([7.0, 8.0, 9.0]))
+    assert late.jagged is not None
+    tables.set_all(0, [(1, late)])
+    tables.grow(3)
+    assert dense_from(tables, 1, 0, (2, 5)).tolist() == [[0, 0, 0, 0, 7], [8, 0, 9, 0, 0]]
+    tables.clear(0)
+    assert not tables.keep_jagged()[:, :, 0].any()
+    assert list(tables._jagged) == [(0, 1)]
+    wide = torch.tensor([0, 0, 1 << 16], dtype=torch.int32)
+    with pytest.raises(OutOfRange, match="16-bit"):
+        tables.set(1, 2, INDPTR, wide, torch.ones(3))
+    assert not tables.has_slot(2)
+    asked = SparseTables(1, 1)
+    with torch.inference_mode():  # a pass may be the first to ask
+        asked.keep_jagged()
+    asked.set(0, 0, INDPTR, COLS, torch.ones(3))
+    asked.clear(0)

@@ -112,5 +112,8 @@ def test_kv_pages_hold_a_block_of_all_layers() -> None:
     assert cache.k(1).shape == (5, 2, 16, 8)
     cache.v(2)[4, 1, 15, 7] = 1.0
     assert cache.pool[4, 2, 1, 1, 15, 7] == 1.0
+    roomy = KVCache(layout, 5, "cpu", has_scratch=True)
+    assert (cache.scratch_block, roomy.num_blocks, roomy.scratch_block) == (None, 5, 5)
+    assert roomy.k(0).shape == (6, 2, 16, 8)
     with pytest.raises(ValueError, match="num_blocks is 0"):
         KVCache(layout, 0, "cpu")

@@ -96,8 +96,8 @@ def _launch(
 ) -> None:
     in_features = x.shape[1]
     splits = form.splits(in_features)
-    # Room, not work: programs go by true ranks, so a row is as fast as if the room were exact.
-    max_rank = tables.rank_capacity
+    # Room, not work: programs go by true ranks. A padded list may be captured, and adapters of higher rank come later.
+    max_rank = tables.rank_capacity if work.is_padded else tables.rank_in_use
     plane_stride = len(members) * max_rank
     dtype = y.dtype if form.fold else torch.float32
     h = torch.empty(splits, tiles.num_plane_rows, plane_stride, dtype=dtype, device=x.device)

@@ -16,6 +16,8 @@ def serve(
     model: Annotated[str | None, typer.Option(help="Checkpoint folder; default: the embedded base.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    operators: Annotated[str, typer.Option(help="auto, reference, cpu or triton.")] = "auto",
+    cuda_graphs: Annotated[bool, typer.Option(help="Replay decode steps (CUDA with triton).")] = True,
     load_format: Annotated[str, typer.Option(help="auto, or dummy (random weights).")] = "auto",
     allow_hub: Annotated[bool, typer.Option("--allow-hub", help="--model may be a hub id.")] = False,
     served_model_name: Annotated[str | None, typer.Option(help="The base's name in requests.")] = None,
@@ -44,6 +46,8 @@ def serve(
         model=model,
         dtype=dtype,  # type: ignore[arg-type]  # checked by ServeConfig
         device=device,
+        operators=operators,  # type: ignore[arg-type]  # checked by ServeConfig
+        cuda_graphs=cuda_graphs,
         load_format=load_format,  # type: ignore[arg-type]  # checked by ServeConfig
         allow_hub=allow_hub,
         served_model_name=served_model_name,

@@ -40,11 +40,17 @@ def buckets(max_seqs: int) -> tuple[int, ...]:
 class DecodeGraphs:
     """Runs decode steps (one token a sequence, logits "last") of at most ``max_seqs`` sequences by replay.
 
-    ``kv`` needs a scratch block. ``max_blocks``: longest block table (default: the base's whole context). ``keys``: the
-    sets of families to capture (default: none, each alone, all); a step takes the smallest one that covers its own, and
-    launches it does not need cost little and change nothing. ``row_counts``: the buckets.
+    ``kv`` needs a scratch block. ``max_blocks``: longest block table (default: the base's whole context). ``max_rank``:
+    rank that low-rank terms have room for. ``keys``: the sets of families to capture (default: none, each alone, all);
+    a step takes the smallest one that covers its own, and launches it does not need cost little and change nothing.
+    ``row_counts``: the buckets. ``capture``: CUDA graphs unless said otherwise; those need operators that look into no
+    tensor, which are the Triton ones.
 
-    Nothing works before ``capture``. For the engine thread alone; the tables may change between steps.
+        graphs = DecodeGraphs(base, KVCache(layout, num_blocks, device, has_scratch=True), lora, sparse, max_seqs=64)
+        graphs.capture()              # before traffic
+        logits = graphs.run(batch)    # [R, vocab], or None: run it with ModelRunner
+
+    For the engine thread alone; the tables may change between steps.
     """
 
     def __init__(
@@ -114,9 +120,10 @@ class DecodeGraphs:
             return None
         bindings = [_active(seq) for seq in batch]
         needed = self._families(bindings)
-        num_rows = next((rows for rows in self.row_counts if rows >= len(batch)), 0)
         key = None if needed is None else next((key for key in self.keys if key >= needed), None)
-        if key is None or not PaddedLayout(num_rows).fits(bindings):
+        # Compositions may need the room of a larger step.
+        num_rows = next((rows for rows in self.row_counts if PaddedLayout(rows).fits(bindings)), None)
+        if key is None or num_rows is None:
             return None
         regimes = (
             [self.base.kv_regime(max(seq.length, seq.stop)) for seq in batch] if self.base.has_kv_regimes else None

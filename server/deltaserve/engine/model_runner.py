@@ -8,6 +8,7 @@ steps that ``DecodeGraphs`` has a graph for are replayed; everything else is lau
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -66,6 +67,8 @@ class ModelRunner:
         sizes = np.fromiter((len(seq.token_ids) for seq in batch), dtype=np.int64, count=len(batch))
         starts = np.fromiter((seq.start for seq in batch), dtype=np.int64, count=len(batch))
         check_batch(batch, sizes, starts, self.base.max_context)
+        if self.base.device.index is not None:  # Triton launches on the calling thread's device
+            torch.cuda.set_device(self.base.device)
         if self.graphs is not None:
             logits = self.graphs.run(batch)
             if logits is not None:
@@ -78,7 +81,8 @@ class ModelRunner:
         sizes = np.array([len(seq.token_ids) for seq in batch])
         ctx, input_ids, logit_rows = self._prepare(batch, sizes, np.array([seq.start for seq in batch]))
         layout = PaddedLayout(len(input_ids))
-        ctx.work = layout.work_list(torch.zeros(layout.size, dtype=torch.int32, device=self.base.device))
+        empty = layout.work_list(torch.zeros(layout.size, dtype=torch.int32, device=self.base.device))
+        ctx.work = replace(empty, num_planes=len(input_ids))  # as for one adapter a row; more would only take memory
         self._forward(ctx, input_ids, logit_rows)
 
     def warm_up(self, max_tokens: int = 2 * BLOCK_SIZE) -> None:
@@ -87,11 +91,12 @@ class ModelRunner:
         Writes into the first blocks of the cache: call it before anything is in there. ``max_tokens``: the largest
         step to come. Triton compiles a kernel when it first meets its arguments' kinds: all of them are met here.
         """
-        table = tuple(range(min(self.kv.num_blocks, -(-max(max_tokens, 2) // BLOCK_SIZE))))
+        table = tuple(range(min(self.kv.num_blocks, max(2, -(-max_tokens // BLOCK_SIZE)))))
         longest = min(len(table) * BLOCK_SIZE, self.base.max_context)
-        self.execute([ScheduledSequence(0, (0,) * max(min(longest, 2 * BLOCK_SIZE) - 1, 1), 0, table)])
-        if longest > 1:
-            self.execute([ScheduledSequence(0, (0,), longest - 1, table, logits="all")])
+        length = min(longest, 2 * BLOCK_SIZE)
+        self.execute([ScheduledSequence(0, (0,) * max(length - 1, 1), 0, table)])
+        if length > 1:
+            self.execute([ScheduledSequence(0, (0,), length - 1, table, logits="all")])
         if select(self.base.device) == "triton":
             for batch in rehearsals(table, longest):
                 self.rehearse(batch)

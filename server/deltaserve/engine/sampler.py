@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from deltaserve.core import SamplingParams, TokenLogprob
-from deltaserve.engine.draw import draw_filtered, draw_plain
+from deltaserve.engine.draw import FilteredDraw, draw_plain
 from deltaserve.engine.sequence import Sequence
 from deltaserve.engine.token_counts import TokenCounts, penalize
+from deltaserve_kernels import upload
 
 _SLICE_ROWS = 64
 
@@ -36,17 +37,40 @@ class Sampler:
         """One token per row; -1 where the logits are not numbers."""
         rows = self._adjust(rows, seqs)
         peaks = rows.amax(dim=-1)
-        is_sound: list[bool] = peaks.isfinite().tolist()
+        is_sound = peaks.isfinite()
+        groups: list[list[int]] = [[], [], []]
+        for i, seq in enumerate(seqs):
+            groups[0 if seq.sampling.temperature == 0 else 1 + _is_filtered(seq.sampling)].append(i)
+        found: list[Tensor] = []
+        filtered: FilteredDraw | None = None
+        for kind, chosen in enumerate(groups):
+            if not chosen:
+                continue
+            some, some_peaks, sound = rows, peaks, is_sound
+            if len(chosen) < len(seqs):
+                index = upload(torch.tensor(chosen), rows.device)
+                some, some_peaks, sound = (every.index_select(0, index) for every in (rows, peaks, is_sound))
+            if kind == 0:
+                found.append(torch.where(sound, some.argmax(dim=-1), -1))
+                continue
+            params = [seqs[i].sampling for i in chosen]
+            weights = self._weights(some, some_peaks, params)
+            draws = [seqs[i].rng.random() for i in chosen]
+            if kind == 1:
+                found.append(torch.where(sound, draw_plain(weights, draws), -1))
+            else:
+                filtered = FilteredDraw(weights, params, draws)
+                # A row that is not sound counts as finished.
+                found += torch.where(sound, filtered.first, -1)
+        # The one wait of a step: everything up to here is in the device's queue.
+        drawn: list[int] = torch.cat(found).tolist()
+        if filtered is not None:
+            split = len(seqs) - len(groups[2])
+            tokens_first, num_kept = drawn[split : len(seqs)], drawn[len(seqs) :]
+            drawn[split:] = filtered.finish(tokens_first, num_kept)
         tokens = [-1] * len(seqs)
-        greedy = [i for i, seq in enumerate(seqs) if is_sound[i] and seq.sampling.temperature == 0]
-        drawn = [i for i, seq in enumerate(seqs) if is_sound[i] and seq.sampling.temperature > 0]
-        if greedy:
-            best = (rows if len(greedy) == len(seqs) else rows[greedy]).argmax(dim=-1)
-            _put(tokens, greedy, best.tolist())
-        for filtered in (False, True):
-            some = [i for i in drawn if _is_filtered(seqs[i].sampling) == filtered]
-            if some:
-                _put(tokens, some, self._draw(rows, peaks, some, [seqs[i] for i in some], filtered=filtered))
+        for place, token in zip([i for chosen in groups for i in chosen], drawn, strict=True):
+            tokens[place] = token
         for seq, token in zip(seqs, tokens, strict=True):
             if seq.counts is not None and token >= 0:
                 seq.counts.add(token)
@@ -76,16 +100,19 @@ class Sampler:
         rows = rows.clone()
         if penalized:
             some = [seqs[i] for i in penalized]
-            rows[penalized] = penalize(
-                rows[penalized], [self._counts(seq, rows.device) for seq in some], [seq.sampling for seq in some]
-            )
+            index = upload(torch.tensor(penalized), rows.device)
+            counts = [self._counts(seq, rows.device) for seq in some]
+            changed = penalize(rows.index_select(0, index), counts, [seq.sampling for seq in some])
+            rows.index_copy_(0, index, changed)
         for i in biased:
             if seqs[i].sampling.logit_bias:
                 ids, bias = zip(*seqs[i].sampling.logit_bias, strict=True)
-                rows[i].index_add_(0, torch.tensor(ids, device=rows.device), torch.tensor(bias, device=rows.device))
+                index, added = (upload(torch.tensor(numbers), rows.device) for numbers in (ids, bias))
+                rows[i].index_add_(0, index, added)
             if _is_stop_forbidden(seqs[i]):
                 # Tokenizers may know more tokens than the base has logits; those are never sampled anyway.
-                rows[i, sorted(stop for stop in seqs[i].stop_token_ids if stop < self.vocab_size)] = float("-inf")
+                stops = sorted(stop for stop in seqs[i].stop_token_ids if stop < self.vocab_size)
+                rows[i].index_fill_(0, upload(torch.tensor(stops, dtype=torch.int64), rows.device), float("-inf"))
         return rows
 
     def _counts(self, seq: Sequence, device: torch.device) -> TokenCounts:
@@ -94,23 +121,15 @@ class Sampler:
             seq.counts = TokenCounts(self.vocab_size, ids[:split], ids[split:], device)
         return seq.counts
 
-    def _draw(
-        self, rows: Tensor, peaks: Tensor, chosen: list[int], seqs: list[Sequence], *, filtered: bool
-    ) -> list[int]:
-        """Tokens of the ``chosen`` rows, whose sequences are ``seqs``."""
-        if len(chosen) < len(rows):
-            rows, peaks = rows[chosen], peaks[chosen]
+    def _weights(self, rows: Tensor, peaks: Tensor, params: list[SamplingParams]) -> Tensor:
+        """``exp((row - peak) / temperature)`` in the buffer."""
         if self._buffer.numel() < rows.numel() or self._buffer.device != rows.device:
             self._buffer = torch.empty(rows.numel(), device=rows.device)
         weights = self._buffer[: rows.numel()].view(rows.shape)
-        temperatures = torch.tensor([max(seq.sampling.temperature, _COLDEST) for seq in seqs], device=rows.device)
+        temperatures = upload(torch.tensor([max(p.temperature, _COLDEST) for p in params]), rows.device)
         # The peak goes first, so that a tiny temperature gives minus infinity, never infinity minus infinity.
         torch.sub(rows, peaks[:, None], out=weights)
-        weights.div_(temperatures[:, None]).exp_()
-        draws = [seq.rng.random() for seq in seqs]
-        if filtered:
-            return draw_filtered(weights, [seq.sampling for seq in seqs], draws)
-        return draw_plain(weights, draws)
+        return weights.div_(temperatures[:, None]).exp_()
 
 
 def _is_penalized(sampling: SamplingParams) -> bool:
@@ -123,8 +142,3 @@ def _is_filtered(sampling: SamplingParams) -> bool:
 
 def _is_stop_forbidden(seq: Sequence) -> bool:
     return 0 < seq.sampling.min_tokens > seq.num_completion_tokens and bool(seq.stop_token_ids)
-
-
-def _put(tokens: list[int], places: list[int], values: list[int]) -> None:
-    for place, value in zip(places, values, strict=True):
-        tokens[place] = value

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.core import SamplingParams
+from deltaserve_kernels import upload
 
 
 class TokenCounts:
@@ -16,7 +17,7 @@ class TokenCounts:
     def __init__(self, vocab_size: int, prompt_ids: Sequence[int], completion_ids: Sequence[int], device: torch.device):
         self.completion = torch.zeros(vocab_size, dtype=torch.float32, device=device)
         self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        self.seen[torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
+        self.seen.index_fill_(0, upload(torch.tensor(prompt_ids, dtype=torch.int64), device), True)
         for token_id in completion_ids:
             self.add(token_id)
 
@@ -33,7 +34,7 @@ def penalize(rows: Tensor, counts: Sequence[TokenCounts], sampling: Sequence[Sam
     """
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=rows.dtype, device=rows.device)[:, None]
+        return upload(torch.tensor(values, dtype=rows.dtype), rows.device)[:, None]
 
     if any(s.repetition_penalty != 1.0 for s in sampling):
         penalty = column([s.repetition_penalty for s in sampling])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deltaserve_kernels import KernelError, paged_attention, write_kv
-from deltaserve_kernels.triton_ops import attention
+from deltaserve_kernels.triton_ops import attention, attention_kernels, guard
 from deltatest.kernel_cases import PagedCase, randn
 
 TOLERANCE = {
@@ -125,3 +125,27 @@ def test_write_kv_stores_those_positions_and_no_other(num_rows, kv_heads, head_d
     expected[index // 16, 1, 0, :, index % 16] = v
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(pool.view(bits), expected.view(bits))
+
+
+def test_one_query_each_spares_a_launch_and_nothing_else(monkeypatch):
+    case = PagedCase([1] * 4, [1, 130, 33, 64], 4, 2, 16)
+    expected = run(case, scale=0.2, window=50)
+    monkeypatch.setattr(attention_kernels, "prefill", None)
+    assert torch.equal(run(case, scale=0.2, window=50, one_query=True), expected)
+    assert torch.equal(
+        paged_attention(*case.args, scale=0.2, one_query=True, backend="reference"),
+        paged_attention(*case.args, scale=0.2, backend="reference"),
+    )
+
+
+def test_wide_tables_may_hold_anything_past_a_sequences_blocks(monkeypatch):
+    """A captured step's tables are as wide as the longest sequence may become, and keep what was there before."""
+    monkeypatch.setattr(guard, "may_look", lambda tensor: False)
+    case = PagedCase([1, 1, 3], [1, 130, 33], 4, 2, 16)
+    expected = run(case, scale=0.2)
+    wide = torch.full((3, 64), 10**8, dtype=torch.int32)
+    for seq, length in enumerate(case.kv_lens):
+        count = -(-length // 16)
+        wide[seq, :count] = case.block_tables[seq, :count]
+    case.block_tables = wide
+    assert torch.equal(run(case, scale=0.2), expected)

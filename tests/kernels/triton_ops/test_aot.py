@@ -27,9 +27,11 @@ from deltaserve_kernels.triton_ops import (
     lora_programs,
     norm_kernels,
     rotary,
+    row_items,
     sparse,
     sparse_kernels,
     sparse_wide,
+    tile_kernels,
 )
 
 BF16, FP32 = "*bf16", "*fp32"
@@ -189,7 +191,11 @@ SPECS = {
         wide=2 + 8 * 8 + 8,
         num_warps=sparse.PREFILL.num_warps,
     ),
+    # A few numbers an item: nothing to read wide.
+    "store_items": Spec(row_items.store_items, {"TILE_ROWS": row_items.TILE_ROWS}, wide=0, num_warps=1),
+    "build_tiles": Spec(tile_kernels.build_tiles, {"TILE_ROWS": 16}, wide=0),
 }
+
 COMPILED: dict[tuple[str, int], aot.Compiled] = {}
 
 

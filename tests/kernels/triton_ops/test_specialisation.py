@@ -40,7 +40,8 @@ from deltaserve_kernels import (
 from deltaserve_kernels.triton_ops import attention, blocks, guard, lora, rotary, sparse, vectors
 from deltatest.graph_rig import GraphRig
 from deltatest.kernel_cases import PagedCase, Parts, csr
-from deltatest.tiny_models import build_tiny_model
+from deltatest.tape import watched
+from deltatest.tiny_models import ARCHITECTURES, build_tiny_model
 
 MEMBERS = [(0, 0, 64), (1, 64, 96), (2, 96, 128)]
 FORMS = [lora.DECODE, lora.ONE_LAUNCH, lora.PREFILL]
@@ -153,6 +154,24 @@ def prompts(draw: random.Random, num_blocks: int) -> list[ScheduledSequence]:
         logits = draw.choice(["none", "last", "all"])
         batch.append(ScheduledSequence(i, [3] * count, start, table, logits=logits))  # type: ignore[arg-type]
     return batch
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_no_architecture_looks_into_a_tensor_in_a_decode_pass(
+    architecture: str, binaries: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A look would be a sync in every step, and what it saw would be frozen in the graph. Kernels do not run here."""
+    base = load_base(build_tiny_model(architecture, tmp_path), dtype=torch.float32, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(triton_ops, "unavailable_reason", lambda device: None)
+    monkeypatch.setattr(guard, "may_look", lambda tensor: False)
+    before = use_backend("triton")
+    try:
+        rig = GraphRig(base, capture=watched, row_counts=[1, 3])
+        rig.change_adapters()
+        assert rig.graphs.run(rig.random_batch(2)) is not None
+    finally:
+        use_backend(before)
+    assert {"build_tiles", "shrink", "expand", "sparse", "decode", "combine", "store_kv"} == {n for n, _ in binaries}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "phi3-longrope"])
