@@ -46,9 +46,19 @@ class SparseForm:
 
 
 DECODE = SparseForm()
+GATHERED = SparseForm(tile_rows=4, few=4)
 PREFILL = SparseForm(tile_rows=64, few=0, bucket=2048, wide=True)
 MAX_STAGE = 16384  # columns: 32 KB of 16 bits, of the 48 KB that a decode kernel may take
 _TRANSPOSE_K = 128
+_MIN_TRANSPOSED = 16
+
+
+def decode_form(num_rows: int) -> SparseForm:
+    """By the step's number of rows alone: a few rows are not worth the launch that transposes x. Untuned.
+
+    The two forms compute the same bits, so a row's do not depend on its company.
+    """
+    return GATHERED if num_rows < _MIN_TRANSPOSED else DECODE
 
 
 def sparse_linear(
@@ -58,14 +68,15 @@ def sparse_linear(
     tables: SparseTables,
     members: Sequence[Member],
     depth: float,
-    form: SparseForm = DECODE,
+    form: SparseForm | None = None,
 ) -> None:
     """``y[row, start:stop] += sum over parts of scale * (S x[row])``; see ``operators.sparse_linear``.
 
-    The form is the caller's choice, never the batch's: what a form decides by a tile's rows leaves the bits alone. The
-    first call has the tables convert what they hold, and a form with buckets converts what it meets first; that blocks.
+    The form is the caller's choice, never the batch's; None: ``decode_form``, which leaves the bits alone. The first
+    call has the tables convert what they hold, and a form with buckets converts what it meets first; that blocks.
     Raises a KernelError.
     """
+    form = decode_form(work.num_rows) if form is None else form
     guard.check_linear(y, x, work, tables, members)
     if work.is_empty:
         return

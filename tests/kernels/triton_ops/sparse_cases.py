@@ -19,7 +19,7 @@ DENSITIES = [0.01, 0.0, 0.3, 1.0]
 DECODE = sparse.SparseForm(tile_rows=4, few=2)
 FORMS = {
     "few or transposed": DECODE,
-    "gathered": sparse.SparseForm(tile_rows=4, few=4),
+    "gathered": sparse.GATHERED,
     "staged": sparse.SparseForm(tile_rows=2, few=2, staged=True),
     "one row": sparse.SparseForm(tile_rows=4, few=1),
     "staged by bucket": sparse.SparseForm(tile_rows=4, few=2, staged=True, bucket=30),
@@ -189,3 +189,12 @@ def test_columns_beyond_x_are_refused_before_and_after_x_is_known():
     wide[3, 98] = True
     with pytest.raises(KernelError, match="column 98, x has 77"):
         case.sparse.set(0, 4, *csr(wide, torch.ones(1)))
+
+
+def test_the_form_goes_by_the_number_of_rows_alone_and_leaves_the_bits():
+    assert [sparse.decode_form(rows) for rows in (1, 15, 16)] == [sparse.GATHERED, sparse.GATHERED, sparse.DECODE]
+    case = filled(widths=(19,))
+    bindings: list[Parts] = [((2, 1.0, 1.0),)] * 17
+    x, y = randn(17, 77), randn(17, 19, seed=1)
+    together = run(case, bindings, x, y.clone(), form=None)
+    assert torch.equal(run(case, bindings[:2], x[:2], y[:2].clone(), form=None), together[:2])

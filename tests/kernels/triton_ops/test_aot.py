@@ -91,7 +91,6 @@ def expand_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
 HEAD = {"D": 128, "BLOCK_D": 128, "BLOCK_N": 32, "HAS_WINDOW": True}
 SEGMENTS = {"SEGMENTS": 16, "MIN_SEGMENT": 128}
 FOLDED = {"h": BF16}
-GATHERED = sparse.SparseForm(tile_rows=4, few=4)
 STAGED = sparse.SparseForm(tile_rows=2, few=2, staged=True)
 
 
@@ -172,7 +171,7 @@ SPECS = {
     # Narrow: the lanes of a window, one element a thread; where x is gathered, 8 elements a row and thread. Wide: two
     # of the adapter for each 8 diagonals of a way to read x; transposed, x's 8 lines a thread, and y.
     "sparse": Spec(sparse_kernels.sparse, sparse_of(sparse.DECODE, 4096), narrow=2 * 8 + 2, wide=2 + 2 + 8 + 1),
-    "sparse_gathered": Spec(sparse_kernels.sparse, sparse_of(GATHERED, 4096), narrow=4 * 8 + 1, wide=2),
+    "sparse_gathered": Spec(sparse_kernels.sparse, sparse_of(sparse.GATHERED, 4096), narrow=4 * 8 + 1, wide=2),
     "sparse_staged": Spec(sparse_kernels.sparse, sparse_of(STAGED, 14336), narrow=1, wide=2 * (2 * 4 + 14)),
     # x through a list: 16 rows of 128 columns over 128 threads; 16 of 32.
     "shrink_blocks": Spec(block_kernels.shrink_blocks, shrink_of(blocks.FORM, 14336), narrow=16, wide=3),
