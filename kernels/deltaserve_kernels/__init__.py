@@ -6,6 +6,7 @@ Imports torch only; the C++ library is built at its first use.
 from __future__ import annotations
 
 from deltaserve_kernels.backend import BACKENDS, select, use_backend
+from deltaserve_kernels.block_tables import BlockEntry, BlockTables
 from deltaserve_kernels.checks import BLOCK_SIZE
 from deltaserve_kernels.errors import (
     BackendUnavailable,
@@ -20,29 +21,40 @@ from deltaserve_kernels.errors import (
 from deltaserve_kernels.operators import lora_linear, paged_attention, sparse_linear, write_kv
 from deltaserve_kernels.padded_list import PaddedLayout
 from deltaserve_kernels.tables import LoraTables, SparseEntry, SparseTables
+from deltaserve_kernels.terms import block_linear, lora_vector_linear, rms_norm, rotate_and_write_kv
 from deltaserve_kernels.transfer import upload
+from deltaserve_kernels.vector_tables import NormTables, VectorEntry, VectorTables
 from deltaserve_kernels.worklist import WorkList, build_work_list, build_work_list_runs
 
 __all__ = [
     "BACKENDS",
     "BLOCK_SIZE",
     "BackendUnavailable",
+    "BlockEntry",
+    "BlockTables",
     "DeviceMismatch",
     "DtypeMismatch",
     "KernelError",
     "LoraTables",
     "Misaligned",
+    "NormTables",
     "NotContiguous",
     "OutOfRange",
     "PaddedLayout",
     "ShapeMismatch",
     "SparseEntry",
     "SparseTables",
+    "VectorEntry",
+    "VectorTables",
     "WorkList",
+    "block_linear",
     "build_work_list",
     "build_work_list_runs",
     "lora_linear",
+    "lora_vector_linear",
     "paged_attention",
+    "rms_norm",
+    "rotate_and_write_kv",
     "select",
     "sparse_linear",
     "upload",

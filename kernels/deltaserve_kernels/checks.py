@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deltaserve_kernels.block_tables import BlockTables
 from deltaserve_kernels.errors import DeviceMismatch, DtypeMismatch, NotContiguous, OutOfRange, ShapeMismatch
 from deltaserve_kernels.tables import FLOAT_DTYPES, LoraTables, SparseTables
 from deltaserve_kernels.worklist import WorkList
 
 Member = tuple[int, int, int]
+AnyTables = LoraTables | SparseTables | BlockTables
 BLOCK_SIZE = 16
 
 
-def check_linear(
-    y: Tensor, x: Tensor, work: WorkList, tables: LoraTables | SparseTables, members: Sequence[Member]
-) -> None:
-    """Raise a KernelError unless ``lora_linear``/``sparse_linear`` arguments fit together."""
+def check_linear(y: Tensor, x: Tensor, work: WorkList, tables: AnyTables, members: Sequence[Member]) -> None:
+    """Raise a KernelError unless ``lora_linear``/``sparse_linear``/``block_linear`` arguments fit together."""
     if y.dim() != 2 or x.dim() != 2 or y.shape[0] != x.shape[0] or x.shape[0] != work.num_rows:
         raise ShapeMismatch(
             f"y {list(y.shape)} and x {list(x.shape)} must be [T, N] and [T, K], T = {work.num_rows} as in the list"

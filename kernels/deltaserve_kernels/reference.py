@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deltaserve_kernels import checks
-from deltaserve_kernels.checks import BLOCK_SIZE, Member
+from deltaserve_kernels.checks import BLOCK_SIZE, AnyTables, Member
 from deltaserve_kernels.tables import LoraTables, SparseTables
 from deltaserve_kernels.worklist import WorkList
 
@@ -24,7 +24,7 @@ def lora_linear(
 ) -> None:
     """``y[row, start:stop] += sum over parts of scale * (B (A x[row]))`` for every member and row of the work list."""
     checks.check_linear(y, x, work, tables, members)
-    _add_parts(y, x, work, tables, members, depth, _lora_delta)
+    add_parts(y, x, work, tables, members, depth, _lora_delta)
 
 
 def sparse_linear(
@@ -37,7 +37,7 @@ def sparse_linear(
             columns = int(tables.extents[linear, 1, slot])
             if columns > x.shape[1]:
                 raise checks.OutOfRange(f"linear {linear}, slot {slot}: column {columns - 1}, x has {x.shape[1]}")
-    _add_parts(y, x, work, tables, members, depth, _sparse_delta)
+    add_parts(y, x, work, tables, members, depth, _sparse_delta)
 
 
 def _lora_delta(x_tile: Tensor, a: Tensor, b_t: Tensor, scale: float) -> Tensor:
@@ -50,16 +50,17 @@ def _sparse_delta(x_tile: Tensor, indptr: Tensor, cols: Tensor, values: Tensor, 
     return sums.t() * scale
 
 
-def _add_parts(
+def add_parts(
     y: Tensor,
     x: Tensor,
     work: WorkList,
-    tables: LoraTables | SparseTables,
+    tables: AnyTables,
     members: Sequence[Member],
     depth: float,
     delta: Callable[..., Tensor],
 ) -> None:
-    for rows, parts in _items(work):
+    """Add ``delta(x_tile, *entry, scale)`` of every part, members in turn; y is rounded once."""
+    for rows, parts in items_of(work):
         for first in range(0, len(rows), TILE_ROWS):
             index = torch.tensor(rows[first : first + TILE_ROWS], device=x.device)
             x_tile = torch.zeros(TILE_ROWS, x.shape[1], device=x.device)
@@ -75,7 +76,8 @@ def _add_parts(
                     y[index, start:stop] = (y[index, start:stop].float() + total[: len(index)]).to(y.dtype)
 
 
-def _items(work: WorkList) -> Iterator[tuple[list[int], list[tuple[int, float, float]]]]:
+def items_of(work: WorkList) -> Iterator[tuple[list[int], list[tuple[int, float, float]]]]:
+    """(rows, parts) of each item."""
     rows, item_rows, item_parts = work.rows.tolist(), work.item_rows.tolist(), work.item_parts.tolist()
     slots, scales = work.part_slot.tolist(), work.part_scale.tolist()
     for item in range(len(item_rows) - 1):

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90)
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+_LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+([^;]+?)\s*;")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
 _BITS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
 
@@ -28,7 +29,7 @@ _BITS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
 @dataclass(frozen=True)
 class Compiled:
     """What a kernel became on one architecture. ``loads``: global loads by bits a thread takes at once, 128 the most;
-    ``instructions``: count by opcode without modifiers."""
+    ``instructions``: count by opcode without modifiers; ``listing``: each with its operands, by address."""
 
     name: str
     arch: int
@@ -38,6 +39,7 @@ class Compiled:
     loads: Mapping[int, int]
     stores: Mapping[int, int]
     instructions: Mapping[str, int]
+    listing: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def spills(self) -> int:
@@ -83,6 +85,7 @@ def compile_kernel(
         loads=_widths(opcodes, ("LDG", "LDGSTS")),
         stores=_widths(opcodes, ("STG",)),
         instructions=Counter(opcode.split(".")[0] for opcode in opcodes),
+        listing=tuple(_LINE.findall(sass)),
     )
 
 

@@ -1,9 +1,21 @@
-"""The four operators behind one name, for ``deltaserve_kernels.operators``. Imports triton."""
+"""The operators behind one name, for ``deltaserve_kernels.operators`` and ``terms``. Imports triton."""
 
 from __future__ import annotations
 
 from deltaserve_kernels.triton_ops.attention import paged_attention, write_kv
+from deltaserve_kernels.triton_ops.blocks import block_linear
 from deltaserve_kernels.triton_ops.lora import lora_linear
+from deltaserve_kernels.triton_ops.rotary import rotate_and_write_kv
 from deltaserve_kernels.triton_ops.sparse import sparse_linear
+from deltaserve_kernels.triton_ops.vectors import lora_vector_linear, rms_norm
 
-__all__ = ["lora_linear", "paged_attention", "sparse_linear", "write_kv"]
+__all__ = [
+    "block_linear",
+    "lora_linear",
+    "lora_vector_linear",
+    "paged_attention",
+    "rms_norm",
+    "rotate_and_write_kv",
+    "sparse_linear",
+    "write_kv",
+]

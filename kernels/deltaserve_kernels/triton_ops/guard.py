@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from deltaserve_kernels import checks
-from deltaserve_kernels.checks import Member
+from deltaserve_kernels.checks import AnyTables, Member
 from deltaserve_kernels.errors import DtypeMismatch, OutOfRange, ShapeMismatch
-from deltaserve_kernels.tables import FLOAT_DTYPES, LoraTables, SparseTables
+from deltaserve_kernels.tables import FLOAT_DTYPES
 from deltaserve_kernels.worklist import WorkList
 
 
@@ -19,9 +19,7 @@ def may_look(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def check_linear(
-    y: Tensor, x: Tensor, work: WorkList, tables: LoraTables | SparseTables, members: Sequence[Member]
-) -> None:
+def check_linear(y: Tensor, x: Tensor, work: WorkList, tables: AnyTables, members: Sequence[Member]) -> None:
     """``checks.check_linear`` on the host; on a GPU all of it but the list's contents. Raises a KernelError."""
     if may_look(x):
         checks.check_linear(y, x, work, tables, members)

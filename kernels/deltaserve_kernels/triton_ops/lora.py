@@ -14,6 +14,7 @@ from deltaserve_kernels.checks import Member
 from deltaserve_kernels.tables import RANK_TILE, LoraTables
 from deltaserve_kernels.triton_ops import guard, lora_programs
 from deltaserve_kernels.triton_ops.tiles import RowTiles, row_tiles
+from deltaserve_kernels.vector_tables import VectorTables
 from deltaserve_kernels.worklist import WorkList
 
 MAX_MEMBERS = 3
@@ -25,6 +26,7 @@ class LoraForm:
 
     ``fold``: shrunk rows scaled and rounded to the 16-bit dtype, K not split; for many rows an adapter.
     ``split_k``: columns of x a split takes at least; the number of splits is a function of K alone.
+    ``rank_tile``: ranks that one reading of x serves; those past an adapter's own cost no bytes.
     """
 
     one_launch: bool = False
@@ -33,6 +35,7 @@ class LoraForm:
     block_k: int = 128
     block_n: int = 128
     split_k: int = 512
+    rank_tile: int = RANK_TILE
     max_splits: int = 16
     num_warps: int = 4
 
@@ -49,7 +52,7 @@ class LoraForm:
 
 DECODE = LoraForm()
 ONE_LAUNCH = LoraForm(one_launch=True)
-PREFILL = LoraForm(fold=True, tile_rows=64, num_warps=8)
+PREFILL = LoraForm(fold=True, tile_rows=64, block_k=64, rank_tile=64, num_warps=8)
 
 
 def lora_linear(
@@ -60,8 +63,11 @@ def lora_linear(
     members: Sequence[Member],
     depth: float,
     form: LoraForm = DECODE,
+    vectors: VectorTables | None = None,
 ) -> None:
     """``y[row, start:stop] += sum over parts of scale * (B (A x[row]))``; see ``operators.lora_linear``.
+
+    With ``vectors`` the same launches scale and shift the sum; see ``terms.lora_vector_linear``.
 
     The form is the caller's choice, never the batch's: a rule by number of rows would change a row's bits with its
     company. Raises a KernelError.
@@ -73,8 +79,8 @@ def lora_linear(
     for begin in range(0, len(members), MAX_MEMBERS):
         # Members without any entry stay in: a launch's shape must not follow the adapters, or one would compile anew.
         group = members[begin : begin + MAX_MEMBERS]
-        if work.concerns(tables, group):
-            _launch(y, x, work, tables, group, depth, form, tiles)
+        if work.concerns(tables, group) or (vectors is not None and work.concerns(vectors, group)):
+            _launch(y, x, work, tables, group, depth, form, tiles, vectors)
 
 
 def _launch(
@@ -86,6 +92,7 @@ def _launch(
     depth: float,
     form: LoraForm,
     tiles: RowTiles,
+    vectors: VectorTables | None,
 ) -> None:
     in_features = x.shape[1]
     splits = form.splits(in_features)
@@ -97,30 +104,32 @@ def _launch(
     planes = (h, h.stride(0), plane_stride, max_rank)
     lists = (
         tiles.tile_item, tiles.tile_first, work.rows, work.item_rows, work.item_parts, tiles.item_plane,
-        work.part_slot, work.part_scale, tables.pointers, tables.ranks, tables.num_slots,
+        work.part_slot, work.part_scale, tables.pointers, tables.ranks,
     )  # fmt: skip
+    epilogue = tables.pointers if vectors is None else vectors.pointers
     padded = [*members, *[(0, 0, 0)] * (MAX_MEMBERS - len(members))]
     linears = [linear for linear, _, _ in padded]
     widths = [stop - start for _, start, stop in padded]
     columns = [start for _, start, _ in padded]
     tiles_n = sum(triton.cdiv(width, form.block_n) for width in widths)
     read: dict[str, Any] = {"K": in_features, "CHUNK": form.chunk(in_features), "BLOCK_K": form.block_k}
-    shared: dict[str, Any] = {"TILE_ROWS": form.tile_rows, "RANK_TILE": RANK_TILE, "num_warps": form.num_warps}
-    write: dict[str, Any] = {"SPLITS": splits, "BLOCK_N": form.block_n}
+    shared: dict[str, Any] = {"TILE_ROWS": form.tile_rows, "RANK_TILE": form.rank_tile, "num_warps": form.num_warps}
+    write: dict[str, Any] = {"SPLITS": splits, "BLOCK_N": form.block_n, "VECTORS": vectors is not None}
     write |= place_of(widths, columns)
     if not form.one_launch:
-        lora_programs.shrink[(tiles.capacity, splits, len(members))](
-            x, x.stride(0), *planes, *lists, *linears, depth, **read, **shared, FOLD=form.fold
+        lora_programs.shrink[(len(members), splits, tiles.capacity)](
+            x, x.stride(0), *planes, *lists, tables.num_slots, *linears, depth, **read, **shared, FOLD=form.fold
         )
         lora_programs.expand[(tiles.capacity, tiles_n)](
-            y, y.stride(0), *planes, *lists, *linears, depth, **write, **shared, FOLD=form.fold
-        )
+            y, y.stride(0), *planes, *lists, epilogue, tables.num_slots, *linears, depth, FOLD=form.fold,
+            **write, **shared,
+        )  # fmt: skip
         return
     num_flags = tiles.capacity * len(members)
     producers = num_flags * splits
     lora_programs.fused[(producers + tiles.capacity * tiles_n,)](
-        y, y.stride(0), x, x.stride(0), *planes, counters(num_flags, x.device), *lists, *linears,
-        depth, producers, num_flags, **read, **write, **shared, NUM_MEMBERS=len(members), TILES_N=tiles_n,
+        y, y.stride(0), x, x.stride(0), *planes, counters(num_flags, x.device), *lists, epilogue, tables.num_slots,
+        *linears, depth, producers, num_flags, **read, **write, **shared, NUM_MEMBERS=len(members), TILES_N=tiles_n,
     )  # fmt: skip
 
 

@@ -42,6 +42,12 @@ def dot_wide(left, right, acc):
 
 
 @triton.jit
+def room(rank):
+    """Entries of a shrunk row that are written and read: the rank, up to a multiple of 16."""
+    return (rank + 15) // 16 * 16
+
+
+@triton.jit
 def shrink_tile(
     x, x_stride, h, split_stride, plane_stride, max_rank,
     rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
@@ -80,8 +86,10 @@ def shrink_tile(
             if FOLD:
                 at_first = tl.load(part_scale + 2 * part)
                 acc *= at_first + (tl.load(part_scale + 2 * part + 1) - at_first) * depth
-            # Whole tiles make wide stores. Past the rank A is zero, so h is, in a row without inf or NaN.
-            tl.store(out[:, None] + r[None, :], acc.to(h.dtype.element_ty), mask=live[:, None])
+            # Groups of 16 make wide stores. Past the rank A is zero, so h is, in a row without inf or NaN.
+            tl.store(
+                out[:, None] + r[None, :], acc.to(h.dtype.element_ty), mask=live[:, None] & (r < room(rank))[None, :]
+            )
 
 
 @triton.jit
@@ -93,16 +101,17 @@ def load_b(b, rank_begin, rank, width, n, RANK_TILE: tl.constexpr):
 
 @triton.jit
 def add_rank_tile(
-    acc, b_tile, h, split_stride, plane_stride, plane, member_offset, live, rank_begin, scale,
+    acc, b_tile, h, split_stride, plane_stride, plane, member_offset, live, rank_begin, rank, scale,
     SPLITS: tl.constexpr, RANK_TILE: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """``acc + scale * h @ b_tile`` over one rank tile, planes added in order."""
     r = rank_begin + tl.arange(0, RANK_TILE)
     source = h + (plane.to(tl.int64) * plane_stride + member_offset)[:, None] + r[None, :]
+    mask = live[:, None] & (r < room(rank))[None, :]
     # .cg: another program of this launch may just have written it, so the first-level cache is no place to look.
-    total = tl.load(source, mask=live[:, None], other=0.0, cache_modifier=".cg")
+    total = tl.load(source, mask=mask, other=0.0, cache_modifier=".cg")
     for split in tl.static_range(1, SPLITS):
-        total += tl.load(source + split * split_stride, mask=live[:, None], other=0.0, cache_modifier=".cg")
+        total += tl.load(source + split * split_stride, mask=mask, other=0.0, cache_modifier=".cg")
     if FOLD:
         # Scaled and rounded already, one split. Nothing may touch it between the load and the dot: ptxas before 13.3
         # may reuse registers that a 64-row warpgroup product still reads.
@@ -113,17 +122,42 @@ def add_rank_tile(
 
 
 @triton.jit
+def vector(vectors, which, linear, slot, num_slots):
+    """Address of an output scale (0) or bias (1) of (linear, slot), fp32; 0 where there is none."""
+    return tl.load(vectors + (linear * 2 + which) * num_slots + slot)
+
+
+@triton.jit
+def load_vectors(vectors, part_slot, part_scale, part_begin, part_end, linear, num_slots, n, width, depth):
+    """(factor, shift) of columns n: the product of ``1 + scale * (s - 1)`` and the sum of ``scale * b`` over parts."""
+    factor = tl.full(n.shape, 1.0, dtype=tl.float32)
+    shift = tl.zeros(n.shape, dtype=tl.float32)
+    for part in range(part_begin, part_end):
+        slot = tl.load(part_slot + part)
+        at_first = tl.load(part_scale + 2 * part)
+        scale = at_first + (tl.load(part_scale + 2 * part + 1) - at_first) * depth
+        s = vector(vectors, 0, linear, slot, num_slots)
+        b = vector(vectors, 1, linear, slot, num_slots)
+        s_at = tl.multiple_of(s.to(tl.pointer_type(tl.float32)), 16)
+        b_at = tl.multiple_of(b.to(tl.pointer_type(tl.float32)), 16)
+        factor *= 1.0 + scale * (tl.load(s_at + n, mask=(n < width) & (s != 0), other=1.0) - 1.0)
+        shift += scale * tl.load(b_at + n, mask=(n < width) & (b != 0), other=0.0)
+    return factor, shift
+
+
+@triton.jit
 def expand_tile(
     y, y_stride, h, split_stride, plane_stride, max_rank,
-    rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
+    rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, vectors, num_slots,
     flag, item, first, member, linear, width, column, tile_n, depth,
     SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, BLOCK_N: tl.constexpr,
-    FOLD: tl.constexpr, WAIT: tl.constexpr,
+    FOLD: tl.constexpr, VECTORS: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Add every part's ``B h`` to one tile of y: [TILE_ROWS, BLOCK_N] of one member, read and written once.
 
-    The first B tile and y are asked for before h is looked at. WAIT: h comes from programs of this launch; wait until
-    ``flag`` counts all SPLITS of them.
+    The first B tile and y are asked for before h is looked at. VECTORS: then scale and shift the sum by the parts'
+    vectors; an item of rank 0 may have nothing else. WAIT: h comes from programs of this launch; wait until ``flag``
+    counts all SPLITS of them.
     """
     start = tl.load(item_rows + item)
     num_rows = tl.load(item_rows + item + 1) - start
@@ -132,10 +166,14 @@ def expand_tile(
     row = tl.load(rows + start + position, mask=live, other=0).to(tl.int64)
     part_begin = tl.load(item_parts + item)
     part_end = tl.load(item_parts + item + 1)
-    total_rank = 0
+    work = 0
     for part in range(part_begin, part_end):
-        total_rank += tl.load(ranks + linear * num_slots + tl.load(part_slot + part))
-    if total_rank > 0:
+        slot = tl.load(part_slot + part)
+        work += tl.load(ranks + linear * num_slots + slot)
+        if VECTORS:
+            for which in tl.static_range(2):
+                work += (vector(vectors, which, linear, slot, num_slots) != 0).to(tl.int32)
+    if work > 0:
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         out = y + row[:, None] * y_stride + (column + n)[None, :]
         out_mask = live[:, None] & (n < width)[None, :]
@@ -154,11 +192,22 @@ def expand_tile(
             scale = at_first + (tl.load(part_scale + 2 * part + 1) - at_first) * depth
             plane = tl.load(item_plane + item) + (part - part_begin) * num_rows + position
             b = matrix(y, pointers, 1, linear, slot, num_slots)
-            for rank_begin in range(0, rank, RANK_TILE):
-                if part + rank_begin > part_begin:
-                    b_tile = load_b(b, rank_begin, rank, width, n, RANK_TILE)
+            if part > part_begin:
+                b_tile = load_b(b, 0, rank, width, n, RANK_TILE)
+            # Not pipelined by the compiler, which would stage h's planes in shared memory: B is what comes from afar,
+            # and the next tile of it is asked for before this one is used.
+            for rank_begin in tl.range(0, rank, RANK_TILE, num_stages=1):
+                b_next = load_b(b, rank_begin + RANK_TILE, rank, width, n, RANK_TILE)
                 acc = add_rank_tile(
-                    acc, b_tile, h, split_stride, plane_stride, plane, member * max_rank, live, rank_begin, scale,
+                    acc, b_tile, h, split_stride, plane_stride, plane, member * max_rank, live, rank_begin, rank, scale,
                     SPLITS, RANK_TILE, FOLD,
                 )  # fmt: skip
-        tl.store(out, (before.to(tl.float32) + acc).to(y.dtype.element_ty), mask=out_mask)
+                b_tile = b_next
+        acc = before.to(tl.float32) + acc
+        if VECTORS:
+            # Not before the wait: held across the loop they would push other registers out to memory.
+            factor, shift = load_vectors(
+                vectors, part_slot, part_scale, part_begin, part_end, linear, num_slots, n, width, depth
+            )  # fmt: skip
+            acc = acc * factor[None, :] + shift[None, :]
+        tl.store(out, acc.to(y.dtype.element_ty), mask=out_mask)

@@ -16,7 +16,7 @@ from deltaserve_kernels.triton_ops.lora_kernels import expand_tile, pick, shrink
 # always multiples of 16, which the compiler is to know.
 VARYING = [
     "num_slots", "depth", "tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane",
-    "part_slot", "part_scale", "pointers", "ranks",
+    "part_slot", "part_scale", "pointers", "ranks", "vectors",
     "linear0", "linear1", "linear2",
 ]  # fmt: skip
 
@@ -29,9 +29,9 @@ def shrink(
     K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, splits, members)."""
-    tile = tl.program_id(0)
-    member = tl.program_id(2)
+    """Grid (members, splits, tiles): programs that read the same rows of x run side by side."""
+    tile = tl.program_id(2)
+    member = tl.program_id(0)
     item = tl.load(tile_item + tile)
     if item >= 0:
         shrink_tile(
@@ -54,10 +54,11 @@ def place(pid, WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
 @triton.jit(do_not_specialize=VARYING)
 def expand(
     y, y_stride, h, split_stride, plane_stride, max_rank,
-    tile_item, tile_first, rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
+    tile_item, tile_first, rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks,
+    vectors, num_slots,
     linear0, linear1, linear2, depth,
     SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, BLOCK_N: tl.constexpr,
-    FOLD: tl.constexpr,
+    FOLD: tl.constexpr, VECTORS: tl.constexpr,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     COLUMN0: tl.constexpr, COLUMN1: tl.constexpr, COLUMN2: tl.constexpr,
 ):  # fmt: skip
@@ -70,22 +71,23 @@ def expand(
         column = pick(member, COLUMN0, COLUMN1, COLUMN2)
         expand_tile(
             y, y_stride, h, split_stride, plane_stride, max_rank,
-            rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
+            rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, vectors, num_slots,
             h, item, tl.load(tile_first + tile), member, pick(member, linear0, linear1, linear2), width, column,
             tile_n, depth,
-            SPLITS, TILE_ROWS, RANK_TILE, BLOCK_N, FOLD, False,
+            SPLITS, TILE_ROWS, RANK_TILE, BLOCK_N, FOLD, VECTORS, False,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*VARYING, "num_producers", "num_flags"])
 def fused(
     y, y_stride, x, x_stride, h, split_stride, plane_stride, max_rank, counters,
-    tile_item, tile_first, rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
+    tile_item, tile_first, rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks,
+    vectors, num_slots,
     linear0, linear1, linear2, depth,
     num_producers, num_flags,
     K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, BLOCK_N: tl.constexpr,
-    NUM_MEMBERS: tl.constexpr, TILES_N: tl.constexpr,
+    NUM_MEMBERS: tl.constexpr, TILES_N: tl.constexpr, VECTORS: tl.constexpr,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     COLUMN0: tl.constexpr, COLUMN1: tl.constexpr, COLUMN2: tl.constexpr,
 ):  # fmt: skip
@@ -122,10 +124,10 @@ def fused(
             column = pick(member, COLUMN0, COLUMN1, COLUMN2)
             expand_tile(
                 y, y_stride, h, split_stride, plane_stride, max_rank,
-                rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
+                rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, vectors, num_slots,
                 counters + 2 + tile * NUM_MEMBERS + member, item, tl.load(tile_first + tile), member,
                 pick(member, linear0, linear1, linear2), width, column, tile_n, depth,
-                SPLITS, TILE_ROWS, RANK_TILE, BLOCK_N, False, True,
+                SPLITS, TILE_ROWS, RANK_TILE, BLOCK_N, False, VECTORS, True,
             )  # fmt: skip
     # The last one out leaves the counters as it found them, so that a captured graph replays.
     tl.debug_barrier()

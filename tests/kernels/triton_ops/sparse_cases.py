@@ -15,6 +15,17 @@ TOLERANCE = {
     torch.float16: {"rtol": 2**-11, "atol": 1e-4},
 }
 DENSITIES = [0.01, 0.0, 0.3, 1.0]
+# Small tiles, so that a few rows meet every way to read x; the buckets are no multiple of anything.
+DECODE = sparse.SparseForm(tile_rows=4, few=2)
+FORMS = {
+    "few or transposed": DECODE,
+    "gathered": sparse.GATHERED,
+    "staged": sparse.SparseForm(tile_rows=2, few=2, staged=True),
+    "one row": sparse.SparseForm(tile_rows=4, few=1),
+    "staged by bucket": sparse.SparseForm(tile_rows=4, few=2, staged=True, bucket=30),
+    "wide": sparse.SparseForm(tile_rows=16, few=0, bucket=50, wide=True),
+    "wide, one bucket": sparse.SparseForm(tile_rows=16, few=0, wide=True),
+}
 
 
 def filled(in_features=77, widths=(48, 19, 130), dtype=torch.float32, num_slots=6) -> LinearCase:
@@ -36,12 +47,12 @@ def bindings_of(num_rows: int) -> list[Parts]:
     return [BINDINGS[(row + 1 + row // 5) % 5] for row in range(num_rows)]
 
 
-def run(case, bindings, x, y, depth=0.25, form=sparse.DEFAULT) -> torch.Tensor:
+def run(case, bindings, x, y, depth=0.25, form=sparse.DECODE) -> torch.Tensor:
     sparse.sparse_linear(y, x, build_work_list(bindings), case.sparse, case.members, depth, form)
     return y
 
 
-def check(case, bindings, dtype=torch.float32, form=sparse.DEFAULT) -> None:
+def check(case, bindings, dtype=torch.float32, form=sparse.DECODE) -> None:
     x = randn(len(bindings), case.in_features, dtype=dtype)
     y = randn(len(bindings), case.width, dtype=dtype, seed=1)
     expected = case.expected("sparse", y, x, bindings, 0.25)
@@ -51,60 +62,80 @@ def check(case, bindings, dtype=torch.float32, form=sparse.DEFAULT) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("num_rows", [0, 1, 63])
 def test_mixed_densities_parts_and_members(num_rows, dtype):
-    check(filled(dtype=dtype), bindings_of(num_rows), dtype)
+    check(filled(dtype=dtype), bindings_of(num_rows), dtype, sparse.DECODE)
 
 
-@pytest.mark.parametrize("tile_rows", [1, 2, 16])
-def test_any_number_of_rows_a_tile(tile_rows):
-    check(filled(), bindings_of(11), form=sparse.SparseForm(tile_rows=tile_rows))
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_each_way_to_read_x(form):
+    """Items of 1, 2, 3 and 17 rows, one of two parts."""
+    bindings = [BINDINGS[i] for i in (1, 2, 3, 0, 3, 2, 2)] + [((2, 1.0, 1.0), (3, 0.5, 0.0))] * 17
+    check(filled(widths=(130, 19)), bindings, form=form)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_how_x_is_read_does_not_change_a_bit(dtype):
+    """Forms of one bucket agree whatever their tiles; those with buckets add bucket by bucket."""
+    case, bindings = filled(widths=(130, 19), dtype=dtype), [BINDINGS[i] for i in (1, 2, 3, 0, 3, 2, 2)]
+    x, y = randn(7, 77, dtype=dtype), randn(7, case.width, dtype=dtype, seed=1)
+    expected = run(case, bindings, x, y.clone(), form=DECODE)
+    for name in ("gathered", "staged", "one row"):
+        assert torch.equal(run(case, bindings, x, y.clone(), form=FORMS[name]), expected), name
 
 
 @pytest.mark.parametrize(
     ("in_features", "widths"), [(1, (1,)), (16, (16,)), (100, (127, 128, 129)), (40, (7, 9, 8, 5)), (30, (300,))]
 )
-def test_awkward_sizes(in_features, widths):
-    check(filled(in_features, widths), bindings_of(6))
+@pytest.mark.parametrize("form", [DECODE, FORMS["wide, one bucket"]], ids=["decode", "wide"])
+def test_awkward_sizes(in_features, widths, form):
+    check(filled(in_features, widths), bindings_of(6), form=form)
 
 
 @pytest.mark.parametrize("binding", [(), ((5, 1.0, 1.0),), ((1, 1.0, 1.0),)], ids=["base", "empty slot", "no nonzero"])
-def test_rows_without_a_delta_keep_their_bits(binding):
+@pytest.mark.parametrize("form", [DECODE, FORMS["wide"]], ids=["decode", "wide"])
+def test_rows_without_a_delta_keep_their_bits(binding, form):
     case = filled()
     x, y = randn(5, 77), randn(5, case.width, seed=1)
     x[2], y[3, 7], y[3, 8] = float("nan"), float("nan"), -0.0
-    out = run(case, [binding] * 5, x, y.clone())
+    out = run(case, [binding] * 5, x, y.clone(), form=form)
     assert torch.equal(out.view(torch.int32), y.view(torch.int32))
 
 
-def test_a_nan_in_x_reaches_the_outputs_that_read_it_and_no_other():
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_nan_in_x_reaches_the_outputs_that_read_it_and_no_other(num_rows, form):
     """Padding has column 0; it must not be multiplied with x there."""
     case = filled(widths=(40,))
-    x, y = randn(1, 77), randn(1, case.width, seed=1)
+    x, y = randn(num_rows, 77), randn(num_rows, case.width, seed=1)
     x[0, 0] = float("nan")
-    out = run(case, [((2, 1.0, 1.0),)], x, y)
+    out = run(case, [((2, 1.0, 1.0),)] * num_rows, x, y, form=form)
     assert torch.equal(out[0, :40].isnan(), case.sparse_dense[0, 2][:, 0] != 0)
+    assert not out[1:].isnan().any()
 
 
-def test_nothing_around_the_operands_is_read_or_written():
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_nothing_around_the_operands_is_read_or_written(form):
     case = filled(in_features=40, widths=(24, 20))
     wide_x, wide_y = torch.full((12, 80), float("nan")), torch.full((12, 120), float("nan"))
     x, y = wide_x[3:9, 8:48], wide_y[3:9, 16 : 16 + case.width]
     x.copy_(randn(6, 40))
     for _, start, stop in case.members:
         y[:, start:stop] = randn(6, stop - start, seed=start + 1)
-    bindings: list[Parts] = [((2, 1.0, 1.0),), (), ((2, 1.0, 1.0),), ((0, 1.0, 1.0),), (), ((3, 1.0, 1.0),)]
+    bindings: list[Parts] = [((2, 1.0, 1.0),), (), ((2, 1.0, 1.0),), ((2, 1.0, 1.0),), (), ((3, 1.0, 1.0),)]
     expected = torch.full((12, 120), float("nan"), dtype=torch.float64)
     expected[3:9, 16 : 16 + case.width] = case.expected("sparse", y, x, bindings, 0.25)
-    run(case, bindings, x, y)
+    run(case, bindings, x, y, form=form)
     torch.testing.assert_close(wide_y.double(), expected, rtol=0.0, atol=1e-4, equal_nan=True)
 
 
-def test_a_row_has_the_same_bits_alone_and_in_company():
+@pytest.mark.parametrize("form", [sparse.DECODE, FORMS["staged by bucket"], FORMS["wide"]], ids=str)
+def test_a_row_has_the_same_bits_alone_and_in_company(form):
+    """Alone a decode row is gathered; in company its tile has three rows and more, and reads x transposed."""
     case = filled()
     bindings = bindings_of(20)
     x, y = randn(20, 77), randn(20, case.width, seed=1)
-    together = run(case, bindings, x, y.clone())
+    together = run(case, bindings, x, y.clone(), form=form)
     for row in (2, 3):
-        alone = run(case, bindings[row : row + 1], x[row : row + 1], y[row : row + 1].clone())
+        alone = run(case, bindings[row : row + 1], x[row : row + 1], y[row : row + 1].clone(), form=form)
         assert torch.equal(alone[0], together[row])
 
 
@@ -158,3 +189,12 @@ def test_columns_beyond_x_are_refused_before_and_after_x_is_known():
     wide[3, 98] = True
     with pytest.raises(KernelError, match="column 98, x has 77"):
         case.sparse.set(0, 4, *csr(wide, torch.ones(1)))
+
+
+def test_the_form_goes_by_the_number_of_rows_alone_and_leaves_the_bits():
+    assert [sparse.decode_form(rows) for rows in (1, 15, 16)] == [sparse.GATHERED, sparse.GATHERED, sparse.DECODE]
+    case = filled(widths=(19,))
+    bindings: list[Parts] = [((2, 1.0, 1.0),)] * 17
+    x, y = randn(17, 77), randn(17, 19, seed=1)
+    together = run(case, bindings, x, y.clone(), form=None)
+    assert torch.equal(run(case, bindings[:2], x[:2], y[:2].clone(), form=None), together[:2])

@@ -18,16 +18,32 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
 
-from deltaserve_kernels.triton_ops import aot, attention_kernels, lora, lora_programs, sparse_kernels, tile_kernels
+from deltaserve_kernels.triton_ops import (
+    aot,
+    attention_kernels,
+    block_kernels,
+    blocks,
+    lora,
+    lora_programs,
+    norm_kernels,
+    rotary,
+    row_items,
+    sparse,
+    sparse_kernels,
+    sparse_wide,
+    tile_kernels,
+)
 
 BF16, FP32 = "*bf16", "*fp32"
 TYPES = {
-    **dict.fromkeys(("x", "y", "q", "k", "v", "out", "k_cache", "v_cache", "sinks"), BF16),
+    **dict.fromkeys(
+        ("x", "x_t", "y", "q", "k", "v", "out", "k_cache", "v_cache", "sinks", "weight", "cos", "sin"), BF16
+    ),
     **dict.fromkeys(("h", "part_scale", "part_acc", "part_max", "part_sum"), FP32),
-    **dict.fromkeys(("pointers", "kv_index"), "*i64"),
+    **dict.fromkeys(("pointers", "vectors", "kv_index"), "*i64"),
     **dict.fromkeys(("tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "part_slot"), "*i32"),
-    **dict.fromkeys(("ranks", "counters", "block_tables", "cu_seqlens_q", "kv_lens"), "*i32"),
-    **dict.fromkeys(("depth", "scale", "softcap"), "fp32"),
+    **dict.fromkeys(("ranks", "sizes", "row_item", "counters", "block_tables", "cu_seqlens_q", "kv_lens"), "*i32"),
+    **dict.fromkeys(("depth", "scale", "softcap", "eps"), "fp32"),
 }
 
 
@@ -44,6 +60,10 @@ class Spec:
     num_warps: int = 4
 
 
+def of_kernel(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in constants.items() if name in kernel.arg_names}
+
+
 QKV = lora.place_of([4096, 1024, 1024], [0, 4096, 5120])
 
 
@@ -53,7 +73,7 @@ def shrink_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
         "CHUNK": form.chunk(in_features),
         "BLOCK_K": form.block_k,
         "TILE_ROWS": form.tile_rows,
-        "RANK_TILE": lora.RANK_TILE,
+        "RANK_TILE": form.rank_tile,
     }
 
 
@@ -61,8 +81,9 @@ def expand_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
     return {
         "SPLITS": form.splits(in_features),
         "TILE_ROWS": form.tile_rows,
-        "RANK_TILE": lora.RANK_TILE,
+        "RANK_TILE": form.rank_tile,
         "BLOCK_N": form.block_n,
+        "VECTORS": False,
         **QKV,
     }
 
@@ -70,7 +91,20 @@ def expand_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
 HEAD = {"D": 128, "BLOCK_D": 128, "BLOCK_N": 32, "HAS_WINDOW": True}
 SEGMENTS = {"SEGMENTS": 16, "MIN_SEGMENT": 128}
 FOLDED = {"h": BF16}
-SPARSE = {"WINDOW": 128, "UNROLL": 8, **QKV}
+STAGED = sparse.SparseForm(tile_rows=2, few=2, staged=True)
+
+
+def sparse_of(form: sparse.SparseForm, in_features: int) -> dict[str, Any]:
+    return {
+        "K": in_features,
+        "BUCKET": form.bucket_of(in_features),
+        "TILE_ROWS": form.tile_rows,
+        "FEW": form.few,
+        "STAGE": form.stage(in_features),
+        **QKV,
+    }
+
+
 SPECS = {
     "shrink": Spec(lora_programs.shrink, {**shrink_of(lora.DECODE, 4096), "FOLD": False}),
     "expand": Spec(lora_programs.expand, {**expand_of(lora.DECODE, 14336), "FOLD": False}),
@@ -78,10 +112,39 @@ SPECS = {
         lora_programs.fused,
         {**shrink_of(lora.ONE_LAUNCH, 4096), **expand_of(lora.ONE_LAUNCH, 4096), "NUM_MEMBERS": 3, "TILES_N": 48},
     ),
+    # Vectors are fp32 and one number a thread.
+    "expand_vectors": Spec(lora_programs.expand, {**expand_of(lora.DECODE, 14336), "FOLD": False, "VECTORS": True}),
+    "fused_vectors": Spec(
+        lora_programs.fused,
+        {
+            **shrink_of(lora.ONE_LAUNCH, 4096),
+            **expand_of(lora.ONE_LAUNCH, 4096),
+            "NUM_MEMBERS": 3,
+            "TILES_N": 48,
+            "VECTORS": True,
+        },
+    ),
+    # Narrow: angles, one number a thread.
+    "rotate_and_store": Spec(
+        rotary.rotate_and_store,
+        {
+            "HEADS": 32,
+            "KV_HEADS": 8,
+            "TILE_HEADS": rotary.TILE_HEADS,
+            "D": 128,
+            "HALF": 64,
+            "BLOCK_D": 128,
+            "BLOCK_HALF": 64,
+            "BLOCK_REST": 1,
+        },
+        narrow=4,
+        wide=6,
+        num_warps=2,
+    ),
+    "rms_norm": Spec(norm_kernels.rms_norm, {"SIZE": 4096, "BLOCK": 4096}, wide=3, num_warps=4),
     "prefill_shrink": Spec(
         lora_programs.shrink,
         {**shrink_of(lora.PREFILL, 4096), "FOLD": True},
-        shared=64 * 1024,
         types=FOLDED,
         num_warps=lora.PREFILL.num_warps,
     ),
@@ -105,9 +168,30 @@ SPECS = {
         narrow=4,
     ),
     "store_kv": Spec(attention_kernels.store_kv, {"KV_HEADS": 8, "TILE_HEADS": 8, "D": 128, "BLOCK_D": 128}, wide=2),
-    # x is gathered, 8 elements a row and thread; lanes and y of one window are one element a thread.
-    "sparse": Spec(sparse_kernels.sparse, {"TILE_ROWS": 4, **SPARSE}, narrow=4 * 8 + 1, wide=2),
+    # Narrow: the lanes of a window, one element a thread; where x is gathered, 8 elements a row and thread. Wide: two
+    # of the adapter for each 8 diagonals of a way to read x; transposed, x's 8 lines a thread, and y.
+    "sparse": Spec(sparse_kernels.sparse, sparse_of(sparse.DECODE, 4096), narrow=2 * 8 + 2, wide=2 + 2 + 8 + 1),
+    "sparse_gathered": Spec(sparse_kernels.sparse, sparse_of(sparse.GATHERED, 4096), narrow=4 * 8 + 1, wide=2),
+    "sparse_staged": Spec(sparse_kernels.sparse, sparse_of(STAGED, 14336), narrow=1, wide=2 * (2 * 4 + 14)),
+    # x through a list: 16 rows of 128 columns over 128 threads; 16 of 32.
+    "shrink_blocks": Spec(block_kernels.shrink_blocks, shrink_of(blocks.FORM, 14336), narrow=16, wide=3),
+    "expand_blocks": Spec(
+        block_kernels.expand_blocks,
+        {**of_kernel(block_kernels.expand_blocks, expand_of(blocks.FORM, 14336)), "BLOCK_C": blocks.BLOCK_COLUMNS},
+        narrow=4,
+        wide=4,
+    ),
+    "transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 8, "FEW": 2}),
+    "prefill_transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 64, "FEW": 0}),
+    "sparse_wide": Spec(
+        sparse_wide.sparse_wide,
+        of_kernel(sparse_wide.sparse_wide, sparse_of(sparse.PREFILL, 14336)),
+        narrow=1,
+        wide=2 + 8 * 8 + 8,
+        num_warps=sparse.PREFILL.num_warps,
+    ),
     # A few numbers an item: nothing to read wide.
+    "store_items": Spec(row_items.store_items, {"TILE_ROWS": row_items.TILE_ROWS}, wide=0, num_warps=1),
     "build_tiles": Spec(tile_kernels.build_tiles, {"TILE_ROWS": 16}, wide=0),
 }
 
@@ -142,6 +226,29 @@ def test_no_warpgroup_product_below_64_rows(name: str) -> None:
     """Their left operands come from registers, which ptxas before 13.3 may reuse under a warpgroup product."""
     assert "HGMMA" not in compiled(name, 90).instructions
     assert compiled(name, 90).instructions["HMMA"] > 0
+
+
+@pytest.mark.parametrize("name", ["prefill_shrink", "prefill_expand"])
+def test_warpgroup_products_take_both_operands_from_shared_memory(name: str) -> None:
+    products = [line for line in compiled(name, 90).listing if "HGMMA" in line]
+    assert products
+    for line in products:
+        _, left, *_ = line.split(",")
+        assert left.strip().startswith("gdesc"), line
+
+
+@pytest.mark.parametrize("name", ["fused", "fused_vectors"])
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+def test_one_launch_asks_for_b_and_y_before_it_waits(name: str, arch: int) -> None:
+    """The wait is an acquiring read of the flag in a loop of its own, the products of B come after it."""
+    listing = compiled(name, arch).listing
+    waits = [i for i, line in enumerate(listing) if "LDG.E.STRONG.GPU" in line]
+    assert len(waits) == 1, waits
+    products = [i for i, line in enumerate(listing) if line.lstrip("@!P0123456 ").startswith("HMMA")]
+    shrink_end = max(i for i in products if i < waits[0])
+    asked = [line for line in listing[shrink_end : waits[0]] if "LDG.E.128" in line]
+    assert len(asked) >= 4, asked  # two of B, two of y
+    assert max(products) > waits[0]
 
 
 def test_y_is_stored_wide() -> None:

@@ -19,8 +19,18 @@ if "DELTASERVE_TEST_DEVICE" not in os.environ and not torch.cuda.is_available():
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from deltaserve_kernels import LoraTables, SparseTables, WorkList, build_work_list, reference
-from deltaserve_kernels.triton_ops import attention, lora, sparse
+from deltaserve_kernels import (
+    BlockTables,
+    LoraTables,
+    NormTables,
+    SparseTables,
+    VectorTables,
+    WorkList,
+    build_work_list,
+    reference,
+    term_reference,
+)
+from deltaserve_kernels.triton_ops import attention, blocks, lora, rotary, sparse, vectors
 from deltatest.kernel_cases import PagedCase, Parts, csr, randn
 
 pytestmark = pytest.mark.gpu
@@ -89,13 +99,33 @@ def test_lora_equals_the_definition(num_rows: int, form: lora.LoraForm, low_rank
     close(out, expected, 3e-2 if form.fold else 2e-3)
 
 
+SPARSE_FORMS = {
+    "decode": sparse.DECODE,
+    "gathered": sparse.GATHERED,
+    "staged": sparse.SparseForm(few=2, staged=True),
+    "staged by bucket": sparse.SparseForm(few=2, staged=True, bucket=1024 if ON_GPU else 40),
+    "prefill": sparse.PREFILL,
+}
+
+
+@pytest.mark.parametrize("form", SPARSE_FORMS.values(), ids=SPARSE_FORMS)
 @pytest.mark.parametrize("num_rows", [1, 17, 63])
-def test_sparse_equals_the_definition(num_rows: int, scattered: SparseTables) -> None:
+def test_sparse_equals_the_definition(num_rows: int, form: sparse.SparseForm, scattered: SparseTables) -> None:
     step = step_of(num_rows, num_rows, slots=3)
     expected, out = step.y.clone(), step.y.clone()
     reference.sparse_linear(expected, step.x, step.work, scattered, MEMBERS, 0.3)
-    sparse.sparse_linear(out, step.x, step.work, scattered, MEMBERS, 0.3)
+    sparse.sparse_linear(out, step.x, step.work, scattered, MEMBERS, 0.3, form)
     close(out, expected, 2e-3)
+
+
+def test_how_sparse_reads_x_does_not_change_a_bit(scattered: SparseTables) -> None:
+    step = step_of(40, 7, slots=2)
+    expected = step.y.clone()
+    sparse.sparse_linear(expected, step.x, step.work, scattered, MEMBERS, 0.3, sparse.DECODE)
+    for name in ("gathered", "staged"):
+        out = step.y.clone()
+        sparse.sparse_linear(out, step.x, step.work, scattered, MEMBERS, 0.3, SPARSE_FORMS[name])
+        assert torch.equal(out, expected), name
 
 
 def test_one_launch_equals_two_to_the_bit_under_stress(low_rank: LoraTables) -> None:
@@ -155,3 +185,61 @@ def test_write_kv_equals_the_definition() -> None:
     attention.write_kv(k, v, pool[:, 0], pool[:, 1], index)
     reference.write_kv(k, v, expected[:, 0], expected[:, 1], index)
     assert torch.equal(pool, expected)
+
+
+@pytest.mark.parametrize("num_rows", [1, 17, 63 if ON_GPU else 20])
+def test_blocks_equal_the_definition(num_rows: int) -> None:
+    step, tables = step_of(num_rows, num_rows, slots=4), BlockTables(len(WIDTHS), 4, DEVICE)
+    for linear, width in enumerate(WIDTHS):
+        rows = torch.arange(1, width, 13 + linear, dtype=torch.int32)
+        cols = torch.arange(2, IN_FEATURES, 31, dtype=torch.int32)
+        for slot, (out_rows, in_cols) in enumerate(((None, cols), (rows, None), (rows, cols))):
+            shape = [len(rows) if out_rows is not None else width, len(cols) if in_cols is not None else IN_FEATURES]
+            d = randn(*shape, dtype=DTYPE, seed=10 * slot + linear, scale=shape[1] ** -0.5)
+            d = d.t().contiguous() if out_rows is None else d
+            lists = {
+                name: None if listed is None else listed.to(DEVICE)
+                for name, listed in (("out_rows", out_rows), ("in_cols", in_cols))
+            }
+            tables.set(linear, slot, d.to(DEVICE), IN_FEATURES, width, **lists)
+    expected, out = step.y.clone(), step.y.clone()
+    term_reference.block_linear(expected, step.x, step.work, tables, MEMBERS, 0.3)
+    blocks.block_linear(out, step.x, step.work, tables, MEMBERS, 0.3)
+    close(out, expected, 3e-3)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_vectors_equal_the_definition(form: lora.LoraForm, low_rank: LoraTables) -> None:
+    step, tables = step_of(33 if ON_GPU else 9, 3), VectorTables(len(WIDTHS), len(RANKS) + 1, DEVICE)
+    for linear, width in enumerate(WIDTHS):
+        scale = (1 + randn(width, seed=linear, scale=0.3)).to(DEVICE)
+        for slot in (0, 2, len(RANKS)):  # the last has vectors alone
+            tables.set(linear, slot, scale, randn(width, seed=slot).to(DEVICE) if slot else None)
+    expected, out = step.y.clone(), step.y.clone()
+    term_reference.lora_vector_linear(expected, step.x, step.work, low_rank, tables, MEMBERS, 0.3)
+    vectors.lora_vector_linear(out, step.x, step.work, low_rank, tables, MEMBERS, 0.3, form)
+    close(out, expected, 4e-2 if form.fold else 3e-3)
+
+
+def test_the_norm_equals_the_definition() -> None:
+    step, tables = step_of(33 if ON_GPU else 9, 4), NormTables(1, len(RANKS), DEVICE)
+    tables.set(0, 1, randn(IN_FEATURES, seed=8).to(DEVICE))
+    weight = randn(IN_FEATURES, dtype=DTYPE, seed=9).to(DEVICE)
+    expected = term_reference.rms_norm(step.x, weight, 1e-5, step.work, tables, 0, 0.3)
+    close(vectors.rms_norm(step.x, weight, 1e-5, step.work, tables, 0, 0.3), expected, 1e-5)
+
+
+@pytest.mark.parametrize("half", [32, 10])
+def test_rotary_equals_the_definition(half: int) -> None:
+    pool = torch.zeros(8, 2, 2, 16, 64, dtype=DTYPE, device=DEVICE)
+    qkv = randn(40, 9, 64, dtype=DTYPE, seed=1).to(DEVICE)
+    angles = randn(40, half, seed=2, scale=3.0).to(DEVICE)
+    index = torch.randperm(128)[:40].to(DEVICE)
+    results = []
+    for operator in (term_reference.rotate_and_write_kv, rotary.rotate_and_write_kv):
+        rows, cache = qkv.clone(), pool.clone()
+        q, k, v = rows.split([5, 2, 2], dim=1)
+        operator(q, k, v, angles.cos(), angles.sin(), cache[:, 0], cache[:, 1], index)
+        results.append((rows, cache))
+    for got, expected in zip(results[1], results[0], strict=True):
+        close(got, expected, 1e-5)

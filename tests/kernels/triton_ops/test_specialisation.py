@@ -10,6 +10,7 @@ import importlib.util
 import os
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -26,8 +27,17 @@ from triton.runtime import jit
 from deltaserve.engine.batch import ScheduledSequence
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import load_base
-from deltaserve_kernels import LoraTables, SparseTables, build_work_list_runs, triton_ops, use_backend
-from deltaserve_kernels.triton_ops import attention, guard, lora, sparse
+from deltaserve_kernels import (
+    BlockTables,
+    LoraTables,
+    NormTables,
+    SparseTables,
+    VectorTables,
+    build_work_list_runs,
+    triton_ops,
+    use_backend,
+)
+from deltaserve_kernels.triton_ops import attention, blocks, guard, lora, rotary, sparse, vectors
 from deltatest.graph_rig import GraphRig
 from deltatest.kernel_cases import PagedCase, Parts, csr
 from deltatest.tape import watched
@@ -54,32 +64,51 @@ def binaries(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     return seen
 
 
-def tables_of(ranks: list[int], num_slots: int, linears: list[int]) -> tuple[LoraTables, SparseTables]:
-    low_rank, sparse_tables = LoraTables(3, num_slots), SparseTables(3, num_slots)
+class Tables(NamedTuple):
+    lora: LoraTables
+    sparse: SparseTables
+    blocks: BlockTables
+    vectors: VectorTables
+    norms: NormTables
+
+
+def tables_of(ranks: list[int], num_slots: int, linears: list[int]) -> Tables:
+    """A slot for each rank. Blocks list as many columns as the rank, or rows where it is odd."""
+    tables = Tables(*(kind(3, num_slots) for kind in (LoraTables, SparseTables, BlockTables, VectorTables, NormTables)))
     for slot, rank in enumerate(ranks):
         for linear in linears:
             width = MEMBERS[linear][2] - MEMBERS[linear][1]
-            low_rank.set(linear, slot, torch.zeros(rank, 64, dtype=torch.bfloat16), torch.zeros(rank, width).bfloat16())
+            tables.lora.set(linear, slot, torch.zeros(rank, 64).bfloat16(), torch.zeros(rank, width).bfloat16())
             mask = torch.rand(width, 64) < 0.1
-            sparse_tables.set(linear, slot, *csr(mask, torch.zeros(int(mask.sum()), dtype=torch.bfloat16)))
-    return low_rank, sparse_tables
+            tables.sparse.set(linear, slot, *csr(mask, torch.zeros(int(mask.sum()), dtype=torch.bfloat16)))
+            listed = torch.arange(min(rank, width), dtype=torch.int32)
+            d = torch.zeros(len(listed), 64 if rank % 2 else width).bfloat16()
+            lists = {"out_rows": listed} if rank % 2 else {"in_cols": listed}
+            tables.blocks.set(linear, slot, d, 64, width, **lists)
+            tables.vectors.set(linear, slot, torch.ones(width), torch.ones(width) if rank % 2 else None)
+            tables.norms.set(linear, slot, torch.ones(64))
+    return tables
 
 
-def step(
-    num_rows: int, runs: list[tuple[int, int, Parts]], tables: tuple[LoraTables, SparseTables], depth: float
-) -> None:
+def step(num_rows: int, runs: list[tuple[int, int, Parts]], tables: Tables, depth: float) -> None:
     work = build_work_list_runs(runs, num_rows)
     x, y = torch.zeros(num_rows, 64).bfloat16(), torch.zeros(num_rows, 128).bfloat16()
     for form in FORMS:
-        lora.lora_linear(y, x, work, tables[0], MEMBERS, depth, form)
-    sparse.sparse_linear(y, x, work, tables[1], MEMBERS, depth)
+        lora.lora_linear(y, x, work, tables.lora, MEMBERS, depth, form)
+        vectors.lora_vector_linear(y, x, work, tables.lora, tables.vectors, MEMBERS, depth, form)
+    for sparse_form in (sparse.DECODE, sparse.PREFILL):
+        sparse.sparse_linear(y, x, work, tables.sparse, MEMBERS, depth, sparse_form)
+    blocks.block_linear(y, x, work, tables.blocks, MEMBERS, depth)
+    vectors.rms_norm(x, x[0], 1e-6, work, tables.norms, num_rows % 3, depth)
 
 
 def test_adapter_operators_compile_once(binaries: set[tuple[str, str]]) -> None:
     torch.manual_seed(0)
     step(1, [(0, 1, ((0, 1.0, 1.0),))], tables_of([8], 1, [0]), 0.0)
     warm = set(binaries)
-    assert {name for name, _ in warm} == {"build_tiles", "shrink", "expand", "fused", "sparse"}
+    low_rank, scattered = {"shrink", "expand", "fused"}, {"sparse", "sparse_wide", "transpose"}
+    others = {"shrink_blocks", "expand_blocks", "store_items", "rms_norm"}
+    assert {name for name, _ in warm} == {"build_tiles"} | low_rank | scattered | others
     draw = random.Random(0)
     for ranks, num_slots, linears in (([1, 5, 16, 64], 16, [0, 1, 2]), ([33], 7, [2]), ([8, 16], 2, [0, 2])):
         tables = tables_of(ranks, num_slots, linears)
@@ -101,11 +130,14 @@ def test_attention_compiles_once(binaries: set[tuple[str, str]]) -> None:
         attention.paged_attention(*case.args, scale=0.25, window=window)
         k = torch.zeros(sum(q_lens), 2, 16).bfloat16()
         attention.write_kv(k, k, case.k_cache, case.v_cache, torch.arange(sum(q_lens)))
+        angles = torch.zeros(sum(q_lens), 8)
+        index = torch.arange(sum(q_lens))
+        rotary.rotate_and_write_kv(case.q, k, k, angles, angles, case.k_cache, case.v_cache, index)
 
     run([1], [1], None)
     run([1], [1], 8)
     warm = set(binaries)
-    assert {name for name, _ in warm} == {"decode", "combine", "prefill", "store_kv"}
+    assert {name for name, _ in warm} == {"decode", "combine", "prefill", "store_kv", "rotate_and_store"}
     for q_lens, kv_lens in (([1, 1, 1], [5, 40, 16]), ([17], [17]), ([1, 0, 30, 1], [33, 3, 90, 256])):
         for window in (None, 1, 16, 100):
             run(q_lens, kv_lens, window)
@@ -159,7 +191,8 @@ def test_serving_compiles_nothing_after_the_warm_up(
         runner.warm_up(max_tokens=256)
         warm = set(binaries)
         names = {name for name, _ in warm}
-        assert names == {"build_tiles", "shrink", "expand", "sparse", "decode", "combine", "prefill", "store_kv"}
+        adapters = {"build_tiles", "shrink", "expand", "sparse", "transpose"}
+        assert names == {*adapters, "decode", "combine", "prefill", "store_kv"}
         for _ in range(12):
             rig.change_adapters()
             rig.fill(0, ("lora", "sparse"), rank=rig.draw.choice([1, 300]))

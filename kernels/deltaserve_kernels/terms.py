@@ -1,0 +1,108 @@
+"""Public operators of further adapter terms. On a CPU the PyTorch definition runs, whatever the default backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from deltaserve_kernels import term_reference
+from deltaserve_kernels.backend import select
+from deltaserve_kernels.block_tables import BlockTables
+from deltaserve_kernels.checks import Member
+from deltaserve_kernels.tables import LoraTables
+from deltaserve_kernels.vector_tables import NormTables, VectorTables
+from deltaserve_kernels.worklist import WorkList
+
+
+def _implementation(device: torch.device, backend: str | None) -> ModuleType:
+    if select(device, backend) == "triton":
+        from deltaserve_kernels.triton_ops import entry
+
+        return entry
+    return term_reference
+
+
+def block_linear(
+    y: Tensor,
+    x: Tensor,
+    work: WorkList,
+    tables: BlockTables,
+    members: Sequence[Member],
+    depth: float = 0.0,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Add row and column blocks in place: ``y[row, start:stop] += sum over parts of scale * put_O(D take_I x[row])``.
+
+    Arguments, precision, order and errors as in ``lora_linear``.
+    """
+    if not work.is_empty and work.concerns(tables, members):
+        _implementation(x.device, backend).block_linear(y, x, work, tables, members, depth)
+
+
+def lora_vector_linear(
+    y: Tensor,
+    x: Tensor,
+    work: WorkList,
+    tables: LoraTables,
+    vectors: VectorTables,
+    members: Sequence[Member],
+    depth: float = 0.0,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Low-rank deltas, output scales and biases in place: ``y[row, start:stop] = (y + D) * s + b``.
+
+    D is the delta of ``lora_linear``, s the product over parts of ``1 + scale * (s_part - 1)`` and b the sum of
+    ``scale * b_part``; so one part at scale 1 has its own s and b, and one at scale 0 none. s meets the whole sum: to
+    have it meet the base alone, fold 1/s into B. ``vectors`` has the linears and slots of ``tables``; either may be
+    empty. Other arguments, precision, order and errors as in ``lora_linear``; on a GPU the same launches.
+    """
+    if not work.is_empty and (work.concerns(tables, members) or work.concerns(vectors, members)):
+        _implementation(x.device, backend).lora_vector_linear(y, x, work, tables, vectors, members, depth)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    work: WorkList,
+    tables: NormTables,
+    norm: int,
+    depth: float = 0.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Root-mean-square norm of each row, with the gain ``weight + sum over parts of scale * delta``: contiguous [T, H].
+
+    x [T, H] with contiguous rows and weight [H] are of one float dtype; ``norm`` numbers the norm in ``tables``. fp32,
+    rounded once. Rows without a difference are torch's ``rms_norm``: to the bit in the definition, up to the order of
+    the sum of squares in kernels. Raises a KernelError.
+    """
+    return _implementation(x.device, backend).rms_norm(x, weight, eps, work, tables, norm, depth)
+
+
+def rotate_and_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_index: Tensor,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Rotary embedding of q in place, and of k on its way into the cache, where v goes too; k and v stay as they are.
+
+    q [T, H, D];  k, v [T, kv_heads, D];  caches and ``kv_index`` as in ``write_kv``
+    cos, sin  [T, R / 2] of any float dtype, of each row's position; contiguous in the last dimension
+
+    Half-split rotation (Llama's) of the first R of D elements, R the rotary size: element d < R / 2 turns with element
+    R / 2 + d, the rest passes. fp32, rounded once. Raises a KernelError.
+    """
+    _implementation(q.device, backend).rotate_and_write_kv(q, k, v, cos, sin, k_cache, v_cache, kv_index)
