@@ -77,7 +77,9 @@ class LlamaServer:
             # that names any adapter gets scale 0 for all others.
             selectors[BASE_NAME] = {"model": BASE_NAME, "lora": [{"id": 0, "scale": 0.0}]}
         fields = {"cache_prompt": False}
-        return Target(url, BASE_NAME, setup.adapters, selectors, fields, {"version": self.version()})
+        return Target(
+            url, BASE_NAME, setup.adapters, selectors, fields, {"version": self.version(), "weights": self._outtype}
+        )
 
     def version(self) -> str:
         done = subprocess.run([str(self._server), "--version"], capture_output=True, text=True, check=False)

@@ -21,7 +21,7 @@ class PeftServer:
     serves_adapters = True
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        self.options = tuple(str(word) for word in settings.get("options", ()))
+        self.options = ("--dtype", str(settings.get("dtype", "bfloat16")), *map(str, settings.get("options", ())))
         self._python = settings.get("python")
         self._max_batch = settings.get("max_batch")
         self._environment = {key: str(value) for key, value in settings.get("environment", {}).items()}

@@ -97,8 +97,8 @@ class Batcher:
         )
 
 
-def load(folder: str, adapters: dict[str, str]) -> Any:
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+def load(folder: str, adapters: dict[str, str], dtype: str) -> Any:
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     for name, path in adapters.items():
         if isinstance(model, peft.PeftModel):
             model.load_adapter(path, adapter_name=name)
@@ -158,12 +158,13 @@ def main() -> None:
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--max-batch", type=int, default=32)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     adapters = dict(item.split("=", 1) for item in given.adapter)
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.model)
-    batcher = Batcher(load(given.model, adapters), tokenizer.pad_token_id or 0, given.max_batch)
+    batcher = Batcher(load(given.model, adapters, given.dtype), tokenizer.pad_token_id or 0, given.max_batch)
     app = application(batcher, tokenizer, given.name, tuple(adapters))
     web.run_app(app, host="127.0.0.1", port=given.port, print=None)
 

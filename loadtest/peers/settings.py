@@ -14,6 +14,8 @@
     [peft]                                    # peft; its Python has torch, transformers, peft and aiohttp
     python = "/opt/peft/bin/python"
 
+``dtype`` (vllm, peft; "bfloat16" if not given) and ``outtype`` (llama; "bf16") should be what each peer is fastest with
+on the machine: without AVX-512, PyTorch's bfloat16 products are some fifty times slower than its float32 ones.
 Every section may have ``options`` (more words of the command line) and, but for llama, ``environment``.
 ``[deltaserve]`` needs no entry: it runs from this Python.
 """
@@ -33,9 +35,9 @@ from loadtest.peers.vllm_cpu import VllmCpuServer
 
 KNOWN = {
     "deltaserve": ("python", "options", "environment"),
-    "vllm": ("python", "preload", "kv_cache_gib", "options", "environment"),
+    "vllm": ("python", "preload", "dtype", "kv_cache_gib", "options", "environment"),
     "llama": ("server", "sources", "python", "outtype", "options"),
-    "peft": ("python", "max_batch", "options", "environment"),
+    "peft": ("python", "dtype", "max_batch", "options", "environment"),
 }
 
 

@@ -22,7 +22,7 @@ class VllmCpuServer:
     def __init__(self, settings: Mapping[str, Any], *, has_adapters: bool = True) -> None:
         self.name = "vllm-cpu" if has_adapters else "vllm-cpu-base"
         self.serves_adapters = has_adapters
-        self.options = tuple(str(word) for word in settings.get("options", ()))
+        self.options = ("--dtype", str(settings.get("dtype", "bfloat16")), *map(str, settings.get("options", ())))
         self._python = settings.get("python")
         self._preload = tuple(str(path) for path in settings.get("preload", ()))
         self._kv_cache_gib = settings.get("kv_cache_gib", 2)
@@ -38,7 +38,7 @@ class VllmCpuServer:
     def command(self, setup: Setup, port: int) -> Command:
         # Not the `vllm` script: it asks for a distribution of the name vllm, which vllm-cpu is not.
         words = [str(self._python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(setup.fixture.base)]
-        words += ["--served-model-name", BASE_NAME, "--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port)]
+        words += ["--served-model-name", BASE_NAME, "--host", "127.0.0.1", "--port", str(port)]
         words += ["--max-num-seqs", str(max(setup.concurrency, 8))]
         if self.serves_adapters and setup.adapters:
             count = str(len(setup.adapters))

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 SOURCE_FOLDER = Path(__file__).parent
 SOURCES = (
     "ops.cpp",
+    "pool.inc",
     "linear.inc",
     "paged.inc",
     "between.inc",

@@ -11,9 +11,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -258,19 +260,15 @@ float* thread_scratch(int64_t floats) {
   return (float*)(((uintptr_t)buffer.data() + 63) & ~(uintptr_t)63);
 }
 
+#include "pool.inc"
+
 template <class F>
 void run_tasks(int64_t count, int64_t scratch_floats, int64_t cost, const F& task) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
-  if (threads <= 1 || cost < kSerialCost || at::in_parallel_region()) {
-    float* scratch = thread_scratch(scratch_floats);
-    for (int64_t i = 0; i < count; ++i) task(i, scratch);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    float* scratch = thread_scratch(scratch_floats);
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i, scratch);
-  });
+  const auto one = [&](int64_t i) { task(i, thread_scratch(scratch_floats)); };
+  const auto run = [](const void* context, int64_t i) { (*(const decltype(one)*)context)(i); };
+  if (threads > 1 && cost >= kSerialCost && !at::in_parallel_region() && Pool::get().run(threads, count, run, &one)) return;
+  for (int64_t i = 0; i < count; ++i) one(i);
 }
 
 template <class F>
