@@ -107,6 +107,7 @@ struct AttendTask {
   int64_t k_stride_block, k_stride_pos, v_stride_block, v_stride_pos;
   int64_t q_begin, q_end, pos, group, d_size, window;  // pos: position of the sequence's first query; window 0: none
   float scale, softcap;                                // softcap 0: none
+  const T *k_after, *v_after;  // the block that this thread will read after this task, or null: fetched early
 };
 
 // A row that uses an adapter: y[row] += h . b, b [rank, columns]
