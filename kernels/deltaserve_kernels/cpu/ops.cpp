@@ -134,8 +134,8 @@ struct Ahead {
   DS_INLINE void step() {
     for (int64_t i = 0; i < rows_at_once && num_strips > 0; ++i) {
       const char* at = strips->start + row * strips->stride + offset;
-      __builtin_prefetch(at);
-      __builtin_prefetch(at + 64);
+      __builtin_prefetch(at, 0, 2);  // level 2: level 1 is full of what is multiplied
+      __builtin_prefetch(at + 64, 0, 2);
       if (++row == strips->rows) row = 0, ++strips, --num_strips;
     }
   }

@@ -1,4 +1,4 @@
-"""Bytes of a folded adapter on disk: one ordinary safetensors file whose tensors all start on 16-byte boundaries.
+"""Bytes of a folded adapter on disk: one ordinary safetensors file whose tensors all start on 64-byte boundaries.
 
 Layout (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header, the data. The
 header is padded with spaces, and ``U8`` tensors named ``pad.<n>`` fill the gaps, so that every tensor's file offset is
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-ALIGNMENT = 16
+ALIGNMENT = 64  # a cache line: rows that begin inside one cost the operators an extra line each
 MAX_HEADER_BYTES = 64 * 1024 * 1024
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
@@ -94,7 +94,7 @@ def read_tensors(path: Path, *, mmap: bool = False) -> tuple[dict[str, torch.Ten
     if mmap:
         buffer = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     else:
-        buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = _aligned(size)
         with path.open("rb") as file:
             if file.readinto(buffer.numpy().data) != size:
                 raise FileDamaged("the file shrank while it was read")
@@ -119,6 +119,13 @@ def read_tensors(path: Path, *, mmap: bool = False) -> tuple[dict[str, torch.Ten
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise FileDamaged(f"the header is not readable ({type(error).__name__})") from error
     return tensors, metadata
+
+
+def _aligned(size: int) -> torch.Tensor:
+    """uint8 [size] that begins on a boundary of ``ALIGNMENT`` in memory, as the file's tensors do in the file."""
+    room = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+    start = -room.data_ptr() % ALIGNMENT
+    return room[start : start + size]
 
 
 def _encode(header: Mapping[str, Any]) -> bytes:
