@@ -30,8 +30,8 @@ class ChoiceDelta(NamedTuple):
 
 
 class Choice:
-    """``min_tokens``: stop strings are looked for only in the text of later tokens. ``keeps_tokens``: deltas carry their
-    tokens, for answers that tell log probabilities or ids.
+    """``min_tokens``: stop strings are looked for only in the text of later tokens. ``keeps_tokens``: deltas carry
+    their tokens, for answers that tell log probabilities or ids.
 
     The token that ended a sequence is counted; it is part of the text only with ``include_stop``.
     """
