@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from deltaserve.core import FinishReason, SequenceDelta, TokenLogprob
 from deltaserve.text import StopStrings, Tokenizer
 
 
-class TokenEntry(NamedTuple):
+@dataclass(slots=True)
+class TokenEntry:
     """A completion token as log probabilities show it. ``text_offset``: characters of text before it."""
 
     token_id: int
@@ -17,7 +18,8 @@ class TokenEntry(NamedTuple):
     text_offset: int
 
 
-class ChoiceDelta(NamedTuple):
+@dataclass(slots=True)
+class ChoiceDelta:
     """What one step added to one choice. ``index`` counts over all prompts of the HTTP request.
 
     ``tokens`` is empty where nobody asked for them.

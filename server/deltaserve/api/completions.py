@@ -77,14 +77,13 @@ class CompletionFormat:
         return [encode(self._write(choice.index, text, entries, 0, None)) for choice in prompt.choices]
 
     def chunk(self, prompt: Prompt, delta: ChoiceDelta) -> list[str]:
-        index, text, tokens, finish_reason = delta
-        if not (text or finish_reason or tokens):
+        if not (delta.text or delta.finish_reason or delta.tokens):
             return []
         if not self._tells_tokens:  # once a token: written by hand
-            reason = quote(finish_reason)
-            return [f'{{"index":{index},"text":{quote(text)},"logprobs":null,"finish_reason":{reason}}}']
+            text, reason = quote(delta.text), quote(delta.finish_reason)
+            return [f'{{"index":{delta.index},"text":{text},"logprobs":null,"finish_reason":{reason}}}']
         offset = self._num_echoed_chars.get(id(prompt), 0)
-        return [encode(self._write(index, text, tokens, offset, finish_reason))]
+        return [encode(self._write(delta.index, delta.text, delta.tokens, offset, delta.finish_reason))]
 
     def choice(self, prompt: Prompt, index: int, full: FullChoice) -> dict[str, Any]:
         echo, entries = self._echo(prompt) if self._fields.echo else ("", [])
