@@ -8,13 +8,17 @@ What has a current value (queue, blocks, residency) is read from the engine's st
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from deltaserve.core import AdapterState, EngineStatus, FinishReason, RequestStats, StepStats
 
@@ -62,7 +66,8 @@ class Metrics:
         self._retries = counter("client_retries_total", "Requests that the client's library marked as retries.")
         self._tokens = counter("tokens_total", "Tokens by kind: prompt, cached (of the prompt), generated.", "kind")
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first sampled token.", _SECONDS, "kind")
-        self._itl = histogram("inter_token_latency_seconds", "Between two tokens of a sequence.", _SECONDS, "kind")
+        self._itl = _TokenLatency("inter_token_latency_seconds", "Between two tokens of a sequence.")
+        registry.register(self._itl)
         self._e2e = histogram("generation_seconds", "Arrival to last token.", _SECONDS, "kind")
         self._queue = histogram("queue_seconds", "Arrival to first scheduled.", _SECONDS, "kind")
         # Adapters by name
@@ -113,8 +118,7 @@ class Metrics:
         self._e2e.labels(kind).observe(stats.e2e_seconds)
         if stats.ttft_seconds is not None:
             self._ttft.labels(kind).observe(stats.ttft_seconds)
-        for seconds in stats.itl_seconds:
-            self._itl.labels(kind).observe(seconds)
+        self._itl.observe_all(kind, stats.itl_seconds)
         if adapter_label is None:
             return
         waited = stats.adapter_wait_seconds > 0
@@ -197,6 +201,33 @@ def _forget(metric: Counter | Gauge, *label_sets: tuple[str, ...]) -> None:
     for labels in label_sets:
         with contextlib.suppress(KeyError):
             metric.remove(*labels)
+
+
+class _TokenLatency(Collector):
+    """A histogram by ``kind`` that takes all values of a request at once: one for each token would be slow to tell."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name, self._text = f"deltaserve_{name}", text
+        self._counts: dict[str, list[int]] = {}
+        self._sums: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def observe_all(self, kind: str, seconds: Iterable[float]) -> None:
+        values = list(seconds)
+        with self._lock:
+            counts = self._counts.setdefault(kind, [0] * (len(_SECONDS) + 1))
+            for value in values:
+                counts[bisect_left(_SECONDS, value)] += 1
+            self._sums[kind] = self._sums.get(kind, 0.0) + sum(values)
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=["kind"])
+        bounds = [floatToGoString(bound) for bound in (*_SECONDS, float("inf"))]
+        with self._lock:
+            for kind, counts in self._counts.items():
+                buckets = list(zip(bounds, accumulate(counts), strict=True))
+                family.add_metric([kind], buckets, sum_value=self._sums[kind])
+        yield family
 
 
 class _EngineState(Collector):

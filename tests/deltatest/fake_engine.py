@@ -228,7 +228,7 @@ class FakeStream:
         if len(said) == sampling.max_tokens:
             if not plan:
                 return [SequenceDelta(index, finish_reason=FinishReason.LENGTH)]
-            plan[-1] = dataclasses.replace(plan[-1], finish_reason=FinishReason.LENGTH)
+            plan[-1] = plan[-1]._replace(finish_reason=FinishReason.LENGTH)
         else:
             plan.append(SequenceDelta(index, finish_reason=FinishReason.STOP, stop_token_id=end))
         return plan

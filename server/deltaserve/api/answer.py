@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,12 +14,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from deltaserve.api.choice import Choice, ChoiceDelta, TokenEntry
-from deltaserve.api.generation import Generation, Prompt
+from deltaserve.api.generation import Generation, Prompt, Step
 from deltaserve.api.keys import Caller
 from deltaserve.api.schemas.sampling import GenerationFields
 from deltaserve.api.services import Services
 from deltaserve.api.streaming import EventStream, finish_unless_gone
 from deltaserve.api.target import Target
+from deltaserve.api.wire_json import encode
 from deltaserve.core import FinishReason, GenerationRequest, SamplingParams
 
 FIRST_OUTPUT_SECONDS = 5.0
@@ -44,14 +46,14 @@ class FullChoice:
 class Format(Protocol):
     """How one of the two routes writes its answer."""
 
-    def opening(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """Choices of chunks sent before anything was generated."""
+    def opening(self, prompts: Sequence[Prompt]) -> list[str]:
+        """JSON of the choices of chunks sent before anything was generated."""
 
-    def started(self, prompt: Prompt) -> list[dict[str, Any]]:
-        """Choices of chunks sent once a prompt's first output is there."""
+    def started(self, prompt: Prompt) -> list[str]:
+        """JSON of the choices of chunks sent once a prompt's first output is there."""
 
-    def chunk(self, prompt: Prompt, delta: ChoiceDelta) -> list[dict[str, Any]]:
-        """Choices of the chunks that tell ``delta``, none if it has nothing to tell."""
+    def chunk(self, prompt: Prompt, delta: ChoiceDelta) -> list[str]:
+        """JSON of the choices of the chunks that tell ``delta``, none if it has nothing to tell."""
 
     def choice(self, prompt: Prompt, index: int, full: FullChoice) -> dict[str, Any]:
         """A finished choice."""
@@ -69,19 +71,20 @@ class Envelope:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
-        return self._wrap(self.kind, choices) | {"usage": usage}
+        return {**self._fields(self.kind), "choices": choices, "usage": usage}
 
-    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._wrap(self.chunk_kind, choices)
+    @property
+    def chunk_head(self) -> str:
+        """The JSON of a chunk up to its choices: the same in all chunks of a stream, so it is written once."""
+        return encode(self._fields(self.chunk_kind)).removesuffix("}") + ',"choices":['
 
-    def _wrap(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _fields(self, kind: str) -> dict[str, Any]:
         return {
             "id": f"{self.prefix}-{self.id}",
             "object": kind,
             "created": self.created,
             "model": self.target.model,
             "system_fingerprint": self.target.fingerprint,
-            "choices": choices,
         }
 
 
@@ -116,6 +119,7 @@ def make_prompt(
             include_stop=fields.include_stop_str_in_output,
             min_tokens=fields.min_tokens,
             skip_special_tokens=fields.skip_special_tokens,
+            keeps_tokens=fields.return_token_ids or sampling.logprobs is not None,
         )
         for number in range(fields.n)
     ]
@@ -136,8 +140,8 @@ async def respond(
     log_fields |= {"model": envelope.target.name, "version": envelope.target.version, "stream": fields.stream}
     if fields.stream:
         await finish_unless_gone(generation.wait_for_first(FIRST_OUTPUT_SECONDS), http)
-        events = _events(generation, envelope, form, include_usage=fields.include_usage, log_fields=log_fields)
-        return EventStream(events, envelope.target.headers)
+        chunks = Chunks(generation, envelope, form, include_usage=fields.include_usage, log_fields=log_fields)
+        return EventStream(chunks, envelope.target.headers)
     body = await finish_unless_gone(_collect(generation, envelope, form), http)
     log_fields |= {"usage": generation.usage()}
     return JSONResponse(body, headers=envelope.target.headers)
@@ -145,9 +149,10 @@ async def respond(
 
 async def _collect(generation: Generation, envelope: Envelope, form: Format) -> dict[str, Any]:
     full = {choice.index: FullChoice() for prompt in generation.prompts for choice in prompt.choices}
-    async for _, deltas in generation.deltas():
-        for delta in deltas:
-            full[delta.index].add(delta)
+    async with aclosing(generation):
+        async for _, deltas in generation:
+            for delta in deltas:
+                full[delta.index].add(delta)
     choices = [
         form.choice(prompt, choice.index, full[choice.index])
         for prompt in generation.prompts
@@ -156,22 +161,54 @@ async def _collect(generation: Generation, envelope: Envelope, form: Format) -> 
     return envelope.whole(choices, generation.usage())
 
 
-async def _events(
-    generation: Generation, envelope: Envelope, form: Format, *, include_usage: bool, log_fields: dict[str, Any]
-) -> AsyncIterator[Mapping[str, Any]]:
+class Chunks:
     """The chunks of a stream. With ``include_usage`` each carries ``usage``: null, and a number in one last chunk."""
-    no_usage: dict[str, Any] = {"usage": None} if include_usage else {}
-    unstarted = set(map(id, generation.prompts))
-    try:
-        for choice in form.opening(generation.prompts):
-            yield envelope.chunk([choice]) | no_usage
-        async for prompt, deltas in generation.deltas():
-            shown = form.started(prompt) if id(prompt) in unstarted else []
-            unstarted.discard(id(prompt))
-            for choice in [*shown, *(choice for delta in deltas for choice in form.chunk(prompt, delta))]:
-                yield envelope.chunk([choice]) | no_usage
-        if include_usage:
-            yield envelope.chunk([]) | {"usage": generation.usage()}
-    finally:
-        log_fields["usage"] = generation.usage()
-        await generation.aclose()
+
+    def __init__(
+        self,
+        generation: Generation,
+        envelope: Envelope,
+        form: Format,
+        *,
+        include_usage: bool,
+        log_fields: dict[str, Any],
+    ) -> None:
+        self._generation = generation
+        self._form = form
+        self._head = f"data: {envelope.chunk_head}"
+        self._tail = '],"usage":null}\n\n' if include_usage else "]}\n\n"
+        self._include_usage = include_usage
+        self._log_fields = log_fields
+        self._unstarted = list(generation.prompts)
+
+    def opening(self) -> bytes:
+        return self._write(self._form.opening(self._generation.prompts))
+
+    def __aiter__(self) -> AsyncIterator[Step]:
+        return self._generation
+
+    def tell(self, step: Step) -> bytes:
+        prompt, deltas = step
+        choices = self._start(prompt) if self._unstarted else []
+        for delta in deltas:
+            choices += self._form.chunk(prompt, delta)
+        return self._write(choices)
+
+    def closing(self) -> bytes:
+        if not self._include_usage:
+            return b""
+        return f'{self._head}],"usage":{encode(self._generation.usage())}}}\n\n'.encode()
+
+    async def aclose(self) -> None:
+        self._log_fields["usage"] = self._generation.usage()
+        await self._generation.aclose()
+
+    def _start(self, prompt: Prompt) -> list[str]:
+        if prompt not in self._unstarted:
+            return []
+        self._unstarted.remove(prompt)
+        return self._form.started(prompt)
+
+    def _write(self, choices: list[str]) -> bytes:
+        """One event for each choice."""
+        return "".join([f"{self._head}{choice}{self._tail}" for choice in choices]).encode()

@@ -40,12 +40,13 @@ def create_app(
     app.state.services = Services(engine, admission, store, tokenizer, metrics, config, keys)
     app.state.uploads = Uploads()
     metrics.watch(engine.status)
+    # Routes are tried in this order; the busiest come first.
     for router in (
+        completions.router,
+        chat.router,
         status.public,
         status.router,
         models.router,
-        completions.router,
-        chat.router,
         adapters.router,
     ):
         app.include_router(router)

@@ -106,7 +106,8 @@ class requires:  # reads as a word where routes are declared
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
 
-    def __call__(self, request: Request) -> Caller:
+    async def __call__(self, request: Request) -> Caller:
+        """Async though it awaits nothing: FastAPI would call it in a worker thread otherwise."""
         caller = caller_of(request)
         if not caller.may(self.scope):
             raise PermissionDenied(

@@ -19,6 +19,7 @@ from deltaserve.api.schemas.chat import ChatRequest
 from deltaserve.api.schemas.open_fields import open_fields
 from deltaserve.api.services import Services, services_of
 from deltaserve.api.target import Target, resolve_target
+from deltaserve.api.wire_json import encode, quote
 from deltaserve.errors import ContextLengthExceeded
 from deltaserve.text import Tokenizer
 
@@ -70,18 +71,21 @@ class ChatFormat:
         self._tokenizer = tokenizer
         self._fields = fields
 
-    def opening(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    def opening(self, prompts: Sequence[Prompt]) -> list[str]:
         """The role comes first, once for each choice."""
         first = {"role": "assistant", "content": ""}
         return [self._chunk(choice.index, first, (), None) for prompt in prompts for choice in prompt.choices]
 
-    def started(self, prompt: Prompt) -> list[dict[str, Any]]:
+    def started(self, prompt: Prompt) -> list[str]:
         return []
 
-    def chunk(self, prompt: Prompt, delta: ChoiceDelta) -> list[dict[str, Any]]:
+    def chunk(self, prompt: Prompt, delta: ChoiceDelta) -> list[str]:
         """Content and the end come in chunks of their own."""
         chunks = []
-        if delta.text or (delta.tokens and (self._fields.logprobs or self._fields.return_token_ids)):
+        if delta.text and not delta.tokens:  # once a token: written by hand
+            content = f'{{"content":{quote(delta.text)}}}'
+            chunks.append(f'{{"index":{delta.index},"delta":{content},"logprobs":null,"finish_reason":null}}')
+        elif delta.text or delta.tokens:
             chunks.append(self._chunk(delta.index, {"content": delta.text}, delta.tokens, None))
         if delta.finish_reason is not None:
             chunks.append(self._chunk(delta.index, {}, (), delta.finish_reason))
@@ -102,7 +106,7 @@ class ChatFormat:
 
     def _chunk(
         self, index: int, delta: dict[str, Any], entries: Sequence[TokenEntry], finish_reason: str | None
-    ) -> dict[str, Any]:
+    ) -> str:
         has_logprobs = self._fields.logprobs and bool(entries)
         choice = {
             "index": index,
@@ -112,4 +116,4 @@ class ChatFormat:
         }
         if self._fields.return_token_ids and entries:
             choice["token_ids"] = [entry.token_id for entry in entries]
-        return choice
+        return encode(choice)

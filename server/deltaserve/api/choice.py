@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deltaserve.core import FinishReason, SequenceDelta, TokenLogprob
-from deltaserve.text import IncrementalDetokenizer, StopStrings, Tokenizer
+from deltaserve.text import StopStrings, Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenEntry:
     """A completion token as log probabilities show it. ``text_offset``: characters of text before it."""
 
@@ -18,9 +18,12 @@ class TokenEntry:
     text_offset: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ChoiceDelta:
-    """What one step added to one choice. ``index`` counts over all prompts of the HTTP request."""
+    """What one step added to one choice. ``index`` counts over all prompts of the HTTP request.
+
+    ``tokens`` is empty where nobody asked for them.
+    """
 
     index: int
     text: str
@@ -29,7 +32,8 @@ class ChoiceDelta:
 
 
 class Choice:
-    """``min_tokens``: stop strings are looked for only in the text of later tokens.
+    """``min_tokens``: stop strings are looked for only in the text of later tokens. ``keeps_tokens``: deltas carry
+    their tokens, for answers that tell log probabilities or ids.
 
     The token that ended a sequence is counted; it is part of the text only with ``include_stop``.
     """
@@ -44,27 +48,32 @@ class Choice:
         include_stop: bool = False,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        keeps_tokens: bool = True,
     ) -> None:
         self.index = index
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
         self._include_stop = include_stop
         self._min_tokens = min_tokens
-        self._detokenizer = IncrementalDetokenizer(
-            tokenizer, context_ids=prompt_ids, skip_special_tokens=skip_special_tokens
-        )
+        self._detokenizer = tokenizer.detokenizer(context_ids=prompt_ids, skip_special_tokens=skip_special_tokens)
         self._stops = StopStrings(stops, include=include_stop)
+        self._keeps_tokens = keeps_tokens
+        self._is_text_alone = not keeps_tokens and not stops
 
     def push(self, delta: SequenceDelta) -> ChoiceDelta | None:
         """The addition to show, or None once the choice has ended. Tokens after a stop string are not counted."""
         if self.finish_reason is not None:
             return None
+        if self._is_text_alone and delta.finish_reason is None:
+            self.num_tokens += len(delta.token_ids)
+            return ChoiceDelta(self.index, self._detokenizer.push(delta.token_ids), ())
         text = ""
         entries: list[TokenEntry] = []
         logprobs: Sequence[TokenLogprob | None] = delta.logprobs or (None,) * len(delta.token_ids)
         for token_id, logprob in zip(delta.token_ids, logprobs, strict=True):
             self.num_tokens += 1
-            entries.append(TokenEntry(token_id, logprob, self._detokenizer.num_chars))
+            if self._keeps_tokens:
+                entries.append(TokenEntry(token_id, logprob, self._detokenizer.num_chars))
             text += self._filter(self._detokenizer.push((token_id,)))
             if self._stops.matched is not None:
                 self.finish_reason = FinishReason.STOP

@@ -19,6 +19,7 @@ from deltaserve.api.schemas.completion import CompletionRequest
 from deltaserve.api.schemas.open_fields import open_fields
 from deltaserve.api.services import Services, services_of
 from deltaserve.api.target import resolve_target
+from deltaserve.api.wire_json import encode, quote
 from deltaserve.text import Tokenizer
 
 router = APIRouter()
@@ -62,24 +63,27 @@ class CompletionFormat:
     def __init__(self, tokenizer: Tokenizer, fields: CompletionRequest) -> None:
         self._tokenizer = tokenizer
         self._fields = fields
+        self._tells_tokens = fields.logprobs is not None or fields.return_token_ids
         self._num_echoed_chars: dict[int, int] = {}
 
-    def opening(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    def opening(self, prompts: Sequence[Prompt]) -> list[str]:
         return []
 
-    def started(self, prompt: Prompt) -> list[dict[str, Any]]:
+    def started(self, prompt: Prompt) -> list[str]:
         if not self._fields.echo:
             return []
         text, entries = self._echo(prompt)
         self._num_echoed_chars[id(prompt)] = len(text)
-        return [self._write(choice.index, text, entries, 0, None) for choice in prompt.choices]
+        return [encode(self._write(choice.index, text, entries, 0, None)) for choice in prompt.choices]
 
-    def chunk(self, prompt: Prompt, delta: ChoiceDelta) -> list[dict[str, Any]]:
-        tells_tokens = self._fields.logprobs is not None or self._fields.return_token_ids
-        if not (delta.text or delta.finish_reason or (delta.tokens and tells_tokens)):
+    def chunk(self, prompt: Prompt, delta: ChoiceDelta) -> list[str]:
+        if not (delta.text or delta.finish_reason or delta.tokens):
             return []
+        if not self._tells_tokens:  # once a token: written by hand
+            text, reason = quote(delta.text), quote(delta.finish_reason)
+            return [f'{{"index":{delta.index},"text":{text},"logprobs":null,"finish_reason":{reason}}}']
         offset = self._num_echoed_chars.get(id(prompt), 0)
-        return [self._write(delta.index, delta.text, delta.tokens, offset, delta.finish_reason)]
+        return [encode(self._write(delta.index, delta.text, delta.tokens, offset, delta.finish_reason))]
 
     def choice(self, prompt: Prompt, index: int, full: FullChoice) -> dict[str, Any]:
         echo, entries = self._echo(prompt) if self._fields.echo else ("", [])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from deltaserve.api.choice import Choice, ChoiceDelta
 from deltaserve.api.services import GenerationEngine, OutputStream
-from deltaserve.core import GenerationRequest, RequestOutput, SequenceDelta, TokenLogprob
+from deltaserve.core import GenerationRequest, RequestOutput, TokenLogprob
+
+Step = tuple["Prompt", list[ChoiceDelta]]
+"""What a step of the engine added to one prompt's choices."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Prompt:
     """One prompt: the engine's request for it, and the ``n`` choices it yields."""
 
@@ -24,15 +27,35 @@ class Prompt:
 
     @property
     def is_finished(self) -> bool:
-        return all(choice.finish_reason is not None for choice in self.choices)
+        return None not in [choice.finish_reason for choice in self.choices]
+
+    def take(self, output: RequestOutput) -> Step:
+        """What to show of an output. When a stop string ends a sequence, the engine is told: it does not know text."""
+        if output.num_cached_tokens > self.num_cached_tokens:
+            self.num_cached_tokens = output.num_cached_tokens
+        if output.prompt_logprobs is not None:
+            self.logprobs = output.prompt_logprobs
+        shown = []
+        for delta in output.deltas:
+            addition = self.choices[delta.index].push(delta)
+            if addition is not None:
+                shown.append(addition)
+                if addition.finish_reason is not None and delta.finish_reason is None:
+                    _stream_of(self).stop(delta.index)
+        return self, shown
 
 
 class Generation:
-    """Submitting is all or nothing; leaving early, by whatever way, aborts what still runs."""
+    """Submitting is all or nothing; leaving early, by whatever way, aborts what still runs.
+
+    ``async for prompt, deltas in generation``: what each step added, prompt by prompt, until every choice has ended.
+    Raises the engine's typed errors. Whoever iterates must ``aclose`` at the end.
+    """
 
     def __init__(self, engine: GenerationEngine, prompts: Sequence[Prompt]) -> None:
         self.prompts = prompts
-        self._first: asyncio.Future[tuple[Prompt, list[ChoiceDelta]]] | None = None
+        self._first: asyncio.Future[Step] | None = None
+        self._is_first_taken = False
         self._steps = self._run()
         try:
             for prompt in prompts:
@@ -57,15 +80,15 @@ class Generation:
             await self.aclose()
             raise
 
-    async def deltas(self) -> AsyncIterator[tuple[Prompt, list[ChoiceDelta]]]:
-        """What each step added, prompt by prompt, until every choice has ended. Raises the engine's typed errors."""
-        try:
-            if self._first is not None:
-                yield await self._first
-            async for step in self._steps:
-                yield step
-        finally:
-            await self.aclose()
+    def __aiter__(self) -> Generation:
+        return self
+
+    def __anext__(self) -> Awaitable[Step]:
+        """Hands on the inner awaitable: one coroutine less for each token."""
+        if self._first is None or self._is_first_taken:
+            return self._steps.__anext__()
+        self._is_first_taken = True
+        return self._first
 
     async def aclose(self) -> None:
         """Aborts what still runs; safe to call again."""
@@ -75,22 +98,22 @@ class Generation:
             await asyncio.gather(self._first, return_exceptions=True)
         await self._steps.aclose()
 
-    async def _run(self) -> AsyncGenerator[tuple[Prompt, list[ChoiceDelta]]]:
+    async def _run(self) -> AsyncGenerator[Step]:
+        if len(self.prompts) == 1:  # nearly every request: without a queue and a generator between
+            prompt = self.prompts[0]
+            async for output in _stream_of(prompt):
+                yield prompt.take(output)
+                if prompt.is_finished:
+                    return
+            return
         async with aclosing(self._outputs()) as outputs:
             async for prompt, output in outputs:
-                prompt.num_cached_tokens = max(prompt.num_cached_tokens, output.num_cached_tokens)
-                if output.prompt_logprobs is not None:
-                    prompt.logprobs = output.prompt_logprobs
-                yield prompt, [shown for delta in output.deltas if (shown := _push(prompt, delta)) is not None]
+                yield prompt.take(output)
                 if all(each.is_finished for each in self.prompts):
                     return
 
     async def _outputs(self) -> AsyncGenerator[tuple[Prompt, RequestOutput]]:
-        if len(self.prompts) == 1:
-            prompt = self.prompts[0]
-            async for output in _stream_of(prompt):
-                yield prompt, output
-            return
+        """Of all prompts, as they come."""
         queue: asyncio.Queue[tuple[Prompt, RequestOutput] | BaseException | None] = asyncio.Queue(maxsize=64)
 
         async def pump(prompt: Prompt) -> None:
@@ -126,14 +149,6 @@ class Generation:
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(prompt.num_cached_tokens for prompt in self.prompts)},
         }
-
-
-def _push(prompt: Prompt, delta: SequenceDelta) -> ChoiceDelta | None:
-    """What to show of a delta. When a stop string ends it here, the engine is told, for it does not know text."""
-    shown = prompt.choices[delta.index].push(delta)
-    if shown is not None and shown.finish_reason is not None and delta.finish_reason is None:
-        _stream_of(prompt).stop(delta.index)
-    return shown
 
 
 def _stream_of(prompt: Prompt) -> OutputStream:

@@ -7,7 +7,7 @@ from typing import Any
 
 from deltaserve.api.choice import TokenEntry
 from deltaserve.core import TokenLogprob
-from deltaserve.text import IncrementalDetokenizer, Tokenizer
+from deltaserve.text import Tokenizer
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON cannot say."""
@@ -35,7 +35,7 @@ def prompt_entries(
     skip_special_tokens: bool,
 ) -> list[TokenEntry]:
     """The echoed prompt's tokens; the first has no log probability."""
-    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+    detokenizer = tokenizer.detokenizer(skip_special_tokens=skip_special_tokens)
     entries = []
     for token_id, logprob in zip(ids, logprobs or (None,) * len(ids), strict=True):
         entries.append(TokenEntry(token_id, logprob, detokenizer.num_chars))

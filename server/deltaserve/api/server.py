@@ -21,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from deltaserve.api.streaming import DIRECT_WRITER
 from deltaserve.config import ServeConfig
 from deltaserve.errors import DeltaserveError, InvalidRequest, RequestTimeout
 
@@ -30,6 +31,29 @@ KEEP_ALIVE_SECONDS = 75
 WRITE_STALL_SECONDS = 60.0
 GRACE_SECONDS = 5
 """For sending the last answers once the engine has stopped."""
+
+
+class ChunkWriter:
+    """Writes parts of a response whose length is not told, past h11: with its state machine and the messages of ASGI's
+    layers a part costs several times as much, and there is one for every token of every stream.
+
+    h11 has chosen chunked framing when it wrote the head, keeps no state from chunk to chunk, and ends the body itself.
+    """
+
+    def __init__(self, protocol: H11Protocol) -> None:
+        self._cycle = protocol.cycle
+        self._flow = protocol.flow
+        self._transport = protocol.transport
+
+    def try_write(self, data: bytes) -> bool:
+        """False, and nothing written, when the part must go through ``send``: nobody is there, or reads slowly."""
+        cycle = self._cycle
+        if not data:  # an empty chunk is how a body ends
+            return True
+        if self._flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.response_started:
+            return False
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
 
 class DeadlineProtocol(H11Protocol):
@@ -43,6 +67,15 @@ class DeadlineProtocol(H11Protocol):
     _phase: str | None = None
     _phase_started = 0.0
     _num_received = 0
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.app = self._offer_direct_writer
+
+    async def _offer_direct_writer(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["http_version"] == "1.1":  # what it knows how to frame
+            scope.setdefault("extensions", {})[DIRECT_WRITER] = ChunkWriter(self)
+        await self.config.loaded_app(scope, receive, send)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]

@@ -3,57 +3,74 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from deltaserve.api.errors import ClientGone, internal_error
+from deltaserve.api.wire_json import encode
 from deltaserve.errors import DeltaserveError
 from deltaserve_store.errors import StoreError
 
 log = logging.getLogger("deltaserve.api")
 Result = TypeVar("Result")
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 DONE = b"data: [DONE]\n\n"
+DIRECT_WRITER = "deltaserve.direct_writer"
+"""ASGI extension of our own server: a ``DirectWriter`` for the body of this response."""
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class DirectWriter(Protocol):
+    """Writes a part of a response's body without ASGI's messages, which cost more than the part itself."""
+
+    def try_write(self, data: bytes) -> bool:
+        """False, and nothing written, when the part must be sent as an ASGI message (the client reads slowly)."""
+
+
+class Events(Protocol):
+    """What an ``EventStream`` sends. Each method's bytes are whole events, possibly none."""
+
+    def opening(self) -> bytes: ...
+    def __aiter__(self) -> AsyncIterator[Any]: ...
+    def tell(self, step: Any) -> bytes: ...
+    def closing(self) -> bytes: ...
+    async def aclose(self) -> None: ...
 
 
 def event(data: Mapping[str, Any]) -> bytes:
     """One event. JSON escapes line breaks, so the data is one line."""
-    return b"data: " + _ENCODER.encode(data).encode() + b"\n\n"
+    return f"data: {encode(data)}\n\n".encode()
 
 
 class EventStream(Response):
     """Sends events as they come. A failure becomes an error event, never a silent end; only success says ``[DONE]``.
 
-    The client's leaving closes ``events``, whose ``finally`` aborts the generation.
+    However it ends, also by the client's leaving, ``events`` is closed, which aborts the generation.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[Mapping[str, Any]], headers: Mapping[str, str]) -> None:
+    def __init__(self, events: Events, headers: Mapping[str, str]) -> None:
         super().__init__(headers={**_HEADERS, **headers})
         del self.headers["content-length"]
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        outcome = await run_while_connected(self._send_all(send), receive)
+        writer: DirectWriter | None = scope.get("extensions", {}).get(DIRECT_WRITER)
+        outcome = await run_while_connected(self._send_all(send, writer), receive)
         if outcome is not None:
             scope.setdefault("state", {})["outcome"] = outcome
 
-    async def _send_all(self, send: Send) -> str | None:
+    async def _send_all(self, send: Send, writer: DirectWriter | None) -> str | None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         outcome: str | None = None
         try:
-            async for data in self._events:
-                await send({"type": "http.response.body", "body": event(data), "more_body": True})
-            last = DONE
+            last = await self._send_events(send, writer) + DONE
         except (DeltaserveError, StoreError) as error:
             last, outcome = event({"error": error.body()}), "error"
         except Exception:
@@ -61,6 +78,20 @@ class EventStream(Response):
             last, outcome = event({"error": internal_error().body()}), "error"
         await send({"type": "http.response.body", "body": last, "more_body": False})
         return outcome
+
+    async def _send_events(self, send: Send, writer: DirectWriter | None) -> bytes:
+        """Returns what is to be sent last."""
+        events = self._events
+        try:
+            if opening := events.opening():
+                await send({"type": "http.response.body", "body": opening, "more_body": True})
+            async for step in events:
+                data = events.tell(step)
+                if data and (writer is None or not writer.try_write(data)):
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            return events.closing()
+        finally:
+            await events.aclose()
 
 
 async def run_while_connected(work: Coroutine[Any, Any, Result], receive: Receive) -> Result:

@@ -67,7 +67,9 @@ class BlockManager:
 
     def extend(self, seq: Sequence) -> bool:
         """Make the block table cover all tokens of a running sequence; False when no block is free."""
-        missing = self.blocks_for(seq.num_tokens) - len(seq.block_table)
+        missing = -(-len(seq.token_ids) // BLOCK_SIZE) - len(seq.block_table)
+        if missing <= 0:  # fifteen times in sixteen
+            return True
         if missing > self.num_free:
             return False
         for _ in range(missing):
@@ -79,16 +81,17 @@ class BlockManager:
 
         A block whose key another block already has stays private to its holders.
         """
-        if seq.is_probe:
+        num_full = seq.num_computed_tokens // BLOCK_SIZE
+        if num_full <= seq.num_committed_blocks or seq.is_probe:
             return
-        for index in range(len(seq.block_keys), seq.num_computed_tokens // BLOCK_SIZE):
+        for index in range(len(seq.block_keys), num_full):
             seq.block_keys.append(self._key(seq, index))
-        for index in range(seq.num_committed_blocks, seq.num_computed_tokens // BLOCK_SIZE):
+        for index in range(seq.num_committed_blocks, num_full):
             block, key = seq.block_table[index], seq.block_keys[index]
             if key not in self._block_of and block not in self._key_of:
                 self._block_of[key] = block
                 self._key_of[block] = key
-        seq.num_committed_blocks = seq.num_computed_tokens // BLOCK_SIZE
+        seq.num_committed_blocks = num_full
 
     def release(self, seq: Sequence) -> None:
         """Take all blocks back. The last ones become free first: a shorter prefix is worth more."""

@@ -179,14 +179,15 @@ class Engine:
         rows: list[int] = []
         seqs: list[Sequence] = []
         for seq, scheduled in zip(schedule.seqs, schedule.batch, strict=True):
-            self._note_start(seq)
+            if len(seq.token_ids) == seq.num_prompt_tokens:
+                self._note_start(seq)
             seq.num_computed_tokens += seq.num_scheduled_tokens
             self._blocks.commit(seq)
             first = offset
             offset += 0 if scheduled.logits == "none" else 1 if scheduled.logits == "last" else scheduled.num_tokens
             if scheduled.logits == "all":
                 self._collect(seq, logits[first:offset], scheduled.start)
-            if seq.num_uncomputed_tokens:
+            if seq.num_computed_tokens < len(seq.token_ids):
                 continue
             seq.has_prompt_rows = True
             if seq.is_probe:
@@ -258,8 +259,9 @@ class Engine:
         self._tell(live)
 
     def _tell(self, live: LiveRequest) -> None:
-        self._outcome.outputs.append(live.take_output())
-        if live.is_finished:
+        output = live.take_output()
+        self._outcome.outputs.append(output)
+        if output.is_finished:
             self._close(live, live.sequences[0].finish_reason or FinishReason.STOP)
 
     def _close(self, live: LiveRequest, outcome: FinishReason) -> None:

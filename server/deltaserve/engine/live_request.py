@@ -61,14 +61,13 @@ class LiveRequest:
     is_started: bool = False
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     first_token_seconds: float | None = None
-    last_token_seconds: dict[int, float] = field(default_factory=dict)
     itl_seconds: list[float] = field(default_factory=list)
     deltas: list[SequenceDelta] = field(default_factory=list)
     has_told_prompt: bool = False
 
     @property
     def is_finished(self) -> bool:
-        return all(seq.finish_reason is not None for seq in self.sequences)
+        return None not in [seq.finish_reason for seq in self.sequences]
 
     def accept(self, seq: Sequence, token_id: int, logprob: TokenLogprob | None, now: float) -> None:
         """A sampled token: append it, tell it, and end the sequence when it says so.
@@ -76,12 +75,16 @@ class LiveRequest:
         A stop token is not part of ``token_ids`` of the delta, it is named by ``stop_token_id``.
         """
         seq.token_ids.append(token_id)
-        self._measure(seq, now)
+        if seq.last_token_seconds is not None:
+            self.itl_seconds.append(now - seq.last_token_seconds)
+        elif self.first_token_seconds is None:
+            self.first_token_seconds = now
+        seq.last_token_seconds = now
         if token_id in seq.stop_token_ids:
             seq.finish_reason = FinishReason.STOP
             self.deltas.append(SequenceDelta(seq.index, finish_reason=FinishReason.STOP, stop_token_id=token_id))
             return
-        if seq.num_completion_tokens >= seq.sampling.max_tokens:
+        if len(seq.token_ids) - seq.num_prompt_tokens >= seq.sampling.max_tokens:
             seq.finish_reason = FinishReason.LENGTH
         logprobs = () if logprob is None else (logprob,)
         self.deltas.append(SequenceDelta(seq.index, (token_id,), logprobs, seq.finish_reason))
@@ -122,11 +125,3 @@ class LiveRequest:
             itl_seconds=tuple(self.itl_seconds),
             e2e_seconds=now - self.arrival_seconds,
         )
-
-    def _measure(self, seq: Sequence, now: float) -> None:
-        if self.first_token_seconds is None:
-            self.first_token_seconds = now
-        previous = self.last_token_seconds.get(seq.index)
-        if previous is not None:
-            self.itl_seconds.append(now - previous)
-        self.last_token_seconds[seq.index] = now

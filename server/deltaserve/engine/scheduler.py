@@ -125,7 +125,8 @@ class Scheduler:
             step.num_prefill_tokens += num_tokens
 
     def _schedule(self, seq: Sequence, num_tokens: int, step: Schedule) -> None:
-        start, stop = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
+        start, length = seq.num_computed_tokens, len(seq.token_ids)
+        stop = start + num_tokens
         seq.num_scheduled_tokens = num_tokens
         step.seqs.append(seq)
         step.batch.append(
@@ -135,8 +136,8 @@ class Scheduler:
                 start=start,
                 block_table=seq.block_table,
                 parts=seq.parts,
-                logits="all" if seq.wants_all_rows else "last" if stop == seq.num_tokens else "none",
-                length=seq.num_tokens,
+                logits="all" if seq.wants_all_rows else "last" if stop == length else "none",
+                length=length,
             )
         )
 

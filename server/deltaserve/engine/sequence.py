@@ -60,6 +60,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
 
     started_seconds: float | None = None
+    last_token_seconds: float | None = None
     adapter_blocked_since: float | None = None
     adapter_wait_seconds: float = 0.0
 
@@ -78,7 +79,8 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """One token away from the next sample, with at least one sampled already."""
-        return self.num_uncomputed_tokens == 1 and self.num_completion_tokens > 0
+        num_tokens = len(self.token_ids)
+        return num_tokens - self.num_computed_tokens == 1 and num_tokens > self.num_prompt_tokens
 
     @property
     def wants_all_rows(self) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from deltaserve.text.byte_detokenizer import ByteDetokenizer
 from deltaserve.text.chat import ChatRenderer
 from deltaserve.text.detokenizer import IncrementalDetokenizer
 from deltaserve.text.stop_strings import StopStrings
 from deltaserve.text.tokenizer import Tokenizer
 
-__all__ = ["ChatRenderer", "IncrementalDetokenizer", "StopStrings", "Tokenizer"]
+__all__ = ["ByteDetokenizer", "ChatRenderer", "IncrementalDetokenizer", "StopStrings", "Tokenizer"]

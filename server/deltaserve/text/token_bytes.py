@@ -19,6 +19,14 @@ def _byte_of_symbol() -> dict[str, int]:
     return table
 
 
+def bytes_of_symbols(piece: str) -> bytes:
+    """As a byte-level decoder reads a piece: symbols as their bytes; a piece with any other character as UTF-8."""
+    table = _byte_of_symbol()
+    found = [table.get(symbol) for symbol in piece]
+    known = [byte for byte in found if byte is not None]
+    return bytes(known) if len(known) == len(found) else piece.encode("utf-8", "replace")
+
+
 def bytes_of_token(piece: str, *, is_byte_level: bool, is_byte_fallback: bool) -> bytes:
     """Bytes of the vocabulary entry ``piece`` (an ordinary token, not an added one)."""
     if is_byte_level:

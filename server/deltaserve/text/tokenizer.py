@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from deltaserve.errors import ConfigError
+from deltaserve.text.byte_detokenizer import ByteDetokenizer, ByteTable
 from deltaserve.text.chat import ChatRenderer, Message
-from deltaserve.text.token_bytes import BYTE_TOKEN, bytes_of_token
+from deltaserve.text.detokenizer import IncrementalDetokenizer
+from deltaserve.text.token_bytes import BYTE_TOKEN, bytes_of_symbols, bytes_of_token
 
 
 class Tokenizer:
@@ -27,6 +29,9 @@ class Tokenizer:
         self._is_byte_level = "ByteLevel" in decoder
         self._is_byte_fallback = "ByteFallback" in decoder
         self._byte_tokens = self._find_byte_tokens()
+        self._byte_tables: dict[bool, ByteTable] = {}
+        if decoder and json.loads(decoder).get("type") == "ByteLevel":
+            self._byte_tables = {True: ByteTable(self._raw_bytes, self._special), False: ByteTable(self._raw_bytes)}
         own_eos = () if hf_tokenizer.eos_token_id is None else (int(hf_tokenizer.eos_token_id),)
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys((*own_eos, *eos_token_ids)))
         self.chat = ChatRenderer(
@@ -78,6 +83,14 @@ class Tokenizer:
             return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return self._hf.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
+    def detokenizer(
+        self, *, context_ids: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> ByteDetokenizer | IncrementalDetokenizer:
+        """A streaming decoder for one sequence that continues ``context_ids``."""
+        if self._byte_tables:
+            return ByteDetokenizer(self._byte_tables[skip_special_tokens], context_ids=context_ids)
+        return IncrementalDetokenizer(self, context_ids=context_ids, skip_special_tokens=skip_special_tokens)
+
     def render_chat(
         self,
         messages: Sequence[Message],
@@ -120,6 +133,11 @@ class Tokenizer:
             return data.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def _raw_bytes(self, token_id: int) -> bytes | None:
+        """What a byte-level decoder makes of one id, added tokens included; None for an id outside the vocabulary."""
+        piece = self._backend.id_to_token(token_id) if self._backend is not None else None
+        return None if piece is None else bytes_of_symbols(piece)
 
     def _pipeline_state(self, part: str) -> str:
         """JSON of one part of the backend's pipeline, for the kinds named in it; empty without a backend."""
