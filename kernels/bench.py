@@ -1,6 +1,7 @@
 """Benchmarks of the operators and of a decode step.
 
     python kernels/bench.py [cpu] [--quick] [--threads N] [--dtype D] [--json PATH]     the CPU operators
+    python kernels/bench.py step [--rows N] [--rank R] [--out FOLDER]                   a decode step on the CPU
     python kernels/bench.py gpu [--budget SECONDS] [--out FOLDER] [--only SECTIONS]     everything for a GPU: `make gpu`
 
 ``--help`` after either tells the rest.
@@ -24,6 +25,10 @@ def main(arguments: list[str]) -> int:
 
         cpu.main(rest)
         return 0
+    if command == "step":
+        from deltabench import cpu_step
+
+        return cpu_step.main(rest)
     if command == "gpu":
         from deltabench import gpu
 
@@ -32,7 +37,7 @@ def main(arguments: list[str]) -> int:
         from deltabench import section
 
         return section.main(rest)
-    print(f"unknown benchmark {command!r}; allowed: cpu, gpu", file=sys.stderr)
+    print(f"unknown benchmark {command!r}; allowed: cpu, step, gpu", file=sys.stderr)
     return 2
 
 
