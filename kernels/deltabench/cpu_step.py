@@ -87,7 +87,7 @@ def measure(base: BaseModel, given: argparse.Namespace) -> dict[str, Any]:
         ]
         return lambda: runner.execute(batch)
 
-    kinds = {
+    kinds: dict[str, Callable[[], object]] = {
         "base": step(empty, False),
         "lora": step((lora, empty[1]), True),
         "sparse": step((empty[0], sparse), True),

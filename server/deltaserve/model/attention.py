@@ -47,10 +47,16 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any
         return dense_attention(query, key, value, spec), None
     k_cache, v_cache = ctx.kv.k(spec.layer), ctx.kv.v(spec.layer)
     write_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), k_cache, v_cache, ctx.kv_index)
-    output = paged_attention(
-        query[0].transpose(0, 1),
-        k_cache,
-        v_cache,
+    output = attend_paged(query[0].transpose(0, 1), spec, ctx)
+    return output.unsqueeze(0), None
+
+
+def attend_paged(query: Tensor, spec: AttentionSpec, ctx: ForwardContext) -> Tensor:
+    """A step's queries [T, H, D] over the cache, which holds this step's keys and values already -> [T, H, D]."""
+    return paged_attention(
+        query,
+        ctx.kv.k(spec.layer),
+        ctx.kv.v(spec.layer),
         ctx.block_tables,
         ctx.cu_seqlens_q,
         ctx.kv_lens,
@@ -59,7 +65,6 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any
         softcap=spec.softcap,
         one_query=ctx.is_decode,
     )
-    return output.unsqueeze(0), None
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:

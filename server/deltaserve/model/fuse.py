@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltaserve.model.attention import AttentionSpec, dense_attention
+from deltaserve.model.attention import AttentionSpec, attend_paged, dense_attention
 from deltaserve.model.context import FoldedContext, ForwardContext, current_or_none, use
 from deltaserve.model.linear import BaseLinear
-from deltaserve_kernels import cpu, paged_attention, select
+from deltaserve_kernels import cpu, select
 
 logger = logging.getLogger(__name__)
 
@@ -196,26 +196,20 @@ class _FusedAttention:
         self.qkv, self.out = module.q_proj.group, module.o_proj.group
         self.heads, self.head_dim = module.q_proj.out_features // head_dim, head_dim
 
+    def _is_proven(self, hidden_states: Tensor, cos: Tensor) -> bool:
+        """The proof rotated whole heads: where the base rotates a part of them, it says nothing."""
+        return cos.dtype is hidden_states.dtype and cos.shape[-1] == self.head_dim
+
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         ctx = current_or_none()
         turn = kwargs.get("position_embeddings")
-        if not isinstance(ctx, ForwardContext) or args or turn is None or turn[0].dtype is not hidden_states.dtype:
+        if not isinstance(ctx, ForwardContext) or args or turn is None or not self._is_proven(hidden_states, turn[0]):
             return self.otherwise(hidden_states, *args, **kwargs)
         spec = self.spec
         qkv = self.qkv.apply(hidden_states.reshape(-1, hidden_states.shape[-1]), ctx)
         k_cache, v_cache = ctx.kv.k(spec.layer), ctx.kv.v(spec.layer)
         cpu.rotate_and_store(qkv, turn[0][0], turn[1][0], k_cache, v_cache, ctx.kv_index)
-        attended = paged_attention(
-            qkv[:, : self.heads * self.head_dim].view(-1, self.heads, self.head_dim),
-            k_cache,
-            v_cache,
-            ctx.block_tables,
-            ctx.cu_seqlens_q,
-            ctx.kv_lens,
-            scale=spec.scale,
-            window=spec.window,
-            softcap=spec.softcap,
-            one_query=ctx.is_decode,
-        )
+        queries = qkv[:, : self.heads * self.head_dim].view(-1, self.heads, self.head_dim)
+        attended = attend_paged(queries, spec, ctx)
         output = self.out.apply(attended.view(len(qkv), -1), ctx)
         return output.view(*hidden_states.shape[:-1], -1), None

@@ -28,7 +28,7 @@ def test_a_small_run_writes_its_record_and_page(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "cpu-step.json").read_text(encoding="utf-8"))
     in_and_out = 64 + 64 + 2 * (64 + 32) + 64 + 64 + 2 * (64 + 96) + 96 + 64  # q, k and v, o, gate and up, down
     assert record["added"]["lora"]["bytes"] == 3 * 2 * 2 * in_and_out * 2  # adapters, layers, rank, bf16
-    entries = sum(int(0.005 * size) for size in (64 * 64, 64 * 32, 64 * 32, 64 * 64, 64 * 96, 64 * 96, 96 * 64))
+    entries = sum(round(0.005 * size) for size in (64 * 64, 64 * 32, 64 * 32, 64 * 64, 64 * 96, 64 * 96, 96 * 64))
     starts = 64 + 32 + 32 + 64 + 96 + 96 + 64 + 7
     assert record["added"]["sparse"]["bytes"] == 3 * 2 * (6 * entries + 4 * starts)
     for kind in ("lora", "sparse"):
