@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deltaserve.core import AdapterState, AdapterStatus, EngineStatus, FinishReason, RequestStats, StepStats
-from deltaserve.metrics import OTHER, Metrics
+from deltaserve.metrics import _SECONDS, OTHER, Metrics
 
 STEP = StepStats(
     step_seconds=0.01,
@@ -148,3 +149,21 @@ def test_the_oldest_wait_is_zero_when_nothing_waits() -> None:
     metrics.watch(lambda: IDLE)
     metrics.on_step(STEP)
     assert samples(metrics)["deltaserve_queue_oldest_age_seconds", ()] == 0
+
+
+def test_token_latency_counts_as_prometheus_own_histogram_does() -> None:
+    metrics, registry = Metrics(), CollectorRegistry()
+    own = Histogram("deltaserve_own_seconds", "as above", ("kind",), registry=registry, buckets=_SECONDS)
+    values = (0.0, 0.0009, 0.001, 0.0010001, 0.3, 599.0, 600.0, 601.0, 1e9)
+    for kind, shown in (("base", values), ("adapter", values[3:]), ("base", values[:2]), ("adapter", ())):
+        metrics.on_request(dataclasses.replace(REQUEST, itl_seconds=shown), None, kind)
+        for value in shown:
+            own.labels(kind).observe(value)
+
+    def series(text: str, name: str) -> list[tuple[str, float]]:
+        found = [line.removeprefix(name).rsplit(" ", 1) for line in text.splitlines() if line.startswith(name)]
+        return sorted((labels, float(value)) for labels, value in found if not labels.startswith("_created"))
+
+    expected = series(generate_latest(registry).decode(), "deltaserve_own_seconds")
+    assert len(expected) == 2 * (len(_SECONDS) + 1 + 2)
+    assert series(metrics.render().decode(), "deltaserve_inter_token_latency_seconds") == expected

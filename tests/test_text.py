@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders
 
 from deltaserve.errors import ConfigError, InvalidRequest
-from deltaserve.text import IncrementalDetokenizer, StopStrings, Tokenizer
+from deltaserve.text import ByteDetokenizer, IncrementalDetokenizer, StopStrings, Tokenizer
 from deltatest.tokenizers import SPECIAL, TEMPLATE, byte_level, sentencepiece_like
 
 FAMILIES = {"byte_level": byte_level, "sentencepiece_like": sentencepiece_like}
@@ -21,8 +24,10 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return FAMILIES[request.param]()
 
 
-def stream(tokenizer: Tokenizer, ids: list[int], **options: object) -> list[str]:
-    detokenizer = IncrementalDetokenizer(tokenizer, **options)  # type: ignore[arg-type]
+def stream(tokenizer: Tokenizer, ids: list[int], *, slowly: bool = False, **options: object) -> list[str]:
+    """Pieces of the decoder that the tokenizer chooses, or of the one that serves every family."""
+    make = functools.partial(IncrementalDetokenizer, tokenizer) if slowly else tokenizer.detokenizer
+    detokenizer = make(**options)  # type: ignore[arg-type]
     pieces = [detokenizer.push([i]) for i in ids]
     pieces.append(detokenizer.finish())
     assert detokenizer.num_chars == len("".join(pieces))
@@ -37,7 +42,37 @@ def test_any_ids_stream_to_their_plain_decoding(family: str, data: st.DataObject
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=60))
     skip = data.draw(st.booleans())
     expected = tokenizer._hf.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
-    assert "".join(stream(tokenizer, ids, skip_special_tokens=skip)) == expected
+    for slowly in (False, True):
+        assert "".join(stream(tokenizer, ids, skip_special_tokens=skip, slowly=slowly)) == expected
+
+
+def test_only_a_plain_byte_level_decoder_is_read_from_a_table() -> None:
+    assert isinstance(byte_level().detokenizer(), ByteDetokenizer)
+    assert isinstance(sentencepiece_like().detokenizer(), IncrementalDetokenizer)
+    joined = copy.deepcopy(byte_level()._hf)
+    joined.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    assert isinstance(Tokenizer(joined).detokenizer(), IncrementalDetokenizer)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_a_table_continues_a_prompt_as_decoding_all_of_it_would(data: st.DataObject) -> None:
+    """Any bytes, also broken ones: what the prompt left open is completed, and what it showed is not shown again."""
+    tokenizer = byte_level()
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=24))
+    skip = data.draw(st.booleans())
+    whole = b"".join(tokenizer.token_bytes(i) for i in ids if not (skip and tokenizer.is_special(i)))
+    assert tokenizer.decode(ids, skip_special_tokens=skip) == whole.decode(errors="replace")
+    cut = data.draw(st.integers(0, len(ids)))
+    before, after = stream(tokenizer, ids[:cut], skip_special_tokens=skip)[:-1], ids[cut:]
+    shown = stream(tokenizer, after, skip_special_tokens=skip, context_ids=ids[:cut])
+    assert "".join(before + shown) == whole.decode(errors="replace")
+
+
+def test_ids_that_mean_nothing_are_not_remembered() -> None:
+    tokenizer = byte_level()
+    tokenizer.detokenizer(context_ids=range(10**6, 10**6 + 500)).push(range(2 * 10**6, 2 * 10**6 + 500))
+    assert all(len(table) <= tokenizer.vocab_size for table in tokenizer._byte_tables.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -47,14 +82,15 @@ def test_text_survives_and_no_piece_holds_half_a_character(family: str, content:
     tokenizer = FAMILIES[family]()
     ids = tokenizer.encode(content, add_special_tokens=False)
     expected = tokenizer.decode(ids)
-    pieces = stream(tokenizer, ids)
+    slowly = data.draw(st.booleans())
+    pieces = stream(tokenizer, ids, slowly=slowly)
     assert "".join(pieces) == expected
     if "\ufffd" not in content:
         assert all("\ufffd" not in piece for piece in pieces)
     cut = data.draw(st.integers(0, len(ids)))
     head = tokenizer.decode(ids[:cut])
     if expected.startswith(head):  # else the cut is inside a character
-        assert head + "".join(stream(tokenizer, ids[cut:], context_ids=ids[:cut])) == expected
+        assert head + "".join(stream(tokenizer, ids[cut:], context_ids=ids[:cut], slowly=slowly)) == expected
 
 
 def test_a_leading_space_of_the_completion_is_kept(tokenizer: Tokenizer) -> None:
@@ -67,10 +103,10 @@ def test_a_long_run_of_broken_bytes_is_not_held_for_ever() -> None:
     tokenizer = byte_level()
     broken = tokenizer._hf.convert_tokens_to_ids("ÿ")  # the byte 0xFF, never part of UTF-8
     assert tokenizer.token_bytes(broken) == b"\xff"
-    detokenizer = IncrementalDetokenizer(tokenizer)
-    shown = [len(detokenizer.push([broken])) for _ in range(200)]
-    assert sum(shown) > 150
-    assert sum(shown) + len(detokenizer.finish()) == 200
+    for detokenizer in (IncrementalDetokenizer(tokenizer), tokenizer.detokenizer()):
+        shown = [len(detokenizer.push([broken])) for _ in range(200)]
+        assert sum(shown) > 150
+        assert sum(shown) + len(detokenizer.finish()) == 200
 
 
 def test_emoji_is_shown_whole() -> None:
