@@ -26,6 +26,26 @@ def test_prefill_and_decode_mixed(heads, kv_heads, head_dim, dtype, backend):
     torch.testing.assert_close(out.double(), case.expected(head_dim**-0.5), **TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("group", range(1, 10))
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.bfloat16), (80, torch.float16), (23, torch.bfloat16)])
+def test_every_group_at_the_borders_of_blocks(group, head_dim, dtype, backend):
+    """Kernels take several heads of a group at once; window, softcap and sinks cut into their tiles."""
+    kv_lens = [1, 15, 16, 17, 31, 32, 33, 40]
+    case = PagedCase([1, 1, 1, 1, 1, 1, 1, 20], kv_lens, 2 * group, 2, head_dim, dtype)
+    options = {"window": 18, "softcap": 4.0, "sinks": randn(2 * group)}
+    out = paged_attention(*case.args, scale=head_dim**-0.5, backend=backend, **options)
+    torch.testing.assert_close(out.double(), case.expected(head_dim**-0.5, **options), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_head_has_the_same_bits_in_a_group_of_any_size(dtype, cpu_backend):
+    case = PagedCase([1, 1, 20], [33, 16, 50], 9, 1, 40, dtype)
+    together = paged_attention(*case.args, scale=0.2, backend=cpu_backend)
+    for group in range(1, 9):
+        fewer = paged_attention(case.q[:, :group].contiguous(), *case.args[1:], scale=0.2, backend=cpu_backend)
+        assert torch.equal(fewer, together[:, :group]), f"{group} heads"
+
+
 @pytest.mark.parametrize("window", [1, 5, 16, 40, 1000])
 def test_window(window, backend):
     """Positions that left the window of every query may be reused: NaN there must not leak either."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deltaserve_kernels import KernelError, build_work_list, lora_linear, sparse_linear
-from deltatest.kernel_cases import LinearCase, Parts, randn
+from deltatest.kernel_cases import LinearCase, Parts, csr, randn
 
 OPERATORS = {"lora": lora_linear, "sparse": sparse_linear}
 # Inputs are exact in their dtype and sums are fp32, so what is left is fp32 noise over K terms (values of size one),
@@ -137,6 +137,29 @@ def test_a_row_has_the_same_bits_alone_and_in_company(kind, dtype, backend):
         crowd_y = torch.cat([y[row : row + 1], randn(36, case.width, dtype=dtype)]).roll(row % 37, 0)
         prefill = run(kind, case, [bindings[row]] * 37, crowd, crowd_y, backend)
         assert torch.equal(prefill[row % 37], together[row]), f"row {row} in prefill"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("most", [7, 8, 9, 15, 16, 17, 40, 300])
+def test_sparse_outputs_of_any_number_of_entries(most, dtype, backend):
+    """Kernels sum outputs of few entries sixteen at a time, up to a number of products; 300 is past it."""
+    case = LinearCase(310, [(0, 0, 75)], 1, dtype)
+    counts = [(5 * n) % (most + 1) for n in range(74)] + [most]
+    mask = torch.zeros(75, 310, dtype=torch.bool)
+    for n, count in enumerate(counts):
+        mask[n, torch.randperm(310, generator=torch.Generator().manual_seed(n))[:count]] = True
+    values = randn(sum(counts), dtype=dtype, scale=most**-0.5)
+    case.sparse.set(0, 0, *csr(mask, values))
+    dense = torch.zeros(75, 310, dtype=torch.float64)
+    dense[mask] = values.double()
+    case.sparse_dense[0, 0] = dense
+    bindings = [((0, 1.0, 0.5),)]
+    x, y = randn(3, 310, dtype=dtype), randn(3, 75, dtype=dtype, seed=1)
+    together = run("sparse", case, bindings * 3, x, y.clone(), backend)
+    torch.testing.assert_close(together.double(), case.expected("sparse", y, x, bindings * 3, 0.25), **TOLERANCE[dtype])
+    for row in range(3):
+        alone = run("sparse", case, bindings, x[row : row + 1], y[row : row + 1].clone(), backend)
+        assert torch.equal(alone[0], together[row])
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 300])
