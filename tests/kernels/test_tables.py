@@ -217,7 +217,7 @@ def test_the_jagged_form_follows_the_entries():
     assert not tables.keep_jagged()[:, :, 0].any()
     assert list(tables._jagged) == [(0, 1)]
     wide = torch.tensor([0, 0, 1 << 16], dtype=torch.int32)
-    with pytest.raises(OutOfRange, match="16-bit"):
+    with pytest.raises(OutOfRange, match="16 bits"):
         tables.set(1, 2, INDPTR, wide, torch.ones(3))
     assert not tables.has_slot(2)
     asked = SparseTables(1, 1)

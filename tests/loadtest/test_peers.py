@@ -87,7 +87,8 @@ def test_vllm_is_tuned_and_knows_every_adapter(tmp_path: Path, setup: Setup) -> 
     assert command.environment["LD_PRELOAD"] == f"{tmp_path}/tcmalloc.so:{tmp_path}/iomp.so"
     words = list(command.words)
     assert words[words.index("--max-loras") + 1] == "2"
-    assert words[words.index("--lora-modules") + 1 :] == [f"{n}={setup.adapter_folder(n)}" for n in setup.adapters]
+    named = [f"{n}={setup.adapter_folder(n)}" for n in setup.adapters]
+    assert words[words.index("--lora-modules") + 1 :] == [*named, "--dtype", "bfloat16"]
     assert "--enable-lora" not in known["vllm-cpu-base"].command(setup, 1).words
 
 
@@ -216,7 +217,7 @@ def test_llama_requests_name_their_adapter_by_its_number(tmp_path: Path, setup: 
                 target = await peer.admit(session, f"http://127.0.0.1:{runner.addresses[0][1]}", setup)
         finally:
             await runner.cleanup()
-        assert target.version == {"version": "42 (abc)"}
+        assert target.version == {"version": "42 (abc)", "weights": "bf16"}
         bodies = {}
         for model in (target.base, *target.adapters):
             bodies[model] = target.body(PlannedRequest(0, 0.0, model, (5, 6), 3), ignore_eos=True)

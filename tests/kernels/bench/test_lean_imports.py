@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -25,12 +26,15 @@ MODULES = [
     "deltaserve.model.base",
     "deltaserve.engine.model_runner",
     "deltaserve.engine.decode_graphs",
-    "deltaserve_kernels.triton_ops.entry",
     "deltabench.gpu",
     "deltabench.section",
     "deltabench.decode_section",
     "deltabench.vendor",
 ]
+
+
+if importlib.util.find_spec("triton"):  # comes with a GPU's torch, and not with a CPU's
+    MODULES.append("deltaserve_kernels.triton_ops.entry")
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
