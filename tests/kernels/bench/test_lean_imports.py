@@ -29,12 +29,11 @@ MODULES = [
     "deltabench.gpu",
     "deltabench.section",
     "deltabench.decode_section",
-    "deltabench.vendor",
 ]
 
 
 if importlib.util.find_spec("triton"):  # comes with a GPU's torch, and not with a CPU's
-    MODULES.append("deltaserve_kernels.triton_ops.entry")
+    MODULES += ["deltaserve_kernels.triton_ops.entry", "deltabench.vendor"]
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
