@@ -51,8 +51,9 @@ def test_what_is_fused_and_that_it_changes_nothing(name: str, tmp_path: Path, mo
     plain = {dtype: logits(folder, dtype) for dtype in (torch.float32, torch.bfloat16)}
     exact = plain[torch.float32]
     assert (fused[torch.float32] - exact).norm() <= 1e-5 * exact.norm()
-    # A fused operator rounds less often, so it may not be further from fp32 than the small ones are.
-    assert (fused[torch.bfloat16] - exact).norm() <= 1.2 * (plain[torch.bfloat16] - exact).norm()
+    # Two ways of rounding lie about as far from fp32; how far exactly is the processor's. A wrong formula is caught
+    # above, and lies many times further here.
+    assert (fused[torch.bfloat16] - exact).norm() <= 2 * (plain[torch.bfloat16] - exact).norm()
 
 
 class OddNorm(nn.Module):
