@@ -7,7 +7,7 @@ Rows that share a binding form one *item*. Rows with the empty binding (base onl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,7 @@ class WorkList:
     is_padded:  the arrays have a fixed capacity (``padded_list``): items past the last are empty, and rows and parts
                 past the last are never read. What is in them is known to the device alone. Not for the
                 C++ operators.
+    prepared:   what the C++ operators made of the list at its first use; changes to the tensors later do not reach it
     """
 
     num_rows: int
@@ -50,6 +51,11 @@ class WorkList:
     part_scale: Tensor
     num_planes: int | None = None
     is_padded: bool = False
+    prepared: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+
+    def remember(self, prepared: Tensor) -> None:
+        """Keep a derived form with the list. ``dataclasses.replace`` leaves it behind."""
+        object.__setattr__(self, "prepared", prepared)
 
     @property
     def is_empty(self) -> bool:
@@ -61,7 +67,12 @@ class WorkList:
 
         A padded list always concerns: a captured launch stays when adapters come and go.
         """
-        return self.is_padded or any(tables.has_any(member[0]) for member in members)
+        if self.is_padded:
+            return True
+        for linear, _, _ in members:  # a loop: asked at every group of every layer, and a generator costs more
+            if tables.has_any(linear):
+                return True
+        return False
 
     @property
     def num_items(self) -> int:

@@ -75,11 +75,7 @@ def lora_linear(
     torch.ops.deltaserve_cpu.lora_linear(
         y,
         x,
-        work.rows,
-        work.item_rows,
-        work.item_parts,
-        work.part_slot,
-        work.part_scale,
+        _prepared(work),
         tables.pointers,
         tables.ranks,
         tables.dims,
@@ -95,11 +91,7 @@ def sparse_linear(
     torch.ops.deltaserve_cpu.sparse_linear(
         y,
         x,
-        work.rows,
-        work.item_rows,
-        work.item_parts,
-        work.part_slot,
-        work.part_scale,
+        _prepared(work),
         tables.pointers,
         tables.extents,
         tables.dims,
@@ -168,10 +160,8 @@ def packed_linear_lora(
     """
     _check(x, work, tables)
     return _packed_linear_lora()(
-        x, packed, outputs, bias,
-        work.rows, work.item_rows, work.item_parts, work.part_slot, work.part_scale,
-        tables.pointers, tables.ranks, tables.dims, columns, depth,
-    )  # fmt: skip
+        x, packed, outputs, bias, _prepared(work), tables.pointers, tables.ranks, tables.dims, columns, depth
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -197,6 +187,17 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_c
 def _packed_linear_lora() -> Callable[..., Tensor]:
     """The operator itself: looking it up costs as much as a small product."""
     return torch.ops.deltaserve_cpu.packed_linear_lora.default
+
+
+def _prepared(work: WorkList) -> Tensor:
+    """The list as the C++ operators read it: checked and taken apart at its first use. Raises ValueError."""
+    prepared = work.prepared
+    if prepared is None:
+        prepared = torch.ops.deltaserve_cpu.prepare_work(
+            work.rows, work.item_rows, work.item_parts, work.part_slot, work.part_scale, work.num_rows
+        )
+        work.remember(prepared)
+    return prepared
 
 
 def _check(x: Tensor, work: WorkList, tables: LoraTables | SparseTables) -> None:

@@ -31,6 +31,7 @@ SOURCE_FOLDER = Path(__file__).parent
 SOURCES = (
     "ops.cpp",
     "pool.inc",
+    "work.inc",
     "linear.inc",
     "paged.inc",
     "between.inc",
