@@ -67,12 +67,7 @@ class WorkList:
 
         A padded list always concerns: a captured launch stays when adapters come and go.
         """
-        if self.is_padded:
-            return True
-        for linear, _, _ in members:  # a loop: asked at every group of every layer, and a generator costs more
-            if tables.has_any(linear):
-                return True
-        return False
+        return self.is_padded or any(tables.has_any(member[0]) for member in members)
 
     @property
     def num_items(self) -> int:
