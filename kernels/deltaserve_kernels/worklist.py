@@ -67,7 +67,7 @@ class WorkList:
 
         A padded list always concerns: a captured launch stays when adapters come and go.
         """
-        return self.is_padded or any(tables.has_any(member[0]) for member in members)
+        return self.is_padded or tables.has_any_of(members)
 
     @property
     def num_items(self) -> int:

@@ -203,7 +203,7 @@ def _prepared(work: WorkList) -> Tensor:
 def _check(x: Tensor, work: WorkList, tables: LoraTables | SparseTables) -> None:
     if tables.dtype is not x.dtype and tables.dtype is not None:
         raise DtypeMismatch(f"x is {x.dtype}; the tables hold {tables.dtype}")
-    if tables.device.type != "cpu":
+    if not tables.is_on_host:
         raise DeviceMismatch(f"the tables are on {tables.device}; x is on the CPU")
     if x.shape[0] != work.num_rows:
         raise ShapeMismatch(f"x has {x.shape[0]} rows and the work list is of {work.num_rows}")
