@@ -58,7 +58,10 @@ class _Tables:
         if not self._num_linears_of:
             return False
         filled = self._filled
-        return any([filled[member[0]] for member in members])  # noqa: C419  a generator costs more than these few
+        for member in members:  # noqa: SIM110  a generator costs more than the few looks
+            if filled[member[0]]:
+                return True
+        return False
 
     def shape_of(self, linear: int) -> tuple[int, int]:
         """(in_features, out_features) of a linear, 0 while unknown."""
