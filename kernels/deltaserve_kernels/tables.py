@@ -113,7 +113,7 @@ class SparseEntry(NamedTuple):
         return sum(tensor.nbytes for tensor in self[:3]) + (self.jagged.nbytes if self.jagged is not None else 0)
 
     def to(self, device: torch.device) -> SparseEntry:
-        """In the memory of another device; itself where it is there already."""
+        """In the memory of another device; the same tensors where they are there already."""
         indptr, cols, values = (tensor.to(device) for tensor in self[:3])
         jagged = None if self.jagged is None else self.jagged.to(device)
         return SparseEntry(indptr, cols, values, self.num_columns, jagged)
