@@ -26,9 +26,7 @@ def test_where_files_lie_and_what_was_compiled_beside_them_do_not_matter(copy: P
     assert source_digest() is source_digest()  # read once
 
 
-@pytest.mark.parametrize(
-    "name", ["reference.py", "cpu/ops.cpp", "cpu/vec.inc", "triton_ops/lora_kernels.py"]
-)
+@pytest.mark.parametrize("name", ["reference.py", "cpu/ops.cpp", "cpu/vec.inc", "triton_ops/lora_kernels.py"])
 def test_a_change_of_any_operator_is_seen(copy: Path, name: str) -> None:
     with (copy / name).open("a") as source:
         source.write("\n")
