@@ -1,4 +1,4 @@
-"""Launches of the sparse kernel. It reads the jagged copies that ``SparseTables`` keeps of its CSR deltas."""
+"""Launches of the sparse kernel. It reads the jagged form of deltas, which ``SparseTables`` keep."""
 
 from __future__ import annotations
 
