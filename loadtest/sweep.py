@@ -17,6 +17,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from loadtest.client import run
@@ -60,7 +61,7 @@ def share_by_rate(points: Sequence[Mapping[str, Any]]) -> dict[float, float]:
     found: dict[float, list[float]] = {}
     for point in points:
         found.setdefault(point["rate"], []).append(point["goodput"]["share"])
-    return {rate: sorted(shares)[len(shares) // 2] for rate, shares in sorted(found.items())}
+    return {rate: median(shares) for rate, shares in sorted(found.items())}
 
 
 def knee(points: Sequence[Mapping[str, Any]], share: float) -> tuple[float | None, float | None]:

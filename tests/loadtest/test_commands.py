@@ -1,4 +1,4 @@
-"""Sweep, churn, capacity, registered and offline run against a real deltaserve on a tiny fixture: that they run, never how fast."""
+"""Commands run against a real deltaserve on a tiny fixture: that they do what they say, never how fast."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from loadtest.client import Target, open_session, run_closed
 from loadtest.peers.settings import peers
 from loadtest.scrape import total
 from loadtest.small import write
-from loadtest.target_choice import OpenTarget
 from loadtest.tables import render
+from loadtest.target_choice import OpenTarget
 from loadtest.workload import ClosedLoop, streams
 
 SHORT = ["--prompt-tokens", "8", "--max-tokens", "4"]
@@ -46,7 +46,7 @@ def test_adapters_that_come_and_go_are_counted_by_the_server(folder: Path, capsy
     words = ["--fixture", str(folder / "fixture"), "--work", str(folder / "churn"), "--out", str(folder / "out-churn")]
     words += ["--steady", "2", "--seconds", "1.5", "--rounds", "2", "--background-rate", "8", *SHORT]
     words += ["--server-option=--adapter-slots", "--server-option=4", "--upload-rank", "2", "--max-tokens", "64"]
-    words += ["--server-option=--adapter-host-bytes", "--server-option=4KB"]
+    words += ["--server-option=--adapter-host-bytes", "--server-option=16KB"]
     assert churn.main(words) == 0, capsys.readouterr().err
     made = record_of(folder / "out-churn")
     assert not made["steady"]["failures"]
@@ -63,11 +63,11 @@ def test_adapters_that_come_and_go_are_counted_by_the_server(folder: Path, capsy
     results = made["rounds"][0]["results"]
     assert results["quiet"]["background"]["operations"] == {}
     assert results["resident"]["background"]["operations"]["request"] > 3
-    # Five other adapters, four slots, two of them held by the steady streams, no room on the host: each request loads
+    # Five other adapters, four slots, two of them held by the streams, room for one on the host: each request loads
     # one from disk and evicts another, but for what the phase before left.
     counted, asked = results["load"]["counted"], results["load"]["background"]["operations"]["request"]
     assert counted["loads"] >= asked - 4 > 0
-    assert asked - 4 <= counted["evictions"] <= asked
+    assert asked - 4 <= counted["evictions"] <= asked + 2
     assert results["resident"]["counted"]["loads"] <= 1
     uploads = results["upload"]["background"]["operations"]
     assert set(uploads) == {"register", "replace", "delete"}

@@ -171,6 +171,7 @@ def test_the_knee_is_the_last_rate_before_the_first_bad_one() -> None:
     assert knee([point(1, 0.2)], 0.9) == (None, 1)
     assert knee([point(1, 1.0)], 0.9) == (1, None)
     assert knee([point(1, 1.0), point(2, 0.5), point(4, 0.99)], 0.9) == (1, 2)  # a lucky high rate is no knee
+    assert knee([point(2, 0.6), point(2, 1.0)], 0.9) == (None, 2)  # the better of two rounds is not the median
     assert knee([point(2, 0.2), point(2, 1.0), point(2, 0.95)], 0.9) == (2, None)  # the median of three rounds
 
 

@@ -158,7 +158,7 @@ def test_overhead_is_foretold_by_the_rank_sum(tmp_path: Path) -> None:
         return {"name": name, "axis": "rank", "adapters": 16, "law": "distinct", "rank": rank, **sums}
 
     points = [point(f"rank {rank}", rank, rank) for rank in (4, 8, 16, 64)] + [point("ranks 4 and 64", None, 34.0)]
-    # Each step takes 1.1 times the base and 0.5 more for each 1,000 of rank sum; the machine drifts from round to round.
+    # A step takes 1.1 times the base and 0.5 more for each 1,000 of rank sum; the machine drifts from round to round.
     rounds = [
         {
             "results": {
