@@ -251,7 +251,7 @@ async def run_churn(given: argparse.Namespace) -> dict[str, Any]:
         async with steady_streams(
             opened, churn.steady, prompt_tokens=given.prompt_tokens, max_tokens=given.max_tokens, seed=given.seed
         ) as steady:
-            await churn.phase("resident", steady, 9_999_999, seconds=min(5.0, given.seconds))  # warm-up, left out
+            await churn.phase("load", steady, 9_999_999, seconds=given.seconds)  # warm-up, left out; it fills the slots
             for number in range(given.rounds):
                 order = list(phases)
                 random.Random(f"{given.seed} {number}").shuffle(order)

@@ -75,7 +75,7 @@ def draw_load(report: Record, path: Path) -> None:
 
 
 def draw_sweep(record: Record, path: Path) -> None:
-    """TTFT, ITL and goodput against the offered rate, the limits and the knee marked."""
+    """TTFT, mean ITL of a request, and goodput against the offered rate, the limits and the knee marked."""
     by_rate: dict[float, list[Figures]] = {}
     for point in record["points"]:
         by_rate.setdefault(point["rate"], []).append(point)
@@ -85,18 +85,19 @@ def draw_sweep(record: Record, path: Path) -> None:
     with canvas(path, 3, width=5.0) as (figure, (first, between, good)):
         for axes, kind, limit in (
             (first, "ttft", given["ttft_limit_seconds"]),
-            (between, "itl", given["itl_limit_seconds"]),
+            (between, "tpot", given["itl_limit_seconds"]),
         ):
             for percentile, colour in (("p50", BLUE), ("p95", GREEN), ("p99", ORANGE)):
                 with_spread(axes, rates, rounds, latency(kind, percentile), scale=1000, color=colour, label=percentile)
             if limit is not None:
                 axes.axhline(1000 * limit, color=RED, linestyle=":", label="limit")
-            axes.set(xlabel="requests/s offered", ylabel=f"{kind.upper()} (ms)")
+            axes.set(xlabel="requests/s offered", ylabel="ms")
         first.set_yscale("log")
-        first.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        for set_formatter in (first.yaxis.set_major_formatter, first.yaxis.set_minor_formatter):
+            set_formatter(lambda value, _: f"{value:,.0f}")
         between.set_ylim(bottom=0)
         first.set_title("Time to first token")
-        between.set_title("Inter-token latency")
+        between.set_title("Mean inter-token latency of a request")
         with_spread(good, rates, rounds, lambda f: f["goodput"]["requests_per_second"], color=BLUE, label="goodput")
         good.plot([0, rates[-1]], [0, rates[-1]], color=GREY, linestyle="--", linewidth=1, label="offered")
         good.set(xlabel="requests/s offered", ylabel="requests/s", title="Goodput: requests that kept the limits")
@@ -133,8 +134,8 @@ def draw_churn(record: Record, path: Path) -> None:
         axes.set_xticks(range(len(phases)), [titles[name] for name in phases])
         title = f"{record['parameters']['steady']} steady streams while adapters come and go (bars: rounds)"
         axes.set(ylabel="ITL of the steady streams (ms)", title=title)
-        axes.set_ylim(bottom=0)
-        axes.legend(fontsize="small")
+        axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
+        axes.legend(fontsize="small", loc="upper left", ncols=3)
 
 
 def draw_compare(record: Record, path: Path) -> None:

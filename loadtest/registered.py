@@ -82,7 +82,7 @@ class Trio:
         }
         holding = targets[HOLDING]
         turns = -(-len(holding.adapters) // self._given.concurrency)
-        await self._ask(holding, holding.adapters, seed=9_999_998, requests=turns, max_tokens=1)
+        await self._ask(holding, holding.adapters, seed=9_999_998, requests=turns, max_tokens=1, prompt_tokens=8)
         samples = await scrape(self._session, holding.url)
         for target in targets.values():
             await self._ask(target, (target.base,), seed=9_999_999, requests=1, max_tokens=WARM_UP_TOKENS)
@@ -95,11 +95,19 @@ class Trio:
         return await self._ask(target, (target.base,), seed=seed, requests=requests, max_tokens=max_tokens)
 
     async def _ask(
-        self, target: Target, models: Sequence[str], *, seed: int, requests: int, max_tokens: int
+        self,
+        target: Target,
+        models: Sequence[str],
+        *,
+        seed: int,
+        requests: int,
+        max_tokens: int,
+        prompt_tokens: int | None = None,
     ) -> dict[str, Any]:
         """Raises ``PeerFailed`` where a request fails: nothing could be compared then."""
         given = self._given
-        loop = ClosedLoop(given.concurrency, requests, seed, prompt_tokens=given.prompt_tokens, max_tokens=max_tokens)
+        tokens = prompt_tokens or given.prompt_tokens
+        loop = ClosedLoop(given.concurrency, requests, seed, prompt_tokens=tokens, max_tokens=max_tokens)
         planned = streams(loop, models, self.setup.fixture.plain_tokens)
         figures = summarize(await run_closed(self._session, target, planned))
         if figures["failures"]:

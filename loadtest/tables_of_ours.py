@@ -23,20 +23,22 @@ def sweep(record: Record) -> str:
             shown(over_rounds(points, lambda figures: figures["goodput"]["requests_per_second"]), digits=1),
             shown(over_rounds(points, latency("ttft", "p50")), scale=1000),
             shown(over_rounds(points, latency("ttft", "p95")), scale=1000),
-            shown(over_rounds(points, latency("itl", "p50")), scale=1000, digits=1),
-            shown(over_rounds(points, latency("itl", "p99")), scale=1000, digits=1),
+            shown(over_rounds(points, latency("tpot", "p50")), scale=1000),
+            shown(over_rounds(points, latency("tpot", "p95")), scale=1000),
+            shown(over_rounds(points, latency("itl", "p99")), scale=1000),
             shown(over_rounds(points, lambda figures: figures["tokens_per_second"])),
         ]
         for rate, points in sorted(by_rate.items())
     ]
-    header = ["requests/s", "good", "goodput req/s", "TTFT p50 ms", "p95", "ITL p50 ms", "p99", "tokens/s"]
+    header = ["requests/s", "good", "goodput req/s", "TTFT p50 ms", "p95", "mean ITL p50 ms", "p95", "ITL p99 ms"]
+    header.append("tokens/s")
     knee = record["knee"]["rate"]
     found = f"{knee:g} requests/s" if knee is not None else "below the lowest rate"
     return (
         f"Open loop, Poisson, {record['server']['num_adapters']} adapters ({given['popularity']}), "
         f"{given['prompt_tokens']} + {given['max_tokens']} tokens{layers_told(record)}; "
         f"{given['seconds']:g} s a rate. Good: TTFT at most "
-        f"{_limit(given['ttft_limit_seconds'])}, mean ITL at most {_limit(given['itl_limit_seconds'])}. "
+        f"{_limit(given['ttft_limit_seconds'])}, a request's mean ITL at most {_limit(given['itl_limit_seconds'])}. "
         f"**Knee (at least {100 * given['share']:.0f} % good): {found}.**\n\n" + table(header, rows)
     )
 
