@@ -36,12 +36,15 @@ def draw_registered(record: Record, path: Path) -> None:
                 ("adapters", held, ORANGE, "o"),
             ):
                 values = ratios(rounds_of(record, name), none, get)
+                if not values:
+                    continue
                 middle = spread(values)["median"]
                 each.plot(range(1, len(values) + 1), values, marker, color=colour, label=f"{label}: {middle:.3f}")
                 each.axhline(middle, color=colour, linewidth=1)
             each.axhline(1, color=GREY, linestyle=":", linewidth=1)
             each.set(xlabel="round", ylabel=f"{title} / server without adapters", title=title)
-            each.legend(fontsize="small")
+            if values:
+                each.legend(fontsize="small")
         figure.suptitle("Base-only traffic beside registered adapters (lines: medians)")
 
 

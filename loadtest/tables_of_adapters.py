@@ -50,6 +50,8 @@ def registered(record: Record) -> str:
 
 
 def _told_of(values: Sequence[float]) -> list[str]:
+    if not values:
+        return [shown(None), ""]
     interval = median_interval(values)
     within = f"{interval[0]:.3f}–{interval[1]:.3f}" if interval else "too few rounds"
     return [shown(spread(values), digits=3), within]
