@@ -173,6 +173,13 @@ def test_overhead_is_foretold_by_the_rank_sum(tmp_path: Path) -> None:
     assert "If rows were padded to rank 64, every mix would cost 1.61." in text
     assert "| ranks 4 and 64 | 544 | 34.00 | 90 [90–90] | 41.2 [27.4–54.9] | 1.37 [1.37–1.37] | 1.37 |" in text
     assert "Bytes: 1.000 MB for each rank of an adapter, R² 1.000." in text
+    for entry in rounds:  # a mix that costs more than its ranks leaves the line where it is
+        entry["results"]["ranks 4 and 64"] = figures(
+            50, itl=1.6 * entry["results"]["base"]["latency"]["itl_seconds"]["p50"]
+        )
+    text = render(capacity_record(points, rounds, ["distinct"]))
+    assert "ITL / base = 1.10 + 0.50 per 1,000 of rank sum, R² 1.000." in text
+    assert "| 1.60 [1.60–1.60] | 1.37 |" in text
     made = draw_all(capacity_record(points, rounds, ["distinct"]), tmp_path, "capacity")
     assert [path.name for path in made] == ["capacity-overhead_against_rank.png"]
 
