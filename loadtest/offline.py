@@ -8,8 +8,9 @@ drawn for each round; the one that waits computes nothing. Every stream sends it
 
 Two figures come of a round. ``cpu_cost``: the share of the server's CPU time per token that the engine alone does not
 take; the client is not in it. ``cost``: the share of the offline throughput that was lost, which includes what the
-client took of the same cores, and all waiting. ``waiting`` is what of ``cost`` no CPU time explains, the interpreter
-lock above all (less than nothing where HTTP runs on cores that the engine leaves idle).
+client took of the same cores, and all waiting. ``waiting`` is what of ``cost`` goes beyond the growth of CPU time per
+token. Where ``cores_busy`` of both sides is all cores, that is time lost to the interpreter lock; where cores idle, the
+lock may be inside the rest too, and no figure here tells it apart.
 """
 
 from __future__ import annotations
@@ -146,7 +147,12 @@ def compare(number: int, order: Sequence[str], results: Mapping[str, Mapping[str
         "round": number,
         "order": list(order),
         "results": {
-            name: {**result, "tokens_per_second": tokens / result["seconds"]} for name, result in results.items()
+            name: {
+                **result,
+                "tokens_per_second": tokens / result["seconds"],
+                "cores_busy": result["cpu_seconds"] / result["seconds"],
+            }
+            for name, result in results.items()
         },
         "cpu_us_per_token": us,
         "cpu_cost": share_beyond(us["offline"], us["server"]),

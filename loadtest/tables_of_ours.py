@@ -146,8 +146,8 @@ def offline(record: Record) -> str:
         client = shown(over_rounds(rounds, lambda each: each["client_share_of_a_core"]), digits=2)
         told = (
             f" **HTTP took {share('cpu_cost')} of the server's CPU time and {share('cost')} of the throughput**, the "
-            f"client's share of the cores included ({client} of one core); {share('waiting')} of the throughput is "
-            "explained by no CPU time."
+            f"client's share of the cores included ({client} of one core); {share('waiting')} of the throughput "
+            "was lost beyond the growth of CPU time per token."
         )
     base = "the embedded base" if given.get("base") == "embedded" else f"{given['num_adapters']} adapters"
     return (
