@@ -99,22 +99,36 @@ def _room(options: Sequence[str]) -> str:
 
 
 def offline(record: Record) -> str:
+    """The throughput of both sides, and, where the record has it, the CPU time that a token takes of each process."""
     given = record["parameters"]
-    halves = {name: rounds_of(record, name) for name in ("offline", "http")}
-    rows = [
-        [title, shown(over_rounds(halves[name], lambda figures: figures["tokens_per_second"])), share]
-        for name, title, share in (
-            ("offline", "engine in its own process", ""),
-            (
-                "http",
-                "over HTTP, streamed",
-                shown(ratio(halves["http"], halves["offline"], lambda f: f["tokens_per_second"]), digits=2),
-            ),
+    rounds = record["rounds"]
+    sides = {name: rounds_of(record, name) for name in ("offline", "http")}
+    per_second = {name: over_rounds(own, lambda figures: figures["tokens_per_second"]) for name, own in sides.items()}
+    kept = ratio(sides["http"], sides["offline"], lambda figures: figures["tokens_per_second"])
+    rows = [["tokens/s", shown(per_second["offline"]), shown(per_second["http"]), shown(kept, digits=2)]]
+
+    def cpu(name: str) -> str:
+        return shown(over_rounds(rounds, lambda each: each["cpu_us_per_token"][name]))
+
+    def share(name: str) -> str:
+        return shown(over_rounds(rounds, lambda each: each[name]), scale=100, digits=1) + " %"
+
+    told = ""
+    if all("cpu_us_per_token" in each for each in rounds):
+        kept_of_cpu = shown(over_rounds(rounds, lambda each: 1 - each["cpu_cost"]), digits=2)
+        rows += [
+            ["CPU µs a token", cpu("offline"), cpu("server"), kept_of_cpu],
+            ["of it the event loop's thread", "", cpu("event_loop"), ""],
+            ["beside it the client's", "", cpu("client"), ""],
+        ]
+        client = shown(over_rounds(rounds, lambda each: each["client_share_of_a_core"]), digits=2)
+        told = (
+            f" **HTTP took {share('cpu_cost')} of the server's CPU time and {share('cost')} of the throughput**, the "
+            f"client's share of the cores included ({client} of one core); {share('waiting')} of the throughput "
+            "was lost beyond the growth of CPU time per token."
         )
-    ]
-    cpu = over_rounds(halves["http"], lambda f: f["client"]["cpu_seconds"] / f["wall_seconds"])
+    base = "the embedded base" if given.get("base") == "embedded" else f"{given['num_adapters']} adapters"
     return (
-        f"{given['concurrency']} streams, {given['prompt_tokens']} + {given['max_tokens']} tokens, "
-        f"{given['num_adapters']} adapters. The client ran on the same cores and took {shown(cpu, digits=2)} "
-        "of one.\n\n" + table(["requests", "tokens/s", "HTTP / offline"], rows)
+        f"{given['concurrency']} streams, {given['prompt_tokens']} + {given['max_tokens']} tokens, {base}.{told}\n\n"
+        + table(["", "engine alone", "over HTTP, streamed", "share kept"], rows)
     )

@@ -146,8 +146,9 @@ def test_the_engine_alone_does_the_same_work_as_over_http(folder: Path) -> None:
     assert offline.main([*words, "--concurrency", "3", "--num-adapters", "3", "--rounds", "1", *SHORT]) == 0
     made = record_of(folder / "out-offline")
     results = made["rounds"][0]["results"]
-    assert results["offline"]["completion_tokens"] == results["http"]["completion_tokens"] == 3 * 2 * 4
-    assert "engine in its own process" in render(made)
+    assert results["offline"]["tokens"] == results["http"]["tokens"] == 3 * 2 * 4
+    assert made["parameters"]["num_adapters"] == 3
+    assert "3 adapters." in render(made)
 
 
 async def served(app: web.Application, use: Callable[[str], object]) -> object:
