@@ -12,7 +12,9 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "small": "write the fixture that figures are taken on",
+    "register": "give a fixture's adapters to the store before a run",
     "compare": "servers side by side, interleaved in one run",
+    "registered": "base-only traffic beside many registered adapters",
     "sweep": "raise the rate to the knee",
     "churn": "adapters come and go under a steady stream",
     "capacity": "throughput against adapters, overhead against rank",
@@ -25,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] in COMMANDS:
         return int(importlib.import_module(f"loadtest.{argv[0]}").main(argv[1:]))
     if argv and not argv[0].startswith("-"):
-        listed = "\n".join(f"  {name:<10}{purpose}" for name, purpose in COMMANDS.items())
+        listed = "\n".join(f"  {name:<12}{purpose}" for name, purpose in COMMANDS.items())
         print(f"loadtest: no command {argv[0]!r}; there are\n{listed}", file=sys.stderr)
         return 2
     from loadtest import load

@@ -1,10 +1,13 @@
-"""Throughput against the number of distinct adapters in the traffic, and overhead against their rank.
+"""Throughput against the number of adapters in the traffic and their popularity, and overhead against their rank.
 
-    python -m loadtest.capacity --fixture FIXTURE --counts 1,2,4,8,16,32 --ranks 8,16,64 --out runs/capacity
+    python -m loadtest.capacity --fixture FIXTURE --counts 1,4,16,64 --laws distinct,uniform,zipf --out runs/popularity
+    python -m loadtest.capacity --fixture FIXTURE --counts "" --ranks 4,8,16,32,64 --out runs/capacity
 
-Closed loop at one concurrency. A point of ``--counts`` spreads the streams over so many adapters of the first rank; a
-point of ``--ranks`` gives each stream another adapter of that rank; ``mixed`` gives them all ranks in turn. Every point
-of a round runs in a new order, beside the base alone in the same round: overheads are ratios inside a round.
+Closed loop at one concurrency. A point of ``--counts`` spreads the requests over so many adapters of the first rank, by
+each of ``--laws``: in turn (``distinct``), uniformly or by a Zipf law. A point of ``--ranks`` gives each stream another
+adapter of that rank; two more mix all ranks, and the least with the greatest. Every point of a round runs in a new
+order, beside the base alone in the same round: overheads are ratios inside a round. A first round that is left out asks
+every adapter once.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -24,28 +27,37 @@ from loadtest.figures import summarize
 from loadtest.machine import stamp
 from loadtest.peers.peer import PeerFailed
 from loadtest.peers.process import run_until_done
-from loadtest.plots import draw_adapters, draw_ranks
+from loadtest.plots_of_adapters import draw_adapters, draw_ranks
 from loadtest.scrape import scrape, total
-from loadtest.small import Fixture
 from loadtest.target_choice import OpenTarget, add_target, open_target
-from loadtest.workload import ClosedLoop, streams
+from loadtest.workload import POPULARITIES, ClosedLoop, check_popularity, streams
+
+WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One condition. ``rank`` None: the base alone, or (with adapters) several ranks."""
+    """One condition. ``axis``: what it is a point of. ``rank`` None: the base alone, or (with adapters) several."""
 
     name: str
     models: tuple[str, ...]
-    count: int
+    axis: str = "base"
     rank: int | None = None
     mean_rank: float = 0.0
+    law: str = "distinct"
+
+    @property
+    def count(self) -> int:
+        """Adapters."""
+        return 0 if self.axis == "base" else len(self.models)
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtest.capacity", description=__doc__.splitlines()[0])
     add_target(parser)
-    parser.add_argument("--counts", default="1,4,16,32", help="distinct adapters in the traffic")
+    parser.add_argument("--counts", default="1,4,16,32", help="adapters in the traffic")
+    parser.add_argument("--laws", default="distinct", help=f"of {', '.join(POPULARITIES)}; for --counts")
+    parser.add_argument("--zipf-s", type=float, default=0.9)
     parser.add_argument("--ranks", default="", help="ranks to compare; needs a fixture with adapters of each")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests-per-stream", type=int, default=2)
@@ -63,66 +75,86 @@ def numbers(text: str) -> list[int]:
     return found
 
 
+def laws_of(text: str) -> list[str]:
+    found = [name for name in text.split(",") if name]
+    for name in found:
+        check_popularity(name)
+    return found
+
+
 def points_of(
-    base: str,
-    adapters: Sequence[str],
-    fixture: Fixture | None,
-    counts: Sequence[int],
-    ranks: Sequence[int],
-    wanted: int,
+    opened: OpenTarget, counts: Sequence[int], laws: Sequence[str], ranks: Sequence[int], wanted: int
 ) -> list[Point]:
-    """Raises ``ValueError`` where the server does not hold enough adapters."""
-    made = [Point("base", (base,), 0)]
+    """The base first. Raises ``ValueError`` where the server does not hold enough adapters."""
+    base, adapters, fixture = opened.target.base, opened.target.adapters, opened.fixture
     if not adapters and (counts or ranks):
         raise ValueError("the server holds no adapters")
-    rank_of = {name: fixture.adapters[name][0] for name in adapters if fixture} if fixture else {}
+    rank_of = {name: fixture.adapters[name][0] for name in adapters} if fixture else {}
+    return [
+        Point("base", (base,)),
+        *by_count(adapters, rank_of, counts, laws),
+        *by_rank(adapters, rank_of, ranks, wanted),
+    ]
+
+
+def by_count(
+    adapters: Sequence[str], rank_of: Mapping[str, int], counts: Sequence[int], laws: Sequence[str]
+) -> Iterator[Point]:
     first = rank_of.get(adapters[0]) if adapters else None
     alike = [name for name in adapters if rank_of.get(name) == first]
     for count in counts:
         if count > len(alike):
             raise ValueError(f"{count} adapters are asked for and the server holds {len(alike)} of one rank")
-        made.append(Point(f"{count} adapters", tuple(alike[:count]), count, first, float(first or 0)))
-    by_rank = {}
-    for rank in ranks:
-        own = [name for name in adapters if rank_of.get(name) == rank][:wanted]
-        if not own:
+        for law in laws if count > 1 else laws[:1]:  # one adapter is asked alike by every law
+            name = f"{count} adapters" if law == "distinct" else f"{count} adapters, {law}"
+            yield Point(name, tuple(alike[:count]), "adapters", first, float(first or 0), law)
+
+
+def by_rank(adapters: Sequence[str], rank_of: Mapping[str, int], ranks: Sequence[int], wanted: int) -> Iterator[Point]:
+    own = {rank: [name for name in adapters if rank_of.get(name) == rank][:wanted] for rank in sorted(set(ranks))}
+    for rank, names in own.items():
+        if not names:
             raise ValueError(f"the server holds no adapters of rank {rank} that this run knows of")
-        by_rank[rank] = own
-        made.append(Point(f"rank {rank}", tuple(own), len(own), rank, float(rank)))
-    if len(by_rank) > 1:
-        turns = [name for name in chain.from_iterable(zip_longest(*by_rank.values())) if name][:wanted]
-        mean = sum(rank_of[name] for name in turns) / len(turns)
-        made.append(Point("mixed ranks", tuple(turns), len(turns), None, mean))
-    return made
+        yield Point(f"rank {rank}", tuple(names), "rank", rank, float(rank))
+    mixes = {"all ranks": list(own)} if len(own) > 1 else {}
+    if len(own) > 2:
+        mixes[f"ranks {min(own)} and {max(own)}"] = [min(own), max(own)]
+    for title, mixed in mixes.items():
+        turns = [name for name in chain.from_iterable(zip_longest(*(own[rank] for rank in mixed))) if name][:wanted]
+        yield Point(title, tuple(turns), "rank", None, sum(rank_of[name] for name in turns) / len(turns))
 
 
 async def measure(
-    given: argparse.Namespace, opened: OpenTarget, point: Point, seed: int, *, max_tokens: int | None = None
+    given: argparse.Namespace, opened: OpenTarget, point: Point, number: int, seed: int
 ) -> dict[str, Any]:
-    """Figures of one point: at least so many requests a stream that every adapter is asked."""
-    per_stream = max(given.requests_per_stream, -(-point.count // given.concurrency))
+    """Figures of one point. Round -1 warms up: every adapter once, for a few tokens.
+
+    Where there are more adapters than requests, the next round goes on where this one ended.
+    """
+    per_stream, max_tokens, law = given.requests_per_stream, given.max_tokens, point.law
+    skipped = max(number, 0) * per_stream * given.concurrency if point.count > given.concurrency else 0
+    if number < 0:
+        per_stream, max_tokens, law = -(-max(point.count, 1) // given.concurrency), WARM_UP_TOKENS, "distinct"
     loop = ClosedLoop(
-        given.concurrency,
-        per_stream,
-        seed,
-        prompt_tokens=given.prompt_tokens,
-        max_tokens=max_tokens or given.max_tokens,
+        given.concurrency, per_stream, seed, law, given.zipf_s, prompt_tokens=given.prompt_tokens, max_tokens=max_tokens
     )
-    planned = streams(loop, point.models, opened.plain_tokens)
+    turned = skipped % len(point.models) if law == "distinct" else 0
+    planned = streams(loop, point.models[turned:] + point.models[:turned], opened.plain_tokens)
     result = await run_closed(opened.session, opened.target, planned)
     samples = await scrape(opened.session, opened.target.url)
     figures = summarize(result)
     failed = figures["num_requests"] - figures["num_succeeded"]
     if failed:
         print(f"  {point.name}: {failed} requests failed: {next(iter(figures['failures']))}")
+    asked = {request.model for stream in planned for request in stream}
     resident = total(samples, "adapter_bytes", 'level="device"')
-    return {**figures, "resident_adapter_bytes": resident, "resident_adapters": total(samples, "adapter_slots_used")}
+    return {**figures, "num_asked": len(asked), "resident_adapter_bytes": resident}
 
 
 async def bytes_of(opened: OpenTarget, point: Point) -> int | None:
-    """Mean bytes at rest of the point's adapters, as the server lists them."""
+    """Mean bytes of the point's adapters (64 of them at most), as the server lists them."""
     sizes = []
-    for name in point.models:
+    for name in point.models[:64]:
         async with opened.session.get(f"{opened.target.url}/v1/adapters/{name}") as response:
             if response.status == 200:
                 sizes.append((await response.json()).get("bytes"))
@@ -133,25 +165,23 @@ async def bytes_of(opened: OpenTarget, point: Point) -> int | None:
 async def run_capacity(given: argparse.Namespace) -> dict[str, Any]:
     counts, ranks = numbers(given.counts), numbers(given.ranks)
     async with open_target(given) as opened:
-        target = opened.target
-        points = points_of(target.base, target.adapters, opened.fixture, counts, ranks, given.concurrency)
+        points = points_of(opened, counts, laws_of(given.laws), ranks, given.concurrency)
         sizes = {point.name: await bytes_of(opened, point) if point.count else 0 for point in points}
         rounds: list[Mapping[str, Any]] = []
         for number in range(-1, given.rounds):  # round -1 warms up and is left out
-            order = list(points)
+            order = list(points if number >= 0 else {point.models: point for point in points}.values())
             random.Random(f"{given.seed} {number}").shuffle(order)
             results = {}
             for place, point in enumerate(order):
                 seed = 100_000 * given.seed + 1000 * (number + 1) + place
-                results[point.name] = await measure(given, opened, point, seed, max_tokens=8 if number < 0 else None)
-                if number >= 0:
-                    print(
-                        f"round {number} {point.name:>14}: {results[point.name]['tokens_per_second']:.0f} tokens/s",
-                        flush=True,
-                    )
+                results[point.name] = await measure(given, opened, point, number, seed)
             if number >= 0:
                 rounds.append({"round": number, "order": [point.name for point in order], "results": results})
+                shown = ", ".join(f"{p.name} {results[p.name]['tokens_per_second']:.0f}" for p in points)
+                print(f"round {number}: tokens/s {shown}", flush=True)
         parameters = {
+            "laws": laws_of(given.laws),
+            "zipf_s": given.zipf_s,
             "concurrency": given.concurrency,
             "requests_per_stream": given.requests_per_stream,
             "prompt_tokens": given.prompt_tokens,
@@ -167,7 +197,9 @@ async def run_capacity(given: argparse.Namespace) -> dict[str, Any]:
                     "adapters": point.count,
                     "rank": point.rank,
                     "mean_rank": point.mean_rank,
-                    "axis": "rank" if "rank" in point.name else "adapters",
+                    "rank_sum": round(given.concurrency * point.mean_rank),
+                    "law": point.law,
+                    "axis": point.axis,
                     "adapter_bytes": sizes[point.name],
                 }
                 for point in points
@@ -185,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "record.json").write_text(json.dumps(made, indent=1) + "\n")
-    draw_adapters(made, given.out / "throughput_against_adapters.png")
+    if any(point["axis"] == "adapters" for point in made["points"]):
+        draw_adapters(made, given.out / "throughput_against_adapters.png")
     if any(point["axis"] == "rank" for point in made["points"]):
         draw_ranks(made, given.out / "overhead_against_rank.png")
     print(f"wrote {given.out}")

@@ -1,15 +1,16 @@
 """A steady stream while adapters come and go: what the stream feels of it.
 
-    python -m loadtest.churn --fixture FIXTURE --num-adapters 516 --steady 16 --seconds 30 \\
+    python -m loadtest.churn --fixture FIXTURE --num-adapters 509 --steady 8 --seconds 8 --rounds 6 \\
         --server-option=--adapter-slots --server-option=64 --out runs/churn
 
-The steady stream is a closed loop on the first ``--steady`` adapters; its inter-token latency is what is reported. Each
-round runs the phases in a new order:
+The steady streams, on the first ``--steady`` adapters, run from the beginning to the end (``steady.py``); their
+inter-token latency is what is reported. Beside them the phases take turns, in a new order each round:
 
-- ``quiet``: the steady stream alone.
-- ``resident``: beside it, short requests at ``--background-rate`` to one adapter that stays loaded. What they cost any
-  server is no cost of loading.
-- ``load``: the same requests, each to the next of the other adapters, so that each loads one and evicts another.
+- ``quiet``: nothing.
+- ``resident``: short requests at ``--background-rate`` to one adapter that stays loaded. What they cost any server is
+  no cost of loading.
+- ``load``: the same requests, each to the next of the other adapters (the next round goes on where this one ended), so
+  that each loads one and evicts another.
 - ``upload``: adapters are registered, replaced and deleted over HTTP, one operation after the other.
 
 Counters of loads and evictions are taken from the server, so that a phase that churned nothing shows.
@@ -30,8 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loadtest.client import Answer, ask, run_closed
-from loadtest.figures import percentiles, summarize
+from loadtest.client import Answer, ask
+from loadtest.figures import percentiles
 from loadtest.machine import stamp
 from loadtest.peers.deltaserve import delete, upload
 from loadtest.peers.peer import PeerFailed
@@ -39,11 +40,19 @@ from loadtest.peers.process import run_until_done
 from loadtest.plots import draw_churn
 from loadtest.scrape import scrape, total
 from loadtest.small import Shape, adapter_config, adapter_tensors
+from loadtest.steady import SteadyStreams, steady_streams
 from loadtest.target_choice import OpenTarget, add_target, open_target
-from loadtest.workload import ClosedLoop, PlannedRequest, streams, token_prompts
+from loadtest.workload import PlannedRequest, token_prompts
 
 PHASES = ("quiet", "resident", "load", "upload")
-COUNTERS = ("adapter_loads_total", "adapter_evictions_total", "adapter_uploads_total")
+COUNTED = {
+    "loads": ("adapter_loads_total", 'from="disk"'),
+    "evictions": ("adapter_evictions_total", 'level="device"'),
+    "uploads": ("adapter_uploads_total", ""),
+}
+"""What a phase did, by the server's own counters: ``(metric, label)``."""
+SETTLE_SECONDS = 0.5
+"""Between two phases: what the last one began has ended."""
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -55,10 +64,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--background-prompt-tokens", type=int, default=8, help="short, so that loading is what costs")
     parser.add_argument("--upload-rank", type=int, default=8)
     parser.add_argument("--operations-per-second", type=float, default=5.0, help="at most, in the phase upload")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each phase")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each phase")
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=1024, help="of a steady request: long, to seldom begin anew")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/churn"))
     parser.set_defaults(concurrency=8)
@@ -73,6 +82,10 @@ class Background:
     seconds: list[float] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def num_operations(self) -> int:
+        return self.done.total() + self.failures.total()
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "operations": dict(self.done),
@@ -82,9 +95,16 @@ class Background:
 
 
 async def ask_in_turn(
-    opened: OpenTarget, models: Sequence[str], rate: float, prompt_tokens: int, seed: int, stop: asyncio.Event
+    opened: OpenTarget,
+    models: Sequence[str],
+    rate: float,
+    prompt_tokens: int,
+    seed: int,
+    stop: asyncio.Event,
+    *,
+    first: int = 0,
 ) -> Background:
-    """Requests of one token at ``rate``, to ``models`` in turn, until ``stop``. Prompts are distinct."""
+    """Requests of one token at ``rate``, to ``models`` in turn from ``first``, until ``stop``. Prompts are distinct."""
     found = Background()
     asked = token_prompts(4096, prompt_tokens, opened.plain_tokens, seed)
     start = time.monotonic()
@@ -92,7 +112,7 @@ async def ask_in_turn(
 
     async def one(number: int) -> None:
         request = PlannedRequest(
-            number, time.monotonic() - start, models[number % len(models)], asked[number % 4096], 1
+            number, time.monotonic() - start, models[(first + number) % len(models)], asked[number % 4096], 1
         )
         answer = Answer(request)
         await ask(opened.session, opened.target, answer, start, True)
@@ -178,6 +198,7 @@ class Churn:
         self._given, self._opened = given, opened
         self.steady = adapters[: given.steady]
         self.others = adapters[given.steady :]
+        self.num_asked = 0  # of the others, in the phases load so far
         self._bodies: list[dict[str, bytes]] = []
         if "upload" in given.phases:
             shape = opened.fixture.shape if opened.fixture else None
@@ -186,36 +207,31 @@ class Churn:
             count = int(given.operations_per_second * given.seconds * 2) + 8
             self._bodies = adapter_bodies(shape, given.upload_rank, given.seed + 77, min(count, 512))
 
-    async def phase(self, name: str, seed: int, *, seconds: float) -> dict[str, Any]:
-        given, opened = self._given, self._opened
-        # More requests than a stream can send in the time: a token takes at least half a millisecond.
-        per_stream = max(2, int(seconds / (0.0005 * given.max_tokens)) + 1)
-        loop = ClosedLoop(
-            len(self.steady), per_stream, seed, prompt_tokens=given.prompt_tokens, max_tokens=given.max_tokens
-        )
-        planned = streams(loop, self.steady, opened.plain_tokens)
+    async def phase(self, name: str, steady: SteadyStreams, seed: int, *, seconds: float) -> dict[str, Any]:
+        """What ran beside the streams, and from when to when: the gaps are read when the streams have ended."""
+        opened = self._opened
         before = await scrape(opened.session, opened.target.url)
         stop = asyncio.Event()
+        begin = steady.now()
         beside = asyncio.create_task(self._beside(name, seed, stop))
-        try:
-            result = await run_closed(opened.session, opened.target, planned, seconds=seconds)
-        finally:
-            stop.set()
+        await asyncio.sleep(seconds)
+        end = steady.now()
+        stop.set()
         background = await beside
+        await asyncio.sleep(SETTLE_SECONDS)
         after = await scrape(opened.session, opened.target.url)
-        counted = {counter: total(after, counter) - total(before, counter) for counter in COUNTERS}
-        return {**summarize(result), "background": background.as_dict(), "counted": counted}
+        counted = {key: total(after, *what) - total(before, *what) for key, what in COUNTED.items()}
+        return {"window": (begin, end), "background": background.as_dict(), "counted": counted}
 
     async def _beside(self, name: str, seed: int, stop: asyncio.Event) -> Background:
         given, opened = self._given, self._opened
+        rate, tokens = given.background_rate, given.background_prompt_tokens
         if name == "resident":
-            return await ask_in_turn(
-                opened, self.others[:1], given.background_rate, given.background_prompt_tokens, seed + 1, stop
-            )
+            return await ask_in_turn(opened, self.others[:1], rate, tokens, seed + 1, stop)
         if name == "load":
-            return await ask_in_turn(
-                opened, self.others[1:], given.background_rate, given.background_prompt_tokens, seed + 1, stop
-            )
+            found = await ask_in_turn(opened, self.others[1:], rate, tokens, seed + 1, stop, first=self.num_asked)
+            self.num_asked += found.num_operations
+            return found
         if name == "upload":
             return await register_replace_delete(
                 opened, self._bodies, given.operations_per_second, f"churn-{seed}", stop
@@ -231,25 +247,27 @@ async def run_churn(given: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--phases is {given.phases!r}; it must hold quiet and be of {', '.join(PHASES)}")
     async with open_target(given) as opened:
         churn = Churn(given, opened)
-        await churn.phase("resident", seed=9_999_999, seconds=min(5.0, given.seconds))  # warm-up, left out
         rounds = []
-        for number in range(given.rounds):
-            order = list(phases)
-            random.Random(f"{given.seed} {number}").shuffle(order)
-            results = {}
-            for place, name in enumerate(order):
-                seed = 100_000 * given.seed + 100 * (number + 1) + place
-                results[name] = await churn.phase(name, seed, seconds=given.seconds)
-                itl = results[name]["latency"]["itl_seconds"]
-                print(
-                    f"round {number} {name:>9}: ITL p50 {1000 * itl['p50']:.1f} ms, p99 {1000 * itl['p99']:.1f} ms, "
-                    f"{int(results[name]['counted']['adapter_evictions_total'])} evictions",
-                    flush=True,
-                )
-            rounds.append({"round": number, "order": order, "results": results})
+        async with steady_streams(
+            opened, churn.steady, prompt_tokens=given.prompt_tokens, max_tokens=given.max_tokens, seed=given.seed
+        ) as steady:
+            await churn.phase("load", steady, 9_999_999, seconds=given.seconds)  # warm-up, left out; it fills the slots
+            for number in range(given.rounds):
+                order = list(phases)
+                random.Random(f"{given.seed} {number}").shuffle(order)
+                results = {}
+                for place, name in enumerate(order):
+                    seed = 100_000 * given.seed + 100 * (number + 1) + place
+                    results[name] = await churn.phase(name, steady, seed, seconds=given.seconds)
+                rounds.append({"round": number, "order": order, "results": results})
+                print(f"round {number} of {given.rounds} done", flush=True)
+        windows = {name: [entry["results"][name].pop("window") for entry in rounds] for name in phases}
+        for name in phases:
+            for entry, window in zip(rounds, windows[name], strict=True):
+                entry["results"][name] |= steady.over([window])
         parameters = {
             "steady": given.steady,
-            "other_adapters": len(churn.others) - 1,
+            "other_adapters": min(len(churn.others) - 1, churn.num_asked),
             "background_rate": given.background_rate,
             "background_prompt_tokens": given.background_prompt_tokens,
             "operations_per_second": given.operations_per_second,
@@ -259,14 +277,17 @@ async def run_churn(given: argparse.Namespace) -> dict[str, Any]:
             "prompt_tokens": given.prompt_tokens,
             "max_tokens": given.max_tokens,
         }
-        return {**stamp("churn", given.seed, parameters), "server": opened.described(), "rounds": rounds}
+        streams = {"num_requests": len(steady.answers), "failures": steady.failures()}
+        head = stamp("churn", given.seed, parameters)
+        whole = {name: steady.over(windows[name]) for name in phases}
+        return {**head, "server": opened.described(), "steady": streams, "whole": whole, "rounds": rounds}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = arguments().parse_args(argv)
     try:
         made = run_until_done(run_churn(given))
-    except (ValueError, PeerFailed) as problem:
+    except (ValueError, PeerFailed, TimeoutError) as problem:
         print(f"loadtest: {problem}", file=sys.stderr)
         return 2
     given.out.mkdir(parents=True, exist_ok=True)
@@ -274,8 +295,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw_churn(made, given.out / "itl_under_churn.png")
     for entry in made["rounds"]:
         load = entry["results"].get("load")
-        if load and not load["counted"]["adapter_evictions_total"]:
+        if load and not load["counted"]["evictions"]:
             print(f"loadtest: round {entry['round']} evicted nothing; give the server fewer slots", file=sys.stderr)
+    if made["steady"]["failures"]:
+        print(f"loadtest: steady requests failed: {made['steady']['failures']}", file=sys.stderr)
+        return 1
     print(f"wrote {given.out}")
     return 0
 

@@ -52,11 +52,14 @@ def latencies(answers: Sequence[Answer]) -> dict[str, dict[str, float | int]]:
     }
 
 
-def summarize(result: RunResult, limits: Limits | None = None) -> dict[str, Any]:
+def summarize(
+    result: RunResult, limits: Limits | None = None, *, offered_seconds: float | None = None
+) -> dict[str, Any]:
     """One run as plain data. Latencies are of successful requests; failures are counted by kind.
 
     With ``limits``, ``goodput`` tells the share, the rate and the tokens per second of the requests that kept them;
-    a failed request kept none.
+    a failed request kept none. Its rates are over ``offered_seconds``, the time in which requests arrived, where it is
+    given: the answers that are waited for after it would make every rate look missed.
     """
     good = [answer for answer in result.answers if answer.is_ok]
     tokens = sum(answer.completion_tokens for answer in good)
@@ -73,13 +76,14 @@ def summarize(result: RunResult, limits: Limits | None = None) -> dict[str, Any]
         "client": client_health(result),
     }
     if limits is not None:
+        seconds = offered_seconds or wall
         kept = [answer for answer in good if limits.are_kept_by(answer)]
         figures["goodput"] = {
             "ttft_limit_seconds": limits.ttft_seconds,
             "itl_limit_seconds": limits.itl_seconds,
             "share": len(kept) / len(result.answers) if result.answers else 0.0,
-            "requests_per_second": len(kept) / wall,
-            "tokens_per_second": sum(answer.completion_tokens for answer in kept) / wall,
+            "requests_per_second": len(kept) / seconds,
+            "tokens_per_second": sum(answer.completion_tokens for answer in kept) / seconds,
         }
     return figures
 

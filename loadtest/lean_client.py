@@ -11,11 +11,14 @@ import re
 import selectors
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-Plan = Sequence[Sequence[Sequence[int]]]
-"""Streams of prompts of token ids."""
+Request = Mapping[str, Any]
+"""``model``, ``prompt`` (token ids), ``max_tokens``."""
+Plan = Sequence[Sequence[Request]]
+"""Requests by stream."""
 
 _END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 _USAGE = re.compile(rb'"completion_tokens":(\d+)')
@@ -50,11 +53,9 @@ class _Stream:
         return True
 
 
-def request_bytes(port: int, model: str, prompt: Sequence[int], max_tokens: int) -> bytes:
+def request_bytes(port: int, request: Request) -> bytes:
     body = {
-        "model": model,
-        "prompt": list(prompt),
-        "max_tokens": max_tokens,
+        **request,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
@@ -65,15 +66,15 @@ def request_bytes(port: int, model: str, prompt: Sequence[int], max_tokens: int)
     return head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data
 
 
-def run_closed_loop(port: int, model: str, plan: Plan, max_tokens: int) -> LoopResult:
+def run_closed_loop(port: int, plan: Plan) -> LoopResult:
     """All streams start together on 127.0.0.1; each sends its next request when it has its answer.
 
     Raises ``RuntimeError`` for anything but complete answers.
     """
     streams = []
-    for prompts in plan:
+    for own in plan:
         connection = socket.create_connection(("127.0.0.1", port), timeout=_TIMEOUT_SECONDS)
-        requests = [request_bytes(port, model, prompt, max_tokens) for prompt in reversed(prompts)]
+        requests = [request_bytes(port, request) for request in reversed(own)]
         streams.append(_Stream(connection, requests))
     try:
         with selectors.DefaultSelector() as selector:

@@ -1,140 +1,191 @@
 """What HTTP, tokenising and streaming cost: the same requests to the engine in its own process, and over HTTP.
 
-    python -m loadtest.offline FIXTURE --concurrency 64 --rounds 3 --out runs/offline
+    python -m loadtest.offline FIXTURE --concurrency 64 --rounds 5 --out runs/offline
+    python -m loadtest.offline --concurrency 64 --rounds 5 --out runs/offline      # the embedded base
 
-Rounds are interleaved, and each half starts a process of its own around the same store. Over HTTP the client shares the
-machine's cores with the server, and what it takes of them is counted as cost; its CPU time is in the record.
+Both sides run in processes of their own that live for the whole run, hold the same adapters, and take turns in an order
+drawn for each round; the one that waits computes nothing. Every stream sends its next request when it has its answer.
+
+Two figures come of a round. ``cpu_cost``: the share of the server's CPU time per token that the engine alone does not
+take; the client is not in it. ``cost``: the share of the offline throughput that was lost, which includes what the
+client took of the same cores, and all waiting. ``waiting`` is what of ``cost`` goes beyond the growth of CPU time per
+token. Where ``cores_busy`` of both sides is all cores, that is time lost to the interpreter lock; where cores idle, the
+lock may be inside the rest too, and no figure here tells it apart.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import random
-import subprocess
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
-from loadtest.client import open_session, run_closed
-from loadtest.figures import summarize
+from loadtest.client import open_session
+from loadtest.lean_client import Plan
 from loadtest.machine import stamp
+from loadtest.offline_sides import SERVE, WORK, Offline, OverHttp, child
 from loadtest.peers.deltaserve import DeltaserveServer
 from loadtest.peers.peer import PeerFailed, Setup
 from loadtest.peers.process import run_until_done, running
-from loadtest.peers.settings import read
-from loadtest.small import Fixture
-from loadtest.workload import ClosedLoop, PlannedRequest, streams
+from loadtest.small import BASE_NAME, Fixture
+from loadtest.workload import ClosedLoop, streams
 
-HALVES = ("offline", "http")
+SIDES = ("offline", "http")
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtest.offline", description=__doc__.splitlines()[0])
-    parser.add_argument("fixture", type=Path, help="folder of loadtest.small")
-    parser.add_argument("--peers", type=Path, default=None, help="TOML file; [deltaserve] and threads are read")
+    parser.add_argument("fixture", type=Path, nargs="?", help="folder of loadtest.small; default: the embedded base")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--requests-per-stream", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--num-adapters", type=int, default=32)
+    parser.add_argument(
+        "--num-adapters", type=int, default=32, help="of the fixture's; the embedded base is asked alone"
+    )
     parser.add_argument("--base-only", action="store_true", help="ask the base instead of the adapters")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="OMP_NUM_THREADS of both sides")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=600.0)
-    parser.add_argument("--work", type=Path, default=Path("runs/servers"))
+    parser.add_argument("--work", type=Path, default=Path("runs/servers"), help="stores and logs; kept between runs")
     parser.add_argument("--out", type=Path, default=Path("runs/offline"))
     return parser
 
 
-class Halves:
-    """Both ways of one run. Each gets the same requests in a round."""
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """The record of a run. Raises ``PeerFailed`` when a side fails or they did not generate as many tokens."""
+    fixture = None if given.fixture is None else Fixture.read(given.fixture)
+    adapters = () if fixture is None or given.base_only else tuple(fixture.adapters)[: given.num_adapters]
+    given.work.mkdir(parents=True, exist_ok=True)
+    stores = stores_of(given, fixture, adapters)
+    with ExitStack() as stack:
+        words = ["--served-model-name", BASE_NAME, "--max-num-seqs", str(given.concurrency)]
+        words += [] if fixture is None else ["--model", str(fixture.base)]
 
-    def __init__(self, given: argparse.Namespace, session: aiohttp.ClientSession) -> None:
-        settings = read(given.peers)
-        fixture = Fixture.read(given.fixture)
-        adapters = tuple(fixture.adapters)[: given.num_adapters]
-        self._given, self._session = given, session
-        self._peer = DeltaserveServer(settings.get("deltaserve", {}))
-        self.setup = Setup(fixture, adapters, given.work, settings.get("threads", 2), given.concurrency)
-        if self._peer.options:
-            raise ValueError("[deltaserve] options would reach only one of the halves; this command takes none")
+        def start(side: str, first: Sequence[str]) -> Any:
+            log = given.work / f"{side}-side.log"
+            return stack.enter_context(child([*first, *words, "--store", str(stores[side])], given.threads, log))
 
-    def plan(self, seed: int, max_tokens: int) -> list[list[PlannedRequest]]:
-        given = self._given
-        loop = ClosedLoop(
-            given.concurrency,
-            given.requests_per_stream,
-            seed,
-            prompt_tokens=given.prompt_tokens,
-            max_tokens=max_tokens,
-        )
-        models = (self.setup.fixture.base.name,) if given.base_only else self.setup.adapters
-        return streams(loop, models, self.setup.fixture.plain_tokens)
-
-    async def http(self, seed: int) -> dict[str, Any]:
-        async with running(self._peer, self.setup, self._session) as target:
-            await run_closed(self._session, target, self.plan(-seed - 1 + (1 << 31), 8))
-            return summarize(await run_closed(self._session, target, self.plan(seed, self._given.max_tokens)))
-
-    async def offline(self, seed: int) -> dict[str, Any]:
-        plans = {"warm_up": self.plan(-seed - 1 + (1 << 31), 8), "timed": self.plan(seed, self._given.max_tokens)}
-        file = self.setup.work / "offline-plan.json"
-        file.write_text(json.dumps({name: [[_plain(r) for r in own] for own in plan] for name, plan in plans.items()}))
-        return await asyncio.to_thread(self._run_engine, file)
-
-    def _run_engine(self, plan: Path) -> dict[str, Any]:
-        store = self.setup.work / f"{self._peer.name}-store"
-        words = [sys.executable, "-m", "loadtest.offline_engine", "--fixture", str(self.setup.fixture.folder)]
-        words += ["--store", str(store), "--plan", str(plan)]
-        environment = {**os.environ, **self.setup.environment}
-        done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
-        if done.returncode != 0:
-            raise PeerFailed(f"the offline engine failed:\n{done.stderr[-2000:]}")
-        return json.loads(done.stdout.splitlines()[-1])
-
-
-def _plain(request: PlannedRequest) -> dict[str, Any]:
-    return {"model": request.model, "prompt": list(request.prompt), "max_tokens": request.max_tokens}
-
-
-async def run_offline(given: argparse.Namespace) -> dict[str, Any]:
-    async with open_session(timeout_seconds=given.timeout) as session:
-        halves = Halves(given, session)
-        given.work.mkdir(parents=True, exist_ok=True)
-        async with running(halves._peer, halves.setup, session):
-            pass  # registers the adapters, so that both halves find them in the store
+        offline = Offline(start("offline", WORK))
+        sides: dict[str, Offline | OverHttp] = {"offline": offline, "http": OverHttp(start("http", SERVE))}
+        tokens = (0, offline.vocab_size) if fixture is None else fixture.plain_tokens
+        models = adapters or (BASE_NAME,)
+        for side in sides.values():
+            side.run(plan_of(given, models, tokens, -1, min(8, given.max_tokens)))
         rounds = []
         for number in range(given.rounds):
-            order = list(HALVES)
-            random.Random(f"{given.seed} {number}").shuffle(order)
-            results = {}
-            for half in order:
-                results[half] = await getattr(halves, half)(1000 * given.seed + number)
-                print(f"round {number} {half:>8}: {results[half]['tokens_per_second']:.0f} tokens/s", flush=True)
-            rounds.append({"round": number, "order": order, "results": results})
-        parameters = {
-            "concurrency": given.concurrency,
-            "requests_per_stream": given.requests_per_stream,
-            "prompt_tokens": given.prompt_tokens,
-            "max_tokens": given.max_tokens,
-            "num_adapters": 0 if given.base_only else len(halves.setup.adapters),
-            "threads": halves.setup.threads,
-            "rounds": given.rounds,
-        }
-        return {**stamp("offline", given.seed, parameters), "rounds": rounds}
+            order = random.Random(f"{given.seed} {number}").sample(SIDES, len(SIDES))
+            plan = plan_of(given, models, tokens, number, given.max_tokens)
+            rounds.append(compare(number, order, {name: sides[name].run(plan) for name in order}))
+            print(line_of(rounds[-1]), flush=True)
+    return {**stamp("offline", given.seed, parameters_of(given, len(adapters))), "rounds": rounds}
+
+
+def stores_of(given: argparse.Namespace, fixture: Fixture | None, adapters: Sequence[str]) -> dict[str, Path]:
+    """A store for each side, the second a copy of the first: a store has one server. New adapters are proven first."""
+    store = given.work / "deltaserve-store" if fixture is not None else given.work / "embedded-store"
+    if fixture is not None and adapters:
+        setup = Setup(fixture, tuple(adapters), given.work, given.threads, given.concurrency)
+
+        async def register() -> None:
+            async with open_session(timeout_seconds=600) as session, running(DeltaserveServer({}), setup, session):
+                pass
+
+        run_until_done(register())
+    copy = given.work / "offline-store"
+    shutil.rmtree(copy, ignore_errors=True)
+    if store.exists():
+        shutil.copytree(store, copy)
+    return {"http": store, "offline": copy}
+
+
+def plan_of(
+    given: argparse.Namespace, models: Sequence[str], plain_tokens: tuple[int, int], number: int, max_tokens: int
+) -> Plan:
+    """No two rounds share a prompt, so that none meets another's prefix cache."""
+    seed = 1000 * given.seed + number if number >= 0 else (1 << 31) + given.seed
+    loop = ClosedLoop(
+        given.concurrency,
+        given.requests_per_stream,
+        seed,
+        prompt_tokens=given.prompt_tokens,
+        max_tokens=max_tokens,
+    )
+    return [
+        [{"model": each.model, "prompt": list(each.prompt), "max_tokens": each.max_tokens} for each in own]
+        for own in streams(loop, models, plain_tokens)
+    ]
+
+
+def parameters_of(given: argparse.Namespace, num_adapters: int) -> dict[str, Any]:
+    names = ("concurrency", "requests_per_stream", "prompt_tokens", "max_tokens", "threads", "rounds")
+    base = "embedded" if given.fixture is None else BASE_NAME
+    return {"base": base, "num_adapters": num_adapters, **{name: getattr(given, name) for name in names}}
+
+
+def compare(number: int, order: Sequence[str], results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """One round, see the module. Raises ``PeerFailed`` where the sides did other work."""
+    offline, http = results["offline"], results["http"]
+    tokens = http["tokens"]
+    if offline["tokens"] != tokens:
+        raise PeerFailed(f"offline generated {offline['tokens']} tokens and HTTP {tokens}; they cannot be compared")
+    us = {
+        "offline": 1e6 * offline["cpu_seconds"] / tokens,
+        "server": 1e6 * http["cpu_seconds"] / tokens,
+        "event_loop": 1e6 * http["event_loop_cpu_seconds"] / tokens,
+        "client": 1e6 * http["client_cpu_seconds"] / tokens,
+    }
+    cost = 1 - offline["seconds"] / http["seconds"]
+    explained = share_beyond(us["offline"], us["server"] + us["client"])
+    return {
+        "round": number,
+        "order": list(order),
+        "results": {
+            name: {
+                **result,
+                "tokens_per_second": tokens / result["seconds"],
+                "cores_busy": result["cpu_seconds"] / result["seconds"],
+            }
+            for name, result in results.items()
+        },
+        "cpu_us_per_token": us,
+        "cpu_cost": share_beyond(us["offline"], us["server"]),
+        "cost": cost,
+        "waiting": cost - explained,
+        "client_share_of_a_core": http["client_cpu_seconds"] / http["seconds"],
+    }
+
+
+def share_beyond(least: float, all_of_it: float) -> float:
+    """The share of ``all_of_it`` beyond ``least``; 0 where the system tells no CPU times."""
+    return 1 - least / all_of_it if all_of_it > 0 else 0.0
+
+
+def line_of(made: Mapping[str, Any]) -> str:
+    offline, http = (made["results"][name]["tokens_per_second"] for name in SIDES)
+    us = made["cpu_us_per_token"]
+    return (
+        f"round {made['round']}: offline {offline:.0f} tokens/s, HTTP {http:.0f}, cost {100 * made['cost']:.1f} %, "
+        f"of CPU {100 * made['cpu_cost']:.1f} %; us a token: engine alone {us['offline']:.0f}, "
+        f"server {us['server']:.0f} (event loop {us['event_loop']:.0f}), client {us['client']:.0f}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = arguments().parse_args(argv)
+    parser = arguments()
+    given = parser.parse_args(argv)
+    for name in ("concurrency", "requests_per_stream", "prompt_tokens", "max_tokens", "rounds", "threads"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(given, name)}; it must be at least 1")
     try:
-        made = run_until_done(run_offline(given))
-    except (ValueError, PeerFailed) as problem:
+        made = measure(given)
+    except (ValueError, RuntimeError, PeerFailed) as problem:
         print(f"loadtest: {problem}", file=sys.stderr)
         return 2
     given.out.mkdir(parents=True, exist_ok=True)

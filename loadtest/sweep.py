@@ -2,9 +2,9 @@
 
     python -m loadtest.sweep --fixture FIXTURE --rates 1,2,4,8,16 --ttft-limit 1 --itl-limit 0.1 --out runs/sweep
 
-Open loop, Poisson arrivals. The knee is the highest rate at which at least ``--share`` of the requests keep both
-limits; between the last rate that does and the first that does not, ``--refine`` more rates are tried. ``--rounds``
-repeats the list in a new order each time.
+Open loop, Poisson arrivals given their number: no rate is missed by the luck of a short run. The knee is the highest
+rate at which at least ``--share`` of the requests keep both limits; between the last rate that does and the first that
+does not, ``--refine`` more rates are tried. ``--rounds`` repeats the list in a new order each time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import math
 import random
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from loadtest.client import run
@@ -59,7 +61,7 @@ def share_by_rate(points: Sequence[Mapping[str, Any]]) -> dict[float, float]:
     found: dict[float, list[float]] = {}
     for point in points:
         found.setdefault(point["rate"], []).append(point["goodput"]["share"])
-    return {rate: sorted(shares)[len(shares) // 2] for rate, shares in sorted(found.items())}
+    return {rate: median(shares) for rate, shares in sorted(found.items())}
 
 
 def knee(points: Sequence[Mapping[str, Any]], share: float) -> tuple[float | None, float | None]:
@@ -101,9 +103,10 @@ def measured_on(given: argparse.Namespace, opened: OpenTarget) -> Measure:
         seed = 1_000_000 * given.seed + 100_000 * (number + 1) + round(100 * rate)
         count = max(1, round(2 * rate * given.seconds))
         asked = token_prompts(count, given.prompt_tokens, opened.plain_tokens, seed)
-        planned = plan(workload_of(given, rate=rate, seed=seed), target.base, target.adapters, asked)
+        workload = replace(workload_of(given, rate=rate, seed=seed), is_count_fixed=True)
+        planned = plan(workload, target.base, target.adapters, asked)
         result = await run(opened.session, target, planned, ignore_eos=given.ignore_eos)
-        figures = {"rate": rate, "round": number, **summarize(result, limits)}
+        figures = {"rate": rate, "round": number, **summarize(result, limits, offered_seconds=given.seconds)}
         ttft = figures["latency"]["ttft_seconds"].get("p50", math.nan)
         print(
             f"{rate:7.2f} requests/s: {100 * figures['goodput']['share']:3.0f} % good, TTFT p50 {1000 * ttft:.0f} ms, "

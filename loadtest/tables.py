@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loadtest import tables_of_ours
+from loadtest import tables_of_adapters, tables_of_ours
 from loadtest.derive import latency, over_rounds, ratio, rounds_of, shown, table, throughput
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +44,8 @@ def render(record: Record) -> str:
         "compare": compare,
         "sweep": tables_of_ours.sweep,
         "churn": tables_of_ours.churn,
-        "capacity": tables_of_ours.capacity,
+        "registered": tables_of_adapters.registered,
+        "capacity": tables_of_adapters.capacity,
         "offline": tables_of_ours.offline,
     }
     if record.get("kind") not in kinds:
@@ -175,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = arguments().parse_args(argv)
     before = PAGE.read_text(encoding="utf-8")
     if not given.check:
-        from loadtest.plots import draw_all
+        from loadtest.plots_of_adapters import draw_all
 
         for file in sorted(RECORDS.glob("*.json")):
             draw_all(json.loads(file.read_text(encoding="utf-8")), RECORDS, file.stem)

@@ -32,12 +32,13 @@ class OpenTarget:
 
     def described(self) -> dict:
         """What the record says of it."""
-        return {
+        told = {
             "version": dict(self.target.version),
             "base": self.target.base,
             "num_adapters": len(self.target.adapters),
             "options": list(self.options),
         }
+        return told if self.fixture is None else {**told, "layers": self.fixture.shape.layers}
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ client. Closed loop (``streams``): a fixed number of clients, each sending its n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,12 +29,14 @@ class Workload:
     """Parameters of an open-loop plan. ``rate`` is requests per second; ``base_share`` the share asked of the base.
 
     ``popularity``: ``uniform``; ``distinct``, each request the next adapter in turn; ``zipf``, the k-th adapter
-    (from 1) has weight ``k ** -zipf_s``.
+    (from 1) has weight ``k ** -zipf_s``. ``is_count_fixed``: ``rate * seconds`` arrivals, rounded, instead of as many
+    as the Poisson law happens to give; their times are those of such arrivals given their number.
     """
 
     rate: float
     seconds: float
     seed: int = 0
+    is_count_fixed: bool = False
     popularity: str = "uniform"
     zipf_s: float = 0.9
     base_share: float = 0.1
@@ -132,8 +134,7 @@ def plan(workload: Workload, base: str, adapters: Sequence[str], asked: Sequence
     pmf = popularity(workload.popularity, len(adapters), workload.zipf_s) if adapters else None
     planned: list[PlannedRequest] = []
     turn = 0
-    at = float(random.exponential(1 / workload.rate))
-    while at < workload.seconds:
+    for at in arrivals(workload, random):
         if pmf is None or random.random() < workload.base_share:
             model = base
         elif workload.popularity == "distinct":
@@ -142,8 +143,20 @@ def plan(workload: Workload, base: str, adapters: Sequence[str], asked: Sequence
             model = adapters[int(random.choice(len(adapters), p=pmf))]
         question = questions[int(random.integers(len(questions)))]
         planned.append(PlannedRequest(len(planned), at, model, question, workload.max_tokens))
-        at += float(random.exponential(1 / workload.rate))
     return planned
+
+
+def arrivals(workload: Workload, random: np.random.Generator) -> Iterator[float]:
+    """Ascending times within ``seconds``. ``random`` is drawn from between them."""
+    if workload.is_count_fixed:
+        yield from np.sort(
+            random.uniform(0, workload.seconds, max(1, round(workload.rate * workload.seconds)))
+        ).tolist()
+        return
+    at = float(random.exponential(1 / workload.rate))
+    while at < workload.seconds:
+        yield at
+        at += float(random.exponential(1 / workload.rate))
 
 
 def streams(loop: ClosedLoop, models: Sequence[str], plain_tokens: tuple[int, int]) -> list[list[PlannedRequest]]:

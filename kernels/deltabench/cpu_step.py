@@ -143,7 +143,7 @@ def as_served(base: BaseModel, drawn: LoraTables | SparseTables) -> tuple[LoraTa
             entries = {name: drawn.get(index, slot) for index, name in enumerate(base.linears)}
             terms = {name: (_term(entry),) for name, entry in entries.items() if entry is not None}
             FoldedAdapter(terms=terms, base_fingerprint=base.spec.fingerprint, dtype=base.dtype).save(path)
-            pool.install(slot, pool.stage(FoldedAdapter.load(path, base.spec, base.dtype)))
+            pool.install(slot, pool.stage(pool.convert(FoldedAdapter.load(path, base.spec, base.dtype))))
     return lora, sparse
 
 

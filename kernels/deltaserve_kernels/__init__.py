@@ -20,6 +20,7 @@ from deltaserve_kernels.errors import (
 )
 from deltaserve_kernels.operators import lora_linear, paged_attention, sparse_linear, write_kv
 from deltaserve_kernels.padded_list import PaddedLayout
+from deltaserve_kernels.sources import source_digest
 from deltaserve_kernels.tables import LoraTables, SparseEntry, SparseTables
 from deltaserve_kernels.terms import block_linear, lora_vector_linear, rms_norm, rotate_and_write_kv
 from deltaserve_kernels.transfer import upload
@@ -56,6 +57,7 @@ __all__ = [
     "rms_norm",
     "rotate_and_write_kv",
     "select",
+    "source_digest",
     "sparse_linear",
     "upload",
     "use_backend",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
 from deltaserve_kernels.errors import BackendUnavailable
@@ -51,6 +53,23 @@ def select(device: torch.device | str, backend: str | None = None) -> str:
         if cpu.is_available():
             return "cpu"
     return "reference"
+
+
+def implementation(
+    device: torch.device, backend: str | None, *, definition: ModuleType, has_cpp: bool = False
+) -> ModuleType:
+    """The module whose functions run on this device: ``definition`` where PyTorch does, and on a CPU those operators
+    that have no C++ twin. Raises BackendUnavailable as ``select``."""
+    selected = select(device, backend)
+    if selected == "triton":
+        from deltaserve_kernels.triton_ops import entry
+
+        return entry
+    if selected == "cpu" and has_cpp:
+        from deltaserve_kernels import cpu
+
+        return cpu
+    return definition
 
 
 def _require_cpu() -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from deltaserve_kernels.errors import OutOfRange, ShapeMismatch
-from deltaserve_kernels.tables import FLOAT_DTYPES, RANK_TILE, _Tables
+from deltaserve_kernels.pointer_tables import FLOAT_DTYPES, PointerTables
+from deltaserve_kernels.tables import RANK_TILE
 
 PITCH = 8  # entries; 16 bytes of 16-bit numbers
 
@@ -34,7 +35,7 @@ class BlockEntry(NamedTuple):
     inverse: Tensor | None
 
 
-class BlockTables(_Tables):
+class BlockTables(PointerTables):
     """Row and column blocks, scaling already folded into D. ``get`` answers (inverse, in_cols, d), empty where all.
 
     pointers: int64 [num_linears, 3, num_slots]  addresses of in_cols, packed, inverse; 0 where there is none
@@ -42,11 +43,13 @@ class BlockTables(_Tables):
     row_capacity: listed rows that a launch has room for, a multiple of 16: the most ever set or reserved
     """
 
+    ARRAYS = ("pointers", "sizes")
+
     def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_linears, num_slots, device)
         self.row_capacity = RANK_TILE
-        self.pointers = torch.zeros(num_linears, 3, num_slots, dtype=torch.int64, device=self.device)
-        self.sizes = torch.zeros(num_linears, 2, num_slots, dtype=torch.int32, device=self.device)
+        self.pointers = self._array(3)
+        self.sizes = self._array(2, dtype=torch.int32)
         self._packed: dict[tuple[int, int], Tensor] = {}  # keeps their memory
 
     def reserve_rows(self, num_rows: int) -> None:
@@ -111,40 +114,31 @@ class BlockTables(_Tables):
 
     def set_all(self, slot: int, entries: Sequence[tuple[int, BlockEntry]]) -> None:
         """``set`` for the scanned blocks of a whole adapter: as few tensor operations as for one linear."""
-        self._check_slot(slot)
         linears = [linear for linear, _ in entries]
-        self._check_distinct(linears)
+        self._check_places(slot, linears)
         held = self.dtype
         for linear, entry in entries:
-            self._check_linear(linear)
             self._check_value_dtype("d", entry.d.dtype, held)
             held = entry.d.dtype
             self._check_dim(linear, 0, entry.in_features)
             self._check_dim(linear, 1, entry.out_features)
         if not entries:
             return
-        for linear, entry in entries:
-            none = entry.d.new_empty(0, dtype=torch.int32)
-            inverse, in_cols = (none if tensor is None else tensor for tensor in (entry.inverse, entry.in_cols))
-            self._keep(linear, slot, (inverse, in_cols, entry.d))
-            self._packed[linear, slot] = entry.packed
-        self.reserve_rows(max(_length(entry.out_rows) for _, entry in entries))
-        self.dims[linears] = torch.tensor([(e.in_features, e.out_features) for _, e in entries], dtype=torch.int32)
-        arrays = [(e.in_cols, e.packed, e.inverse) for _, e in entries]
-        index = self._upload(linears)
-        self.pointers[index, :, slot] = self._upload([[_address(a) for a in of_entry] for of_entry in arrays])
-        sizes = [(_length(e.in_cols), _length(e.out_rows)) for _, e in entries]
-        self.sizes[index, :, slot] = self._upload(sizes, torch.int32)
+        blocks = [entry for _, entry in entries]
+        self.reserve_rows(max(_length(block.out_rows) for block in blocks))
+        none = torch.empty(0, dtype=torch.int32, device=self.device)
+        self._put(
+            slot,
+            linears,
+            [tuple(none if t is None else t for t in (block.inverse, block.in_cols, block.d)) for block in blocks],
+            [(block.in_features, block.out_features) for block in blocks],
+            pointers=[[_address(t) for t in (block.in_cols, block.packed, block.inverse)] for block in blocks],
+            sizes=[(_length(block.in_cols), _length(block.out_rows)) for block in blocks],
+        )
+        self._packed.update({(linear, slot): block.packed for linear, block in entries})
 
-    def _grow_tables(self, extra: int) -> None:
-        self.pointers = torch.nn.functional.pad(self.pointers, (0, extra))
-        self.sizes = torch.nn.functional.pad(self.sizes, (0, extra))
-
-    def _clear_tables(self, slot: int) -> None:
-        self.pointers[:, :, slot] = 0
-        self.sizes[:, :, slot] = 0
-        for linear in range(self.num_linears):
-            self._packed.pop((linear, slot), None)
+    def _forget(self, linear: int, slot: int) -> None:
+        self._packed.pop((linear, slot), None)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -9,23 +9,15 @@ import torch
 from torch import Tensor
 
 from deltaserve_kernels import reference
-from deltaserve_kernels.backend import select
+from deltaserve_kernels.backend import implementation, select
 from deltaserve_kernels.checks import Member
+from deltaserve_kernels.errors import BackendUnavailable
 from deltaserve_kernels.tables import LoraTables, SparseTables
 from deltaserve_kernels.worklist import WorkList
 
 
 def _implementation(device: torch.device, backend: str | None) -> ModuleType:
-    selected = select(device, backend)
-    if selected == "cpu":
-        from deltaserve_kernels import cpu
-
-        return cpu
-    if selected == "triton":
-        from deltaserve_kernels.triton_ops import entry
-
-        return entry
-    return reference
+    return implementation(device, backend, definition=reference, has_cpp=True)
 
 
 def lora_linear(
@@ -61,9 +53,12 @@ def sparse_linear(
 ) -> None:
     """Add unstructured sparse deltas in place: ``y[row, start:stop] += sum over parts of scale * (S x[row])``.
 
-    Arguments, precision, order and errors as in ``lora_linear``.
+    Arguments, precision, order and errors as in ``lora_linear``. Raises BackendUnavailable where the C++ operators
+    would have to read tables without CSR.
     """
     if not work.is_empty and work.concerns(tables, members):
+        if not tables.has_csr and select(x.device, backend) == "cpu":
+            raise BackendUnavailable("backend 'cpu' reads CSR; these tables hold the jagged form alone")
         _implementation(x.device, backend).sparse_linear(y, x, work, tables, members, depth)
 
 

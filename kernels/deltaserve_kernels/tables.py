@@ -1,148 +1,24 @@
 """Tables from (linear, slot) to the device addresses of adapter matrices. Adapters are data: loading or evicting one
-rewrites table rows and nothing else, so a captured graph stays valid.
-
-The tables own no memory of matrices; they keep a reference to each tensor, so that an address is valid as long as its
-entry stands. Only the engine thread changes them.
+rewrites table rows and nothing else, so a captured graph stays valid. ``pointer_tables`` has what all kinds share.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from deltaserve_kernels.errors import (
-    DeviceMismatch,
-    DtypeMismatch,
-    Misaligned,
-    NotContiguous,
-    OutOfRange,
-    ShapeMismatch,
-)
-from deltaserve_kernels.transfer import upload
-from deltaserve_kernels.triton_ops.jagged import JaggedDelta, from_csr
+from deltaserve_kernels.errors import DtypeMismatch, OutOfRange, ShapeMismatch
+from deltaserve_kernels.pointer_tables import FLOAT_DTYPES, PointerTables
+from deltaserve_kernels.triton_ops.jagged import JaggedDelta, from_csr, to_csr
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ALIGNMENT_BYTES = 16
 RANK_TILE = 16
 _MAX_INT32 = 2**31 - 1
 
 
-class _Tables:
-    """What both kinds share: sizes, the one dtype, references, the count of filled slots per linear."""
-
-    def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
-        if num_linears < 0 or num_slots < 0:
-            raise OutOfRange(f"num_linears {num_linears} and num_slots {num_slots} must not be negative")
-        self.num_linears = num_linears
-        self.num_slots = num_slots
-        self.device = torch.device(device)
-        self.is_on_host = self.device.type == "cpu"
-        self.dtype: torch.dtype | None = None
-        self._tensors: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-        self._filled = [0] * num_linears
-        self._num_linears_of: Counter[int] = Counter()
-        # int32 [num_linears, 2], always on the host: (in_features or 0 while unknown, out_features or 0).
-        self.dims = torch.zeros(num_linears, 2, dtype=torch.int32)
-        self._known = self.dims.numpy()  # the same memory: reading single numbers from a tensor is slow
-
-    def has_any(self, linear: int) -> bool:
-        """True when some slot has an entry for this linear; False lets a caller skip the operator."""
-        return self._filled[linear] > 0
-
-    def has_any_of(self, members: Sequence[tuple[int, int, int]]) -> bool:
-        """``has_any`` for some linear of a group: (linear, start, stop). Asked at every group of every layer."""
-        if not self._num_linears_of:
-            return False
-        filled = self._filled
-        for member in members:  # noqa: SIM110  a generator costs more than the few looks
-            if filled[member[0]]:
-                return True
-        return False
-
-    def shape_of(self, linear: int) -> tuple[int, int]:
-        """(in_features, out_features) of a linear, 0 while unknown."""
-        return int(self._known[linear, 0]), int(self._known[linear, 1])
-
-    def has_slot(self, slot: int) -> bool:
-        """True when the slot has an entry for some linear."""
-        return slot in self._num_linears_of
-
-    def get(self, linear: int, slot: int) -> tuple[Tensor, ...] | None:
-        """The tensors of an entry, in the order ``set`` took them, or None."""
-        return self._tensors.get((linear, slot))
-
-    def grow(self, num_slots: int) -> None:
-        """Enlarge to ``num_slots`` slots; entries keep their places. Tables are reallocated, so captured graphs die."""
-        if num_slots < self.num_slots:
-            raise OutOfRange(f"cannot shrink from {self.num_slots} to {num_slots} slots")
-        self._grow_tables(num_slots - self.num_slots)
-        self.num_slots = num_slots
-
-    def clear(self, slot: int) -> None:
-        """Empty a slot in every linear and let go of its tensors. Emptying an empty slot is fine."""
-        self._check_slot(slot)
-        for linear in range(self.num_linears):
-            if self._tensors.pop((linear, slot), None) is not None:
-                self._filled[linear] -= 1
-        self._num_linears_of.pop(slot, None)
-        self._clear_tables(slot)
-
-    def _grow_tables(self, extra: int) -> None:
-        raise NotImplementedError
-
-    def _clear_tables(self, slot: int) -> None:
-        raise NotImplementedError
-
-    def _check_slot(self, slot: int) -> None:
-        if not 0 <= slot < self.num_slots:
-            raise OutOfRange(f"slot {slot} is not in 0..{self.num_slots - 1}")
-
-    def _check_linear(self, linear: int) -> None:
-        if not 0 <= linear < self.num_linears:
-            raise OutOfRange(f"linear {linear} is not in 0..{self.num_linears - 1}")
-
-    def _check_tensor(self, name: str, tensor: Tensor, dims: int, dtypes: tuple[torch.dtype, ...]) -> None:
-        if tensor.dtype not in dtypes:
-            raise DtypeMismatch(f"{name} is {tensor.dtype}; allowed: {', '.join(map(str, dtypes))}")
-        if tensor.dim() != dims:
-            raise ShapeMismatch(f"{name} has shape {list(tensor.shape)}; {dims} dimension(s) are needed")
-        if tensor.device.type != self.device.type:
-            raise DeviceMismatch(f"{name} is on {tensor.device}; the table is on {self.device}")
-        if not tensor.is_contiguous():
-            raise NotContiguous(f"{name} {list(tensor.shape)} has strides {tensor.stride()}; make it contiguous")
-        if tensor.numel() and tensor.data_ptr() % ALIGNMENT_BYTES:
-            raise Misaligned(f"{name} starts at {tensor.data_ptr():#x}, not on a 16-byte border; copy it")
-
-    def _check_value_dtype(self, name: str, dtype: torch.dtype, held: torch.dtype | None) -> None:
-        if held is not None and dtype != held:
-            raise DtypeMismatch(f"{name} is {dtype}; this table holds {held}")
-
-    def _check_distinct(self, linears: Sequence[int]) -> None:
-        if len(set(linears)) != len(linears):
-            raise OutOfRange("a linear is given twice; a slot has one entry for each")
-
-    def _check_dim(self, linear: int, axis: int, size: int) -> None:
-        known = int(self._known[linear, axis])
-        if known and known != size:
-            side = ("in", "out")[axis]
-            raise ShapeMismatch(f"linear {linear}: {side}_features {size} differs from the {known} of earlier entries")
-
-    def _upload(self, numbers: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
-        return upload(torch.tensor(numbers, dtype=dtype), self.device)
-
-    def _keep(self, linear: int, slot: int, tensors: tuple[Tensor, ...]) -> None:
-        if (linear, slot) not in self._tensors:
-            self._filled[linear] += 1
-            self._num_linears_of[slot] += 1
-        self._tensors[(linear, slot)] = tensors
-        self.dtype = tensors[-1].dtype
-
-
-class LoraTables(_Tables):
+class LoraTables(PointerTables):
     """Low-rank terms: ``delta = b_t^T (a x)`` at true rank, scaling already folded into ``b_t``.
 
     pointers: int64 [num_linears, 2, num_slots]  address of A [r, K], of B transposed [r, N]; 0 where empty
@@ -151,13 +27,15 @@ class LoraTables(_Tables):
     rank_capacity: the same of what was reserved too: the room it has in captured launches. Kernels read true ranks.
     """
 
+    ARRAYS = ("pointers", "ranks")
+
     def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_linears, num_slots, device)
         self.rank_in_use = RANK_TILE
         self.rank_capacity = RANK_TILE
         self._largest_rank: dict[int, int] = {}
-        self.pointers = torch.zeros(num_linears, 2, num_slots, dtype=torch.int64, device=self.device)
-        self.ranks = torch.zeros(num_linears, num_slots, dtype=torch.int32, device=self.device)
+        self.pointers = self._array(2)
+        self.ranks = self._array(dtype=torch.int32)
 
     def reserve_rank(self, rank: int) -> None:
         """Let launches captured from now on have room for ``rank``, so that they serve every adapter up to it."""
@@ -177,12 +55,10 @@ class LoraTables(_Tables):
 
     def set_all(self, slot: int, entries: Sequence[tuple[int, Tensor, Tensor]]) -> None:
         """``set`` for (linear, a, b_t) of a whole adapter: as few tensor operations as for one linear."""
-        self._check_slot(slot)
         linears = [linear for linear, _, _ in entries]
-        self._check_distinct(linears)
+        self._check_places(slot, linears)
         held = self.dtype
         for linear, a, b_t in entries:
-            self._check_linear(linear)
             for name, tensor in (("a", a), ("b_t", b_t)):
                 self._check_tensor(name, tensor, 2, FLOAT_DTYPES)
                 self._check_value_dtype(name, tensor.dtype, held)
@@ -195,31 +71,30 @@ class LoraTables(_Tables):
             self._check_dim(linear, 1, b_t.shape[1])
         if not entries:
             return
-        for linear, a, b_t in entries:
-            self._keep(linear, slot, (a, b_t))
-        largest = max(a.shape[0] for _, a, _ in entries)
-        self._largest_rank[slot] = max(largest, self.largest_rank(slot))
-        self.rank_in_use = max(self.rank_in_use, -(-largest // RANK_TILE) * RANK_TILE)
-        self.reserve_rank(largest)
-        self.dims[linears] = torch.tensor([(a.shape[1], b_t.shape[1]) for _, a, b_t in entries], dtype=torch.int32)
-        addresses = [(a.data_ptr(), b_t.data_ptr()) for _, a, b_t in entries]
-        index = self._upload(linears)
-        self.pointers[index, :, slot] = self._upload(addresses)
-        self.ranks[index, slot] = self._upload([a.shape[0] for _, a, _ in entries], torch.int32)
+        ranks = [a.shape[0] for _, a, _ in entries]
+        self._largest_rank[slot] = max(*ranks, self.largest_rank(slot))
+        self.rank_in_use = max(self.rank_in_use, -(-max(ranks) // RANK_TILE) * RANK_TILE)
+        self.reserve_rank(max(ranks))
+        self._put(
+            slot,
+            linears,
+            [(a, b_t) for _, a, b_t in entries],
+            [(a.shape[1], b_t.shape[1]) for _, a, b_t in entries],
+            pointers=[(a.data_ptr(), b_t.data_ptr()) for _, a, b_t in entries],
+            ranks=ranks,
+        )
 
-    def _grow_tables(self, extra: int) -> None:
-        self.pointers = torch.nn.functional.pad(self.pointers, (0, extra))
-        self.ranks = torch.nn.functional.pad(self.ranks, (0, extra))
-
-    def _clear_tables(self, slot: int) -> None:
+    def clear(self, slot: int) -> None:
+        super().clear(slot)
         self._largest_rank.pop(slot, None)
-        self.pointers[:, :, slot] = 0
-        self.ranks[:, slot] = 0
 
 
 class SparseEntry(NamedTuple):
-    """A scanned CSR delta (``SparseTables.scan``): its contents may be trusted. ``num_columns``: largest column + 1.
-    ``jagged``: the same delta as Triton kernels read it, where tables keep that form."""
+    """A scanned sparse delta (``SparseTables.scan``): its contents may be trusted. ``num_columns``: largest column + 1.
+
+    ``jagged``: the same delta as Triton kernels read it, where tables keep that form. The CSR arrays are empty where
+    they keep no other.
+    """
 
     indptr: Tensor
     cols: Tensor
@@ -227,8 +102,23 @@ class SparseEntry(NamedTuple):
     num_columns: int
     jagged: JaggedDelta | None = None
 
+    @property
+    def num_rows(self) -> int:
+        return self.jagged.num_rows if self.jagged is not None else self.indptr.numel() - 1
 
-class SparseTables(_Tables):
+    @property
+    def nbytes(self) -> int:
+        """Of every form it has."""
+        return sum(tensor.nbytes for tensor in self[:3]) + (self.jagged.nbytes if self.jagged is not None else 0)
+
+    def to(self, device: torch.device) -> SparseEntry:
+        """In the memory of another device; the same tensors where they are there already."""
+        indptr, cols, values = (tensor.to(device) for tensor in self[:3])
+        jagged = None if self.jagged is None else self.jagged.to(device)
+        return SparseEntry(indptr, cols, values, self.num_columns, jagged)
+
+
+class SparseTables(PointerTables):
     """Unstructured sparse terms in CSR over output features: ``delta[n] = sum_j values[j] * x[cols[j]]`` for
     ``indptr[n] <= j < indptr[n+1]``, scaling already folded into ``values``.
 
@@ -236,14 +126,28 @@ class SparseTables(_Tables):
     extents:  int32 [num_linears, 2, num_slots]  (nnz, largest column + 1); 0 where empty
     jagged_pointers: int64 [num_linears, 5, num_slots]  the arrays of ``JaggedDelta.tensors``; 0 where empty. Kept from
                      ``keep_jagged`` on, for Triton kernels; None before.
+    has_csr:  False: only the jagged form is held, for devices whose operators read no other. ``pointers`` and nnz stay
+              0, the C++ operators refuse the tables, and ``get`` makes its answer anew.
     """
 
-    def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
+    ARRAYS = ("pointers", "extents", "jagged_pointers")
+
+    def __init__(
+        self, num_linears: int, num_slots: int, device: torch.device | str = "cpu", *, has_csr: bool = True
+    ) -> None:
         super().__init__(num_linears, num_slots, device)
-        self.jagged_pointers: Tensor | None = None
+        self.has_csr = has_csr
+        self.pointers = self._array(3)
+        self.extents = self._array(2, dtype=torch.int32)
+        self.jagged_pointers = None if has_csr else self._array(5)
         self._jagged: dict[tuple[int, int], JaggedDelta] = {}
-        self.pointers = torch.zeros(num_linears, 3, num_slots, dtype=torch.int64, device=self.device)
-        self.extents = torch.zeros(num_linears, 2, num_slots, dtype=torch.int32, device=self.device)
+
+    def get(self, linear: int, slot: int) -> tuple[Tensor, ...] | None:
+        """(indptr, cols, values) of an entry, or None."""
+        entry = super().get(linear, slot)
+        if entry is None or self.has_csr:
+            return entry
+        return tuple(tensor.to(self.device) for tensor in to_csr(self._jagged[linear, slot].to(torch.device("cpu"))))
 
     def set(self, linear: int, slot: int, indptr: Tensor, cols: Tensor, values: Tensor) -> None:
         """Point (linear, slot) at a CSR delta, replacing what was there.
@@ -255,12 +159,20 @@ class SparseTables(_Tables):
         self.set_all(slot, ((linear, self.scan(indptr, cols, values)),))
 
     def scan(self, indptr: Tensor, cols: Tensor, values: Tensor) -> SparseEntry:
-        """The checks of ``set`` that concern one delta alone, its contents among them. Changes nothing: callable from
-        any thread, so that large deltas do not hold up the one that changes the tables.
+        """The checks of ``set`` that concern one delta alone, its contents among them, and its conversion. Changes
+        nothing: callable from any thread, so that large deltas do not hold up the one that changes the tables.
+
+        The tensors may be on the host, where all this is cheapest; the entry is where they are. Bring it over (``to``)
+        before it is set.
         """
-        self._check_tensor("indptr", indptr, 1, (torch.int32,))
-        self._check_tensor("cols", cols, 1, (torch.int32,))
-        self._check_tensor("values", values, 1, FLOAT_DTYPES)
+        for name, tensor, dtypes in (
+            ("indptr", indptr, (torch.int32,)),
+            ("cols", cols, (torch.int32,)),
+            ("values", values, FLOAT_DTYPES),
+        ):
+            self._check_form(name, tensor, 1, dtypes)
+            if tensor.device.type != "cpu" or values.device.type != "cpu":
+                self._check_device(name, tensor)
         nnz = values.numel()
         if indptr.numel() < 2 or cols.numel() != nnz or nnz > _MAX_INT32:
             raise ShapeMismatch(
@@ -271,19 +183,28 @@ class SparseTables(_Tables):
         low, high = (int(cols.min()), int(cols.max())) if nnz else (0, -1)
         if low < 0 or high == _MAX_INT32:
             raise OutOfRange(f"cols run {low}..{high}; they must be in 0..K-1")
-        twin = self._to_jagged(indptr, cols, values) if self.jagged_pointers is not None else None
-        return SparseEntry(indptr, cols, values, high + 1, twin)
+        return self._formed(SparseEntry(indptr, cols, values, high + 1))
+
+    def _formed(self, entry: SparseEntry) -> SparseEntry:
+        """The entry in the forms that the tables hold."""
+        if self.jagged_pointers is None:
+            return entry
+        indptr, cols, values = entry[:3]
+        jagged = entry.jagged or _to_jagged(indptr, cols, values)
+        if not self.has_csr:
+            indptr, cols, values = (tensor.new_empty(0) for tensor in (indptr, cols, values))
+        return SparseEntry(indptr, cols, values, entry.num_columns, jagged)
 
     def keep_jagged(self) -> Tensor:
         """``jagged_pointers``. From the first call on every entry is kept as jagged diagonals too: those that are there
         are converted now, later ones by ``scan``. Raises OutOfRange for a column that 16 bits do not hold."""
         if self.jagged_pointers is None:
-            twins = {place: self._to_jagged(*tensors) for place, tensors in self._tensors.items()}
-            shape = (self.num_linears, 5, self.num_slots)
+            twins = {place: _to_jagged(*tensors) for place, tensors in self._tensors.items()}
             with torch.inference_mode(False):  # the first call may come from a pass; later entries come from outside
-                self.jagged_pointers = torch.zeros(shape, dtype=torch.int64, device=self.device)
+                self.jagged_pointers = self._array(5)
             for (linear, slot), twin in twins.items():
-                self._point_jagged(slot, {linear: twin})
+                self.jagged_pointers[linear, :, slot] = self._upload(_addresses(twin))
+            self._jagged.update(twins)
         return self.jagged_pointers
 
     def expect_columns(self, linear: int, in_features: int) -> None:
@@ -296,54 +217,42 @@ class SparseTables(_Tables):
                 raise OutOfRange(f"linear {linear}, slot {slot}: column {twin.num_columns - 1}, x has {in_features}")
         self.dims[linear, 0] = in_features
 
-    def _to_jagged(self, indptr: Tensor, cols: Tensor, values: Tensor) -> JaggedDelta:
-        return from_csr(indptr.cpu(), cols.cpu(), values.cpu()).to(self.device)
-
-    def _point_jagged(self, slot: int, twins: dict[int, JaggedDelta]) -> None:
-        if self.jagged_pointers is None or not twins:
-            return
-        self._jagged.update({(linear, slot): twin for linear, twin in twins.items()})
-        addresses = [[tensor.data_ptr() for tensor in twin.tensors] for twin in twins.values()]
-        self.jagged_pointers[self._upload(list(twins)), :, slot] = self._upload(addresses)
-
     def set_all(self, slot: int, entries: Sequence[tuple[int, SparseEntry]]) -> None:
         """``set`` for the scanned deltas of a whole adapter: as few tensor operations as for one linear."""
-        self._check_slot(slot)
         linears = [linear for linear, _ in entries]
-        self._check_distinct(linears)
+        self._check_places(slot, linears)
         held = self.dtype
         for linear, entry in entries:
-            self._check_linear(linear)
+            if self.has_csr and not entry.indptr.numel():
+                raise ShapeMismatch(f"linear {linear}: the entry has no CSR form, which these tables hold")
+            self._check_device("values", entry.values)
             self._check_value_dtype("values", entry.values.dtype, held)
             held = entry.values.dtype
-            self._check_dim(linear, 1, entry.indptr.numel() - 1)
+            self._check_dim(linear, 1, entry.num_rows)
             if 0 < self._known[linear, 0] < entry.num_columns:
                 raise OutOfRange(f"linear {linear}: column {entry.num_columns - 1}, x has {self._known[linear, 0]}")
         if not entries:
             return
-        # Scanned before this form was kept: converted here, where it holds up the caller.
-        is_jagged = self.jagged_pointers is not None
-        twins = {linear: e.jagged or self._to_jagged(*e[:3]) for linear, e in entries} if is_jagged else {}
-        for linear, entry in entries:
-            self._keep(linear, slot, (entry.indptr, entry.cols, entry.values))
-        self.dims[linears, 1] = torch.tensor([entry.indptr.numel() - 1 for _, entry in entries], dtype=torch.int32)
-        addresses = [(e.indptr.data_ptr(), e.cols.data_ptr(), e.values.data_ptr()) for _, e in entries]
-        extents = [(entry.values.numel(), entry.num_columns) for _, entry in entries]
-        index = self._upload(linears)
-        self.pointers[index, :, slot] = self._upload(addresses)
-        self.extents[index, :, slot] = self._upload(extents, torch.int32)
-        self._point_jagged(slot, twins)
+        # What was scanned before the jagged form was kept is converted here, where it holds up the caller.
+        formed = [self._formed(entry) for _, entry in entries]
+        arrays: dict[str, Sequence[object]] = {
+            "pointers": [[tensor.data_ptr() for tensor in entry[:3]] for entry in formed],
+            "extents": [(entry.values.numel(), entry.num_columns) for entry in formed],
+        }
+        twins = {(linear, slot): e.jagged for linear, e in zip(linears, formed, strict=True) if e.jagged is not None}
+        if twins:
+            arrays["jagged_pointers"] = [_addresses(twin) for twin in twins.values()]
+        self._jagged.update(twins)
+        tensors = [(entry.indptr, entry.cols, entry.values) for entry in formed]
+        self._put(slot, linears, tensors, [(0, entry.num_rows) for entry in formed], **arrays)
 
-    def _grow_tables(self, extra: int) -> None:
-        self.pointers = torch.nn.functional.pad(self.pointers, (0, extra))
-        self.extents = torch.nn.functional.pad(self.extents, (0, extra))
-        if self.jagged_pointers is not None:
-            self.jagged_pointers = torch.nn.functional.pad(self.jagged_pointers, (0, extra))
+    def _forget(self, linear: int, slot: int) -> None:
+        self._jagged.pop((linear, slot), None)
 
-    def _clear_tables(self, slot: int) -> None:
-        self.pointers[:, :, slot] = 0
-        self.extents[:, :, slot] = 0
-        if self.jagged_pointers is not None:
-            self.jagged_pointers[:, :, slot] = 0
-            for linear in range(self.num_linears):
-                self._jagged.pop((linear, slot), None)
+
+def _to_jagged(indptr: Tensor, cols: Tensor, values: Tensor) -> JaggedDelta:
+    return from_csr(indptr.cpu(), cols.cpu(), values.cpu()).to(values.device)
+
+
+def _addresses(delta: JaggedDelta) -> list[int]:
+    return [tensor.data_ptr() for tensor in delta.tensors]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltaserve_kernels import term_reference
-from deltaserve_kernels.backend import select
+from deltaserve_kernels.backend import implementation
 from deltaserve_kernels.block_tables import BlockTables
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.tables import LoraTables
@@ -18,11 +18,7 @@ from deltaserve_kernels.worklist import WorkList
 
 
 def _implementation(device: torch.device, backend: str | None) -> ModuleType:
-    if select(device, backend) == "triton":
-        from deltaserve_kernels.triton_ops import entry
-
-        return entry
-    return term_reference
+    return implementation(device, backend, definition=term_reference)
 
 
 def block_linear(

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltaserve_kernels.errors import OutOfRange, ShapeMismatch
-from deltaserve_kernels.tables import _Tables
+from deltaserve_kernels.errors import ShapeMismatch
+from deltaserve_kernels.pointer_tables import PointerTables
 
 
 class VectorEntry(NamedTuple):
@@ -21,7 +21,7 @@ class VectorEntry(NamedTuple):
     bias: Tensor | None = None
 
 
-class VectorTables(_Tables):
+class VectorTables(PointerTables):
     """Output scale s and bias b of linears: ``y = (y + D) * s + b``. ``get`` answers (s, b), empty where there is none.
 
     pointers: int64 [num_linears, 2, num_slots]  addresses of s and b, fp32 [N]; 0 where there is none
@@ -29,7 +29,7 @@ class VectorTables(_Tables):
 
     def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_linears, num_slots, device)
-        self.pointers = torch.zeros(num_linears, 2, num_slots, dtype=torch.int64, device=self.device)
+        self.pointers = self._array(2)
 
     def set(self, linear: int, slot: int, scale: Tensor | None = None, bias: Tensor | None = None) -> None:
         """Point (linear, slot) at fp32 vectors [N], replacing what was there; at least one of the two.
@@ -41,12 +41,10 @@ class VectorTables(_Tables):
 
     def set_all(self, slot: int, entries: Sequence[tuple[int, VectorEntry]]) -> None:
         """``set`` for the vectors of a whole adapter: as few tensor operations as for one linear."""
-        self._check_slot(slot)
         linears = [linear for linear, _ in entries]
-        self._check_distinct(linears)
+        self._check_places(slot, linears)
         widths = []
         for linear, entry in entries:
-            self._check_linear(linear)
             given = [tensor for tensor in entry if tensor is not None]
             for name, tensor in zip(entry._fields, entry, strict=True):
                 if tensor is not None:
@@ -59,28 +57,21 @@ class VectorTables(_Tables):
             return
         none = torch.empty(0, device=self.device)
         kept = [tuple(none if tensor is None else tensor for tensor in entry) for _, entry in entries]
-        for linear, tensors in zip(linears, kept, strict=True):
-            self._keep(linear, slot, tensors)
-        self.dims[linears, 1] = torch.tensor(widths, dtype=torch.int32)
         addresses = [[tensor.data_ptr() if tensor.numel() else 0 for tensor in tensors] for tensors in kept]
-        self.pointers[self._upload(linears), :, slot] = self._upload(addresses)
-
-    def _grow_tables(self, extra: int) -> None:
-        self.pointers = torch.nn.functional.pad(self.pointers, (0, extra))
-
-    def _clear_tables(self, slot: int) -> None:
-        self.pointers[:, :, slot] = 0
+        self._put(slot, linears, kept, [(0, width) for width in widths], pointers=addresses)
 
 
-class NormTables(_Tables):
+class NormTables(PointerTables):
     """Differences of norm gains: a row's gain is ``weight + sum over parts of scale * delta``. Norms are numbered.
 
     pointers: int64 [num_norms, num_slots]  addresses of fp32 [H]; 0 where there is none
     """
 
+    NOUN = "norm"
+
     def __init__(self, num_norms: int, num_slots: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_norms, num_slots, device)
-        self.pointers = torch.zeros(num_norms, num_slots, dtype=torch.int64, device=self.device)
+        self.pointers = self._array()
 
     def set(self, norm: int, slot: int, delta: Tensor) -> None:
         """Point (norm, slot) at a difference of gains, fp32 [H], replacing what was there.
@@ -92,27 +83,15 @@ class NormTables(_Tables):
 
     def set_all(self, slot: int, entries: Sequence[tuple[int, Tensor]]) -> None:
         """``set`` for the norms of a whole adapter: as few tensor operations as for one."""
-        self._check_slot(slot)
         norms = [norm for norm, _ in entries]
-        if len(set(norms)) != len(norms):
-            raise OutOfRange("a norm is given twice; a slot has one entry for each")
+        self._check_places(slot, norms)
         for norm, delta in entries:
-            if not 0 <= norm < self.num_linears:
-                raise OutOfRange(f"norm {norm} is not in 0..{self.num_linears - 1}")
             self._check_tensor("delta", delta, 1, (torch.float32,))
             known = int(self._known[norm, 1])
             if not delta.numel() or (known and known != delta.numel()):
                 raise ShapeMismatch(f"norm {norm}: {delta.numel()} gains; earlier entries have {known}")
         if not entries:
             return
-        for norm, delta in entries:
-            self._keep(norm, slot, (delta,))
-        self.dims[norms, 1] = torch.tensor([delta.numel() for _, delta in entries], dtype=torch.int32)
-        addresses = [delta.data_ptr() for _, delta in entries]
-        self.pointers[self._upload(norms), slot] = self._upload(addresses)
-
-    def _grow_tables(self, extra: int) -> None:
-        self.pointers = torch.nn.functional.pad(self.pointers, (0, extra))
-
-    def _clear_tables(self, slot: int) -> None:
-        self.pointers[:, slot] = 0
+        deltas = [delta for _, delta in entries]
+        dims = [(0, delta.numel()) for delta in deltas]
+        self._put(slot, norms, [(delta,) for delta in deltas], dims, pointers=[delta.data_ptr() for delta in deltas])

@@ -19,7 +19,7 @@ from deltaserve_kernels.errors import DtypeMismatch, OutOfRange, ShapeMismatch
 from deltaserve_kernels.transfer import upload
 
 if TYPE_CHECKING:
-    from deltaserve_kernels.tables import _Tables
+    from deltaserve_kernels.pointer_tables import PointerTables
 
 Part = tuple[int, float, float]
 Parts = tuple[Part, ...]
@@ -62,7 +62,7 @@ class WorkList:
         """True when no row of the step has an adapter; a padded list never tells."""
         return self.rows.numel() == 0
 
-    def concerns(self, tables: _Tables, members: Sequence[tuple[int, int, int]]) -> bool:
+    def concerns(self, tables: PointerTables, members: Sequence[tuple[int, int, int]]) -> bool:
         """Whether an operator has to run: False where no slot has an entry for any member (linear, start, stop).
 
         A padded list always concerns: a captured launch stays when adapters come and go.

@@ -17,13 +17,14 @@ from loadtest.small import BASE_NAME
 class DeltaserveServer:
     """The store stays in ``work`` between starts, so that each adapter is proven once per machine, not once a round.
 
-    With ``has_adapters`` False the server holds none: the twin that base-only traffic is compared with.
+    With ``has_adapters`` False the server holds none: the twin that base-only traffic is compared with. ``name`` gives
+    a second one of a run its own store and log.
     """
 
     ready_path = "/health/ready"
 
-    def __init__(self, settings: Mapping[str, Any], *, has_adapters: bool = True) -> None:
-        self.name = "deltaserve" if has_adapters else "deltaserve-base"
+    def __init__(self, settings: Mapping[str, Any], *, has_adapters: bool = True, name: str | None = None) -> None:
+        self.name = name or ("deltaserve" if has_adapters else "deltaserve-base")
         self.serves_adapters = has_adapters
         self.options = tuple(str(word) for word in settings.get("options", ()))
         self._python = str(settings.get("python", sys.executable))

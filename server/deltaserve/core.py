@@ -96,7 +96,8 @@ class GenerationRequest:
     """One prompt for the engine. Sequence ``index`` i of ``n`` samples with seed ``seed + i`` when a seed is given.
 
     ``cache_salt`` and ``tenant`` enter the prefix-cache key. ``eos_token_ids`` end a sequence unless ``ignore_eos``.
-    ``deadline_seconds`` is the time from submission after which the request is aborted with an error.
+    ``deadline_seconds`` is the time from submission after which the request is aborted with an error. With
+    ``is_streamed`` false nothing is told before the end: one output then has all.
     """
 
     request_id: str
@@ -108,6 +109,7 @@ class GenerationRequest:
     tenant: str = "default"
     cache_salt: str = ""
     deadline_seconds: float | None = None
+    is_streamed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

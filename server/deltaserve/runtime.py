@@ -40,7 +40,7 @@ from deltaserve.model import checkpoint
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve.model.kv_cache import KVCache
 from deltaserve.text import Tokenizer
-from deltaserve_kernels import BackendUnavailable, LoraTables, SparseTables, select, use_backend
+from deltaserve_kernels import BackendUnavailable, LoraTables, SparseTables, select, source_digest, use_backend
 from deltaserve_store.names import DEFAULT_TENANT
 from deltaserve_store.store import AdapterStore
 
@@ -93,7 +93,7 @@ class Runtime:
             base_fingerprint=base.spec.fingerprint,
             dtype=base.dtype,
             device=base.device.type,
-            operators=f"{select(base.device)}-{__version__}",
+            operators=operators_key(base.device),
         )
         engine = build_engine(config, base, proven, metrics)
         store.set_base_names(names)
@@ -153,9 +153,9 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
             extra={"fields": {"max_model_len": max_model_len, "max_context": base.max_context}},
         )
     lora = LoraTables(len(base.linears), limits.adapter_slots, base.device)
-    sparse = SparseTables(len(base.linears), limits.adapter_slots, base.device)
-    if select(base.device) == "triton":
-        sparse.keep_jagged()  # from the first adapter on, by the threads that load them
+    # What the operators read is all that is held, and booked: Triton's read no CSR.
+    has_csr = select(base.device) != "triton"
+    sparse = SparseTables(len(base.linears), limits.adapter_slots, base.device, has_csr=has_csr)
     pool = DevicePool(
         base.linears,
         lora,
@@ -201,6 +201,12 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
 def can_capture(config: ServeConfig, device: torch.device) -> bool:
     """Whether decode steps become CUDA graphs: only the Triton operators never look into a tensor."""
     return config.cuda_graphs and device.type == "cuda" and select(device) == "triton"
+
+
+def operators_key(device: torch.device) -> str:
+    """Names the operators that run on the device and their very code, for the key of proofs: what one code was proven
+    with says nothing of another, also between two releases."""
+    return f"{select(device)}-{__version__}-{source_digest()[:16]}"
 
 
 def choose_operators(config: ServeConfig) -> None:

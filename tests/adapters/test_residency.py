@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from deltaserve.adapters.device_pool import DevicePool
+from deltaserve.adapters.device_pool import DevicePool, StagedAdapter
 from deltaserve.adapters.host_cache import GOES_FIRST, HostCache, HostedAdapter
 from deltaserve.adapters.loader import NotPrepared
 from deltaserve.adapters.residency import AdapterResidency
@@ -329,6 +329,73 @@ def test_terms_the_tables_refuse_fail_the_version_and_free_its_slot() -> None:
     assert bench.residency.pool.num_free_slots == 2
 
 
+class Mixed:
+    """A low-rank and a sparse term of one linear, views of one buffer as a file's are."""
+
+    def load(self, version: str) -> FoldedAdapter:
+        buffer = torch.zeros(256, dtype=torch.int32)
+        a, b_t, values = (buffer[i : i + 8].view(torch.float32) for i in (0, 8, 16))
+        a.fill_(2.0)
+        b_t.fill_(3.0)
+        values.copy_(torch.arange(1.0, 9.0))
+        indptr, cols = buffer[32:41], buffer[64:72]
+        indptr.copy_(torch.arange(9))
+        cols.copy_(torch.arange(7, -1, -1))
+        terms = (LowRankTerm(a.view(1, 8), b_t.view(1, 8)), SparseTerm(indptr, cols, values))
+        return FoldedAdapter({LINEAR: terms}, FINGERPRINT, torch.float32)
+
+
+def bytes_of(terms: StagedAdapter) -> int:
+    """Of all memory that the terms keep alive."""
+    tensors = [tensor for _, a, b_t in terms.lora for tensor in (a, b_t)]
+    for _, entry in terms.sparse:
+        tensors += [*entry[:3], *(entry.jagged.tensors if entry.jagged is not None else ())]
+    memory = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(memory.values())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_jagged_form_is_all_that_is_held_and_booked_where_it_is_all_that_is_read(device: str) -> None:
+    """``meta`` stands for a device with memory of its own: it takes what is copied to it and computes nothing."""
+    lora, sparse = LoraTables(1, 2, device), SparseTables(1, 2, device, has_csr=False)
+    pool = DevicePool([LINEAR], lora, sparse, num_slots=2, max_bytes=1 << 20, device=device)
+    staged: list[StagedAdapter] = []
+    install = pool.install
+
+    def watched(slot: int, terms: StagedAdapter) -> None:
+        staged.append(terms)
+        install(slot, terms)
+
+    pool.install = watched  # type: ignore[method-assign]
+    bench = Bench()
+    bench.residency = AdapterResidency(pool, HostCache(1 << 20), Mixed())
+    bench.load("v1")
+    bench.residency.settle("v1")
+    bench.wait(lambda: bench.residency.state("v1") is AdapterState.READY)
+    bench.check()
+    (terms,) = staged
+    ((_, entry),) = terms.sparse
+    assert entry.jagged is not None
+    assert not any(tensor.numel() for tensor in entry[:3])
+    assert pool.used_bytes == terms.nbytes == bytes_of(terms) == 64 + entry.jagged.nbytes
+    assert {tensor.device.type for tensor in entry.jagged.tensors} == {device}
+    assert sparse.has_any(0)
+    if device == "meta":  # the host keeps its own
+        hosted = bench.residency.cache.get("v1")
+        assert bench.residency.cache.used_bytes == hosted.nbytes == bytes_of(hosted.terms) == pool.used_bytes
+    else:
+        assert not sparse.pointers.any()
+        indptr, cols, values = sparse.get(0, 0) or pytest.fail("the slot is filled")
+        (_, term) = Mixed().load("v1").terms[LINEAR]
+        assert isinstance(term, SparseTerm)
+        assert (indptr.tolist(), cols.tolist()) == (term.indptr.tolist(), term.cols.tolist())
+        assert values.tolist() == term.values.tolist()
+    bench.residency.unload("v1")
+    assert pool.used_bytes == bench.residency.cache.used_bytes == 0
+    assert not sparse.has_any(0)
+    assert not sparse._jagged
+
+
 def test_a_preload_that_finds_no_room_is_not_read_again_and_again() -> None:
     bench = Bench(slots=1, host=1)
     bench.load("v1")
@@ -347,7 +414,7 @@ def test_a_preload_that_finds_no_room_is_not_read_again_and_again() -> None:
 def test_room_on_the_host_is_found_without_looking_at_everyone() -> None:
     cache = HostCache(100)
     for i in range(100):
-        cache.put(f"v{i}", HostedAdapter(adapter(1.0), 1))
+        cache.put(f"v{i}", HostedAdapter(StagedAdapter((), ()), 1))
     ranks = {"v0": None, "v1": -3, "v3": -5}
     looked_at: list[str] = []
 

@@ -16,6 +16,8 @@ from deltaserve.deltas import folded as folded_module
 from deltaserve.deltas.folded import FoldedAdapter
 from deltaserve.errors import AdapterRefused, Conflict, InvalidRequest, QueueFull, StorageFull
 from deltaserve.model.base import BaseModel
+from deltaserve.runtime import operators_key
+from deltaserve_kernels import source_digest
 from deltaserve_store.errors import BaseMismatch
 from deltatest.admission_rig import BASE_NAME, Rig, open_rig, run
 from deltatest.peft_adapters import edit_config, make_peft_lora, make_sparse
@@ -300,6 +302,29 @@ def test_another_dtype_or_operator_version_is_proven_again(
         path = later.proven.locate(version)
         assert path is not None
         assert FoldedAdapter.load(path, later.base.spec, dtype).dtype == dtype
+        later.close()
+
+
+def test_evidence_of_other_operator_code_counts_as_none(base: BaseModel, shelf: Path, tmp_path: Path) -> None:
+    """A store proven by earlier releases, whose key named the release alone, and with another source since."""
+    device = torch.device("cpu")
+    now = operators_key(device)
+    assert source_digest()[:16] in now
+    before = (now.replace(f"-{source_digest()[:16]}", ""), now.replace(source_digest()[:16], "0" * 16))
+    assert now not in before
+    for number, operators in enumerate(before):
+        path = tmp_path / f"store-{number}"
+        old = open_rig(base, path, operators=operators)
+        version = run(old.admit(shelf / "lora-0")).record.version
+        assert old.proven.locate(version) is not None
+        old.close()
+        later = open_rig(base, path, operators=now)
+        assert later.proven.evidence(version) is None
+        assert later.proven.locate(version) is None
+        again = run(later.admit(shelf / "lora-0"))  # the same bytes are proven, not taken on the old proof
+        assert (again.created, later.engine.num_probes) == (False, old.engine.num_probes)
+        assert again.evidence.operators == now
+        assert later.proven.locate(version) is not None
         later.close()
 
 

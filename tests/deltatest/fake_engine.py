@@ -146,6 +146,7 @@ class FakeStream:
         self._is_open = True
         self._stopped: set[int] = set()
         self._generator = self._generate()
+        self._sink: Callable[[RequestOutput], bool] | None = None
         engine.num_open += 1
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
@@ -155,7 +156,12 @@ class FakeStream:
         if not self._is_open:
             raise StopAsyncIteration
         try:
-            return await anext(self._generator)
+            while True:
+                output = await anext(self._generator)
+                if self._sink is None or output.is_finished or not self._sink(output):
+                    return output
+                if not self._is_open:  # the sink has had enough
+                    raise StopAsyncIteration
         except StopAsyncIteration:
             self._close()
             raise
@@ -171,6 +177,9 @@ class FakeStream:
     async def aclose(self) -> None:
         self.abort()
 
+    def divert(self, sink: Callable[[RequestOutput], bool]) -> None:
+        self._sink = sink
+
     def stop(self, index: int) -> None:
         """The sequence ends at the next step, as if by a stop token."""
         self._engine.stopped.append((self._request.request_id, index))
@@ -185,21 +194,25 @@ class FakeStream:
         engine, request = self._engine, self._request
         plans = [self._plan(index) for index in range(request.n)]
         prompt_logprobs = self._prompt_logprobs()
+        told: list[SequenceDelta] = []
         for step in itertools.count():
             await asyncio.sleep(engine.step_seconds)
             if engine.fail_after is not None and step >= engine.fail_after:
                 raise engine.failure or DeltaserveError("scripted failure")
-            deltas = tuple(self._step(plan, step) for plan in plans if step < len(plan))
+            told += [self._step(plan, step) for plan in plans if step < len(plan)]
             is_finished = all(step >= len(plan) - 1 for plan in plans)
+            if not request.is_streamed and not is_finished:
+                continue
+            deltas, told = told if request.is_streamed else [_joined(told, i) for i in range(request.n)], []
             if is_finished:
                 self._close()
             yield RequestOutput(
                 request.request_id,
-                deltas,
+                tuple(deltas),
                 is_finished=is_finished,
                 num_prompt_tokens=len(request.prompt_ids),
                 num_cached_tokens=2,
-                prompt_logprobs=prompt_logprobs if step == 0 else None,
+                prompt_logprobs=prompt_logprobs if step == 0 or not request.is_streamed else None,
             )
             if is_finished:
                 return
@@ -241,6 +254,14 @@ class FakeStream:
 
     def _logprob(self, token: int, top: int) -> TokenLogprob:
         return TokenLogprob(token, -0.5, tuple(((token + i) % 256, -0.5 - i) for i in range(top)))
+
+
+def _joined(told: Sequence[SequenceDelta], index: int) -> SequenceDelta:
+    """Everything told of one sequence, as one delta: how the answers that nobody streams are told."""
+    own = [delta for delta in told if delta.index == index]
+    token_ids = tuple(itertools.chain.from_iterable(delta.token_ids for delta in own))
+    logprobs = tuple(itertools.chain.from_iterable(delta.logprobs for delta in own))
+    return SequenceDelta(index, token_ids, logprobs, own[-1].finish_reason, own[-1].stop_token_id)
 
 
 class FakeStore:

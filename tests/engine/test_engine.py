@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -335,3 +337,41 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_requests_with_the_reason() -
     assert caught.value.retry_after_seconds is not None
     rig.engine.check_integrity()
     assert rig.run(request("b", [1], max_tokens=2))["b"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"n": 3}, {"logprobs": 2, "prompt_logprobs": 1}, {"stop_token_ids": (7, 11)}], ids=str
+)
+def test_an_answer_that_nobody_streams_is_told_once_and_equals_the_streamed_one(fields: dict[str, Any]) -> None:
+    told: dict[bool, list[Any]] = {}
+    for is_streamed in (True, False):
+        rig = make_rig()
+        asked = replace(
+            request("a", [1, 2, 3], max_tokens=20, seed=5, temperature=1.0, **fields), is_streamed=is_streamed
+        )
+        rig.engine.add(asked, rig.engine.clock())
+        told[is_streamed] = []
+        while rig.engine.open_ids:
+            told[is_streamed] += rig.engine.step().outputs
+    (whole,) = told[False]
+    assert whole.is_finished
+    assert sorted(delta.index for delta in whole.deltas) == list(range(asked.n))
+    for delta in whole.deltas:
+        pieces = [piece for output in told[True] for piece in output.deltas if piece.index == delta.index]
+        assert len(pieces) > 1
+        assert delta.token_ids == tuple(token for piece in pieces for token in piece.token_ids)
+        assert delta.logprobs == tuple(entry for piece in pieces for entry in piece.logprobs)
+        assert delta[3:] == pieces[-1][3:]
+    assert whole.prompt_logprobs == told[True][0].prompt_logprobs
+
+
+def test_a_sequence_ended_from_outside_is_part_of_an_answer_told_once() -> None:
+    rig = make_rig()
+    rig.engine.add(replace(request("a", [1, 2, 3], max_tokens=9, n=2), is_streamed=False), rig.engine.clock())
+    outputs = [*rig.engine.step().outputs, *rig.engine.step().outputs, *rig.engine.step().outputs]
+    rig.engine.stop("a", 1)
+    while rig.engine.open_ids:
+        outputs += rig.engine.step().outputs
+    (whole,) = outputs
+    assert {delta.index: delta.finish_reason for delta in whole.deltas} == {0: "length", 1: "stop"}
+    assert 0 < len(whole.deltas[1].token_ids) < 9

@@ -22,7 +22,7 @@ def _at_level(name: str) -> Iterator[str]:
     if not cpu.is_available():
         pytest.skip(f"no C++ library: {cpu.unavailable_reason()}")
     if name not in cpu.available_levels():
-        pytest.skip(f"this machine has no {name}")
+        pytest.skip(f"this processor has no {name}; the levels it has are tested")
     before = cpu.level()
     cpu.set_level(name)
     yield "cpu"

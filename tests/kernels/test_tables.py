@@ -7,14 +7,23 @@ import pytest
 import torch
 
 from deltaserve_kernels import (
+    BackendUnavailable,
+    BlockTables,
+    DeviceMismatch,
     DtypeMismatch,
     LoraTables,
     Misaligned,
+    NormTables,
     NotContiguous,
     OutOfRange,
     ShapeMismatch,
     SparseTables,
+    VectorTables,
+    build_work_list,
+    select,
+    sparse_linear,
 )
+from deltaserve_kernels.pointer_tables import PointerTables
 from deltaserve_kernels.triton_ops.jagged import to_csr
 
 INDPTR = torch.tensor([0, 1, 3], dtype=torch.int32)
@@ -187,6 +196,63 @@ def test_slots_and_ranks_are_known_on_the_host():
     assert (tables.has_slot(2), tables.largest_rank(2)) == (False, 0)
     tables.set(1, 3, torch.randn(100, 8), torch.randn(100, 6))
     assert (tables.rank_in_use, tables.rank_capacity) == (112, 112)
+
+
+def test_tables_without_csr_say_the_same_and_hold_one_form():
+    """Also of entries scanned by tables that hold both; the C++ operators, which read CSR, do not take them."""
+    both, alone = SparseTables(2, 2), SparseTables(2, 2, has_csr=False)
+    values = torch.tensor([1.0, 2.0, 3.0])
+    for linear, entry in enumerate((alone.scan(INDPTR, COLS, values), both.scan(INDPTR, COLS, values))):
+        alone.set_all(1, [(linear, entry)])
+        both.set(linear, 1, INDPTR, COLS, values)
+    assert not alone.pointers.any()
+    assert alone.extents[:, :, 1].tolist() == [[0, 5], [0, 5]]
+    for linear in range(2):
+        assert dense_from(alone, linear, 1, (2, 5)).tolist() == [[0, 0, 0, 0, 1], [2, 0, 3, 0, 0]]
+        assert [t.tolist() for t in alone.get(linear, 1)] == [t.tolist() for t in (INDPTR, COLS, values)]
+    assert (alone.get(0, 0), alone.shape_of(0)) == (None, (0, 2))
+    with pytest.raises(ShapeMismatch, match="no CSR form"):
+        both.set_all(0, [(0, alone.scan(INDPTR, COLS, values))])
+    x, members = torch.randn(3, 5), [(0, 0, 2), (1, 2, 4)]
+    work = build_work_list([((1, 1.0, 0.5),), (), ((1, 2.0, 2.0),)])
+    results = []
+    for tables in (both, alone):
+        results.append(torch.ones(3, 4))
+        sparse_linear(results[-1], x, work, tables, members, 0.5, backend="reference")
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], torch.ones(3, 4))
+    if select("cpu") == "cpu":
+        with pytest.raises(BackendUnavailable, match="jagged"):
+            sparse_linear(torch.ones(3, 4), x, work, alone, members, 0.5)
+
+
+def test_an_entry_is_set_where_it_is():
+    """Scanned on the host for a device: brought over by ``to``, refused before."""
+    tables = SparseTables(1, 1, "meta")
+    entry = tables.scan(INDPTR, COLS, torch.ones(3))
+    with pytest.raises(DeviceMismatch):
+        tables.set_all(0, [(0, entry)])
+    assert not tables.has_any(0)
+    tables.set_all(0, [(0, entry.to(tables.device))])
+    assert tables.has_any(0)
+    with pytest.raises(DeviceMismatch):
+        SparseTables(1, 1).scan(INDPTR, COLS, torch.ones(3, device="meta"))
+
+
+@pytest.mark.parametrize("kind", [LoraTables, SparseTables, BlockTables, VectorTables, NormTables])
+def test_every_array_grows_and_is_cleared(kind: type[PointerTables]):
+    tables = kind(3, 2)
+    arrays = [name for name, value in vars(tables).items() if isinstance(value, torch.Tensor) and name != "dims"]
+    held = [name for name in kind.ARRAYS if getattr(tables, name) is not None]
+    assert sorted(arrays) == sorted(held)  # a kind that forgets to name one keeps addresses of freed memory
+    for name in held:
+        getattr(tables, name).fill_(7)
+    tables.grow(4)
+    tables.clear(1)
+    for name in held:
+        array = getattr(tables, name)
+        assert [bool((array[..., slot] == 7).all()) for slot in range(4)] == [True, False, False, False]
+        assert not array[..., 1:].any()
 
 
 def dense_from(tables: SparseTables, linear: int, slot: int, shape: tuple[int, int]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Sweep, churn, capacity and offline run against a real deltaserve on a tiny fixture: that they run, never how fast."""
+"""Commands run against a real deltaserve on a tiny fixture: that they do what they say, never how fast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aiohttp import web
 
 from deltatest.fake_peer import SEEN, application
 from deltatest.fixture_of_load import TINY
-from loadtest import capacity, churn, offline, sweep
+from loadtest import capacity, churn, offline, register, registered, sweep
 from loadtest.__main__ import main
 from loadtest.churn import adapter_bodies
 from loadtest.client import Target, open_session, run_closed
@@ -21,6 +21,7 @@ from loadtest.peers.settings import peers
 from loadtest.scrape import total
 from loadtest.small import write
 from loadtest.tables import render
+from loadtest.target_choice import OpenTarget
 from loadtest.workload import ClosedLoop, streams
 
 SHORT = ["--prompt-tokens", "8", "--max-tokens", "4"]
@@ -43,58 +44,101 @@ def is_png(path: Path) -> bool:
 
 def test_adapters_that_come_and_go_are_counted_by_the_server(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--fixture", str(folder / "fixture"), "--work", str(folder / "churn"), "--out", str(folder / "out-churn")]
-    words += ["--steady", "2", "--seconds", "1.5", "--rounds", "1", "--background-rate", "8", *SHORT]
-    words += ["--server-option=--adapter-slots", "--server-option=4", "--upload-rank", "2"]
+    words += ["--steady", "2", "--seconds", "1.5", "--rounds", "2", "--background-rate", "8", *SHORT]
+    words += ["--server-option=--adapter-slots", "--server-option=4", "--upload-rank", "2", "--max-tokens", "64"]
+    words += ["--server-option=--adapter-host-bytes", "--server-option=16KB"]
     assert churn.main(words) == 0, capsys.readouterr().err
     made = record_of(folder / "out-churn")
+    assert not made["steady"]["failures"]
+    assert made["steady"]["num_requests"] > 2
+    for entry in made["rounds"]:
+        assert set(entry["results"]) == set(churn.PHASES)
+        for figures in entry["results"].values():
+            assert not figures["background"]["failures"]
+            assert figures["latency"]["itl_seconds"]["count"] > 0
+            assert figures["window_seconds"] == pytest.approx(1.5, abs=0.5)
+    for phase, whole in made["whole"].items():
+        counts = [entry["results"][phase]["latency"]["itl_seconds"]["count"] for entry in made["rounds"]]
+        assert whole["latency"]["itl_seconds"]["count"] == sum(counts)
     results = made["rounds"][0]["results"]
-    assert set(results) == set(churn.PHASES)
-    for name, figures in results.items():
-        assert figures["num_succeeded"] == figures["num_requests"] > 0, name
-        assert not figures["background"]["failures"], name
-        assert figures["latency"]["itl_seconds"]["count"] > 0
     assert results["quiet"]["background"]["operations"] == {}
     assert results["resident"]["background"]["operations"]["request"] > 3
-    # Five other adapters, four slots, two of them held by the steady streams: each request loads and evicts.
-    counted = results["load"]["counted"]
-    asked = results["load"]["background"]["operations"]["request"]
-    assert counted["adapter_loads_total"] >= asked - 4 > 0
-    assert counted["adapter_evictions_total"] > 0
-    assert results["resident"]["counted"]["adapter_loads_total"] <= 4
+    # Five other adapters, four slots, two of them held by the streams, room for one on the host: each request loads
+    # one from disk and evicts another, but for what the phase before left.
+    counted, asked = results["load"]["counted"], results["load"]["background"]["operations"]["request"]
+    assert counted["loads"] >= asked - 4 > 0
+    assert asked - 4 <= counted["evictions"] <= asked + 2
+    assert results["resident"]["counted"]["loads"] <= 1
     uploads = results["upload"]["background"]["operations"]
     assert set(uploads) == {"register", "replace", "delete"}
-    assert results["upload"]["counted"]["adapter_uploads_total"] == uploads["register"] + uploads["replace"]
+    assert results["upload"]["counted"]["uploads"] == uploads["register"] + uploads["replace"]
+    assert made["parameters"]["other_adapters"] == 5
     assert "| register, replace, delete over HTTP |" in render(made)
     assert is_png(folder / "out-churn" / "itl_under_churn.png")
 
 
+def test_registered_adapters_stand_beside_two_servers_without(folder: Path) -> None:
+    words = [str(folder / "fixture"), "--work", str(folder / "registered"), "--out", str(folder / "out-registered")]
+    words += ["--rounds", "2", "--starts", "1", "--concurrency", "2", "--num-adapters", "3", *SHORT]
+    assert registered.main(words) == 0
+    made = record_of(folder / "out-registered")
+    assert made["parameters"]["num_resident"] == made["parameters"]["num_adapters"] == 3
+    assert len(made["rounds"]) == 2
+    for entry in made["rounds"]:
+        assert set(entry["results"]) == {"adapters", "none", "none again"}
+        assert {figures["completion_tokens"] for figures in entry["results"].values()} == {2 * 2 * 4}
+    assert "| 3, 3 of them resident |" in render(made)
+    assert is_png(folder / "out-registered" / "ratios.png")
+
+
+def test_the_store_is_filled_before_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(folder / "fixture"), "--work", str(folder / "filled")]
+    assert register.main([*words, "--num-adapters", "2"]) == 0
+    assert register.main(words) == 0
+    said = capsys.readouterr().out
+    assert "holds 2 adapters" in said
+    assert "holds 8 adapters" in said
+    log = (folder / "filled" / "deltaserve.log").read_text()
+    assert sum('"POST"' in line for line in log.splitlines()) == 6  # the two were there already
+
+
 def test_capacity_compares_every_point_with_the_base_of_its_round(folder: Path) -> None:
-    words = [
-        "--fixture",
-        str(folder / "fixture"),
-        "--work",
-        str(folder / "capacity"),
-        "--counts",
-        "1,4",
-        "--rounds",
-        "2",
-    ]
-    words += ["--ranks", "2,4", "--concurrency", "2", "--requests-per-stream", "1", "--out", str(folder / "out-cap")]
-    assert capacity.main([*words, *SHORT]) == 0
+    words = ["--fixture", str(folder / "fixture"), "--work", str(folder / "capacity"), "--out", str(folder / "out-cap")]
+    words += ["--counts", "1,4", "--laws", "distinct,zipf", "--ranks", "4,2", "--rounds", "2", "--concurrency", "2"]
+    assert capacity.main([*words, "--requests-per-stream", "1", *SHORT]) == 0
     made = record_of(folder / "out-cap")
     assert [point["name"] for point in made["points"]] == [
-        "base", "1 adapters", "4 adapters", "rank 2", "rank 4", "mixed ranks",
+        "base", "1 adapters", "4 adapters", "4 adapters, zipf", "rank 2", "rank 4", "all ranks",
     ]  # fmt: skip
     sizes = {point["name"]: point["adapter_bytes"] for point in made["points"]}
-    assert 0 < sizes["rank 2"] < sizes["mixed ranks"] < sizes["rank 4"]
+    assert 0 < sizes["rank 2"] < sizes["all ranks"] < sizes["rank 4"]
+    assert {point["name"]: point["rank_sum"] for point in made["points"] if point["axis"] == "rank"} == {
+        "rank 2": 4, "rank 4": 8, "all ranks": 6,
+    }  # fmt: skip
     for entry in made["rounds"]:
         assert sorted(entry["order"]) == sorted(sizes)
-        # Four adapters on two streams take two turns, so that each of them is asked.
-        assert entry["results"]["4 adapters"]["num_requests"] == 4
-        assert all(figures["num_succeeded"] == figures["num_requests"] for figures in entry["results"].values())
-    assert "| 4 adapters | 2 |" in render(made)
+        assert entry["results"]["4 adapters"]["num_asked"] == 2
+        assert all(figures["num_succeeded"] == figures["num_requests"] == 2 for figures in entry["results"].values())
+    assert "| 4 | " in render(made)
     assert is_png(folder / "out-cap" / "throughput_against_adapters.png")
     assert is_png(folder / "out-cap" / "overhead_against_rank.png")
+
+
+def test_a_round_goes_on_with_the_adapters_where_the_last_one_ended() -> None:
+    app = application([f"a{i}" for i in range(7)])
+    given = capacity.arguments().parse_args(["--concurrency", "2", "--requests-per-stream", "1", *SHORT])
+    point = capacity.Point("7 adapters", tuple(f"a{i}" for i in range(7)), "adapters")
+
+    async def go(url: str) -> None:
+        async with open_session() as session:
+            opened = OpenTarget(session, Target(url, "small", point.models), (0, 1000))
+            for number in (-1, 0, 1, 2):
+                await capacity.measure(given, opened, point, number, number + 1)
+
+    asyncio.run(served(app, lambda url: asyncio.run(go(url))))
+    asked = [body["model"] for body in app[SEEN]]
+    assert set(asked[:8]) == set(point.models)  # the warm-up asks each once
+    assert [sorted(asked[i : i + 2]) for i in (8, 10, 12)] == [["a0", "a1"], ["a2", "a3"], ["a4", "a5"]]
 
 
 def test_the_engine_alone_does_the_same_work_as_over_http(folder: Path) -> None:
@@ -102,8 +146,9 @@ def test_the_engine_alone_does_the_same_work_as_over_http(folder: Path) -> None:
     assert offline.main([*words, "--concurrency", "3", "--num-adapters", "3", "--rounds", "1", *SHORT]) == 0
     made = record_of(folder / "out-offline")
     results = made["rounds"][0]["results"]
-    assert results["offline"]["completion_tokens"] == results["http"]["completion_tokens"] == 3 * 2 * 4
-    assert "engine in its own process" in render(made)
+    assert results["offline"]["tokens"] == results["http"]["tokens"] == 3 * 2 * 4
+    assert made["parameters"]["num_adapters"] == 3
+    assert "3 adapters." in render(made)
 
 
 async def served(app: web.Application, use: Callable[[str], object]) -> object:
@@ -127,6 +172,8 @@ def test_a_sweep_over_a_running_server(tmp_path: Path) -> None:
     assert made["knee"] == {"rate": 20, "first_bad_rate": None}
     assert any(point["failures"] for point in made["points"])
     for point in made["points"]:
+        assert point["num_requests"] == point["rate"]  # of one second
+        assert point["goodput"]["requests_per_second"] == point["num_succeeded"]
         assert point["goodput"]["share"] == point["num_succeeded"] / point["num_requests"]
     assert {body["model"] for body in app[SEEN]} == {"small", "a", "b"}
     assert all(len(body["prompt"]) == 8 for body in app[SEEN])

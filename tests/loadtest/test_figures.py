@@ -7,8 +7,9 @@ import asyncio
 import pytest
 
 from loadtest.client import Answer, RunResult
-from loadtest.derive import over_rounds, ratio, shown, throughput
+from loadtest.derive import line, median_interval, over_rounds, ratio, shown, throughput
 from loadtest.figures import Limits, latencies, percentiles, spread, summarize
+from loadtest.steady import SteadyStreams
 from loadtest.sweep import knee, rates_of, sweep
 from loadtest.workload import PlannedRequest
 
@@ -66,6 +67,24 @@ def test_a_stream_that_ends_badly_is_a_failure(received: bytes, told: str) -> No
     assert refused.error == "429 queue full"
 
 
+def test_gaps_of_steady_streams_belong_to_the_window_in_which_they_end() -> None:
+    def stream(sent: float, *times: float) -> Answer:
+        made = answer(*times, error="cut")
+        made.sent, made.raw = sent, [(at, b'data: {"choices": [{"text": "a"}]}\n\n') for at in times]
+        made.token_times = []
+        return made
+
+    found = SteadyStreams(0.0, [stream(0.0, 1.0, 1.5, 2.5, 2.6), stream(0.0, 1.0, 1.2), stream(1.3, 2.0, 2.2)])
+    found.settle()
+    # The third request began at 1.3 and prefilled until 2.0: the gaps to 1.5 and 2.5 of the others overlap that.
+    assert found.over([(0.0, 2.0)])["latency"]["itl_seconds"]["count"] == 1
+    late = found.over([(2.0, 2.15), (2.15, 3.0)])
+    assert late["window_seconds"] == pytest.approx(1.0)
+    assert late["latency"]["itl_seconds"]["max"] == pytest.approx(0.2)
+    assert late["latency"]["itl_seconds"]["count"] == 2
+    assert found.over([(2.0, 2.15)])["latency"]["itl_seconds"] == {"count": 0}
+
+
 def test_percentiles_of_nothing_and_of_something() -> None:
     assert percentiles([]) == {"count": 0}
     found = percentiles([float(i) for i in range(101)])
@@ -94,6 +113,10 @@ def test_goodput_counts_requests_that_keep_both_limits() -> None:
     assert found["share"] == pytest.approx(2 / 5)
     assert found["requests_per_second"] == pytest.approx(2 / 2.0)
     assert found["tokens_per_second"] == pytest.approx(3 / 2.0)
+    # Answers are waited for after the last arrival; that is no time in which more could have been served.
+    over_arrivals = summarize(run_of(*answers), limits, offered_seconds=1.0)["goodput"]
+    assert over_arrivals["requests_per_second"] == pytest.approx(2.0)
+    assert over_arrivals["share"] == found["share"]
     assert Limits().are_kept_by(answers[1])
     assert not Limits().are_kept_by(answers[4])
 
@@ -119,6 +142,26 @@ def test_ratios_are_taken_inside_a_round() -> None:
     assert ratio([None], [figures(1)], throughput) is None
 
 
+def test_the_median_lies_between_order_statistics() -> None:
+    # Of 12 values the third on each side: 2 * (1 + 12 + 66) / 4096 is below 5 %, with the fourth it is above.
+    assert median_interval([float(i) for i in range(12, 0, -1)]) == (3.0, 10.0)
+    assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0]) is None  # all on one side has a chance of 1 in 16
+    assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (1.0, 6.0)
+    assert median_interval([]) is None
+
+
+def test_a_line_and_how_much_it_explains() -> None:
+    straight = line([0.0, 1.0, 2.0], [1.0, 3.0, 5.0])
+    assert straight is not None
+    assert (straight.at_zero, straight.slope, straight.r_squared) == pytest.approx((1.0, 2.0, 1.0))
+    assert straight.at(10) == pytest.approx(21.0)
+    bent = line([0.0, 1.0, 2.0], [0.0, 3.0, 0.0])
+    assert bent is not None
+    assert (bent.slope, bent.r_squared) == pytest.approx((0.0, 0.0), abs=1e-9)
+    assert line([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
+    assert line([1.0, 2.0], [1.0, 2.0]) is None
+
+
 def point(rate: float, share: float) -> dict:
     return {"rate": rate, "goodput": {"share": share}}
 
@@ -128,6 +171,7 @@ def test_the_knee_is_the_last_rate_before_the_first_bad_one() -> None:
     assert knee([point(1, 0.2)], 0.9) == (None, 1)
     assert knee([point(1, 1.0)], 0.9) == (1, None)
     assert knee([point(1, 1.0), point(2, 0.5), point(4, 0.99)], 0.9) == (1, 2)  # a lucky high rate is no knee
+    assert knee([point(2, 0.6), point(2, 1.0)], 0.9) == (None, 2)  # the better of two rounds is not the median
     assert knee([point(2, 0.2), point(2, 1.0), point(2, 0.95)], 0.9) == (2, None)  # the median of three rounds
 
 

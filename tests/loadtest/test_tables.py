@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from loadtest import tables
+from loadtest.plots_of_adapters import draw_all
 from loadtest.tables import NOT_TAKEN, PAGE, PLACE, RECORDS, page_with_records, render
 
 
@@ -99,12 +100,12 @@ def test_a_run_in_which_a_request_failed_has_no_throughput(compared: dict) -> No
 
 def test_churn_is_told_against_the_quiet_phase_of_its_round() -> None:
     def phase(itl: float, loads: int, operations: int, failed: int = 0) -> dict:
-        counted = {"adapter_loads_total": loads, "adapter_evictions_total": loads - 1, "adapter_uploads_total": 0}
+        counted = {"loads": loads, "evictions": loads - 1, "uploads": 0}
         background = {"operations": {"request": operations}, "failures": {"x": failed} if failed else {}}
         return {**figures(1, itl=itl), "counted": counted, "background": background}
 
     given = {"steady": 8, "other_adapters": 500, "background_rate": 20, "background_prompt_tokens": 8}
-    given |= {"seconds": 30, "prompt_tokens": 64, "max_tokens": 64}
+    given |= {"seconds": 30, "rounds": 2, "prompt_tokens": 64, "max_tokens": 64}
     rounds = [
         {
             "results": {
@@ -115,10 +116,93 @@ def test_churn_is_told_against_the_quiet_phase_of_its_round() -> None:
         }
         for i in (0.02, 0.04)
     ]
-    text = render(stamped("churn", parameters=given, rounds=rounds, server={"num_adapters": 509}))
-    assert "| quiet | 30.0 [20.0–40.0] | 60.0 [40.0–80.0] |  |  | 1 | 0 | 0 |" in text
-    assert "| the same requests to 500 adapters in turn |" in text
-    assert "| 1.32 [1.32–1.32] | 1.20 [1.20–1.20] | 501 | 500 | 500 (4 failed) |" in text
+    whole = {name: figures(1, itl=itl) for name, itl in (("quiet", 0.03), ("resident", 0.033), ("load", 0.045))}
+    server = {"num_adapters": 509, "layers": 4, "options": ["--adapter-slots", "32"]}
+    text = render(stamped("churn", parameters=given, rounds=rounds, whole=whole, server=server))
+    assert "a base of 4 layers; 2 rounds, 30 s a phase, at least 9 gaps a phase" in text
+    assert "room for 32 adapters on the device." in text
+    assert "| nothing | 30.0 | 60.0 |  |  |  | 2 | 0 | 0 |" in text
+    # 1.5 is of all gaps of the phase; each of the rounds was 1.32 times its own quiet phase.
+    assert "| the same requests to 500 adapters in turn | 45.0 | 90.0 | 1.50 |" in text
+    assert "| 1.50 | 1.32 [1.32–1.32] | 1.20 [1.20–1.20] | 1002 | 1000 | 1000 (4 failed) |" in text
+
+
+def test_registered_adapters_are_told_against_the_noise_of_two_servers_alike() -> None:
+    given = {"num_adapters": 1000, "num_resident": 990, "ranks": [8], "layers": 4, "concurrency": 16, "starts": 2}
+    given |= {"requests_per_stream": 2, "prompt_tokens": 64, "max_tokens": 64}
+    rounds = [
+        {"results": {"none": figures(drift), "none again": figures(1.05 * drift), "adapters": figures(0.99 * drift)}}
+        for drift in (1000, 2000, 3000, 1000, 2000, 3000)
+    ]
+    rounds[0]["results"]["adapters"] = figures(900)
+    text = render(stamped("registered", parameters=given, rounds=rounds, server={}))
+    assert "| none | 2,000 [1,000–3,000] | 20.00 [20.00–20.00] |  |  |  |  |" in text
+    assert "| none, a second server | 2,100 [1,050–3,150] | 20.00 [20.00–20.00] | 1.050 [1.050–1.050] |" in text
+    assert "| 1,000, 990 of them resident |" in text
+    assert "| 0.990 [0.900–0.990] | 0.900–0.990 | 1.000 [1.000–1.000] | 1.000–1.000 |" in text
+    text = render(stamped("registered", parameters=given, rounds=rounds[:5], server={}))
+    assert "| 0.990 [0.900–0.990] | too few rounds |" in text
+
+
+def capacity_record(points: list[dict], rounds: list[dict], laws: list[str]) -> dict:
+    given = {"laws": laws, "zipf_s": 0.9, "concurrency": 16, "requests_per_stream": 1, "prompt_tokens": 64}
+    base = {"name": "base", "axis": "base", "adapters": 0, "law": "distinct", "rank": None, "rank_sum": 0}
+    server = {"num_adapters": 80, "layers": 30}
+    parts = {"parameters": {**given, "max_tokens": 32}, "points": [base, *points], "rounds": rounds, "server": server}
+    return stamped("capacity", **parts)
+
+
+def test_overhead_is_foretold_by_the_rank_sum(tmp_path: Path) -> None:
+    def point(name: str, rank: int | None, mean: float) -> dict:
+        sums = {"rank_sum": round(16 * mean), "mean_rank": mean, "adapter_bytes": round(1e6 * mean)}
+        return {"name": name, "axis": "rank", "adapters": 16, "law": "distinct", "rank": rank, **sums}
+
+    points = [point(f"rank {rank}", rank, rank) for rank in (4, 8, 16, 64)] + [point("ranks 4 and 64", None, 34.0)]
+    # A step takes 1.1 times the base and 0.5 more for each 1,000 of rank sum; the machine drifts from round to round.
+    rounds = [
+        {
+            "results": {
+                "base": figures(100, itl=0.02 * drift),
+                **{p["name"]: figures(90, itl=0.02 * drift * (1.1 + p["rank_sum"] / 2000)) for p in points},
+            }
+        }
+        for drift in (1, 2, 1.5)
+    ]
+    text = render(capacity_record(points, rounds, ["distinct"]))
+    assert "ITL / base = 1.10 + 0.50 per 1,000 of rank sum, R² 1.000." in text
+    assert "If rows were padded to rank 64, every mix would cost 1.61." in text
+    assert "| ranks 4 and 64 | 544 | 34.00 | 90 [90–90] | 41.2 [27.4–54.9] | 1.37 [1.37–1.37] | 1.37 |" in text
+    assert "Bytes: 1.000 MB for each rank of an adapter, R² 1.000." in text
+    for entry in rounds:  # a mix that costs more than its ranks leaves the line where it is
+        entry["results"]["ranks 4 and 64"] = figures(
+            50, itl=1.6 * entry["results"]["base"]["latency"]["itl_seconds"]["p50"]
+        )
+    text = render(capacity_record(points, rounds, ["distinct"]))
+    assert "ITL / base = 1.10 + 0.50 per 1,000 of rank sum, R² 1.000." in text
+    assert "| 1.60 [1.60–1.60] | 1.37 |" in text
+    made = draw_all(capacity_record(points, rounds, ["distinct"]), tmp_path, "capacity")
+    assert [path.name for path in made] == ["capacity-overhead_against_rank.png"]
+
+
+def test_popularity_has_a_column_for_each_law(tmp_path: Path) -> None:
+    def point(name: str, adapters: int, law: str) -> dict:
+        sizes = {"rank": 8, "rank_sum": 128, "mean_rank": 8.0, "adapter_bytes": 1}
+        return {"name": name, "axis": "adapters", "adapters": adapters, "law": law, **sizes}
+
+    points = [point("1 adapters", 1, "distinct"), point("9 adapters", 9, "distinct"), point("9, zipf", 9, "zipf")]
+    tokens = {"base": 100.0, "1 adapters": 90.0, "9 adapters": 80.0, "9, zipf": 85.0}
+    made = capacity_record(
+        points, [{"results": {name: figures(rate) for name, rate in tokens.items()}}], ["distinct", "zipf"]
+    )
+    text = render(made)
+    assert (
+        "| adapters in the traffic | distinct, tokens/s | Zipf 0.9, tokens/s | distinct / base | Zipf 0.9 / base |"
+        in text
+    )
+    assert "| the base alone | 100 |  |  |  |" in text
+    assert "| 1 | 90 | – | 0.90 | – |" in text
+    assert "| 9 | 80 | 85 | 0.80 | 0.85 |" in text
+    assert [path.name for path in draw_all(made, tmp_path, "p")] == ["p-throughput_against_adapters.png"]
 
 
 def test_places_are_filled_from_their_record_and_their_plots(tmp_path: Path, compared: dict) -> None:
@@ -170,7 +254,15 @@ def test_the_commands_that_the_page_shows_parse(words: list[str]) -> None:
 
 
 def test_the_page_shows_every_command_that_makes_a_record() -> None:
-    assert {words[0] for words in shown_commands()} >= {"small", "compare", "capacity", "churn", "sweep", "offline"}
+    assert {words[0] for words in shown_commands()} >= {
+        "small",
+        "compare",
+        "capacity",
+        "churn",
+        "registered",
+        "sweep",
+        "offline",
+    }
 
 
 def test_a_record_of_another_kind_is_refused() -> None:

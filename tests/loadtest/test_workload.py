@@ -21,6 +21,19 @@ def test_arrivals_are_poisson_of_the_asked_rate() -> None:
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1)  # an exponential's deviation equals its mean
 
 
+def test_a_fixed_count_arrives_at_the_times_of_a_poisson_law() -> None:
+    for seed in range(5):
+        workload = Workload(rate=200, seconds=20, seed=seed, is_count_fixed=True)
+        times = [request.at_seconds for request in plan(workload, "base", ["a"])]
+        assert len(times) == 4000
+        assert times == sorted(times)
+        assert times[0] >= 0
+        assert times[-1] < 20
+        gaps = np.diff(times)
+        assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1)
+    assert len(plan(Workload(rate=0.1, seconds=1, is_count_fixed=True), "base", [])) == 1
+
+
 def test_popularity_follows_the_named_law() -> None:
     zipf = popularity("zipf", 4, 1.0)
     assert zipf == pytest.approx(np.array([1, 1 / 2, 1 / 3, 1 / 4]) / (25 / 12))

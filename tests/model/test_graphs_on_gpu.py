@@ -16,9 +16,9 @@ import torch
 
 # DELTASERVE_TEST_DEVICE=cpu with TRITON_INTERPRET=1 tries these tests themselves, on a tape, without a GPU.
 if "DELTASERVE_TEST_DEVICE" not in os.environ and not torch.cuda.is_available():
-    pytest.skip("no CUDA device", allow_module_level=True)
+    pytest.skip("no CUDA device; test_decode_graphs covers the host", allow_module_level=True)
 if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
+    pytest.skip("triton is not installed, and it compiles the kernels", allow_module_level=True)
 
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
 from deltaserve.engine.graph_capture import CudaCapture

@@ -288,9 +288,9 @@ void with_type(const at::Tensor& tensor, const char* name, const F& f) {
 
 #include "work.inc"
 #include "linear.inc"
-#include "paged.inc"
-#include "between.inc"
-#include "packed.inc"
+#include "paged_attention.inc"
+#include "pointwise_ops.inc"
+#include "packed_linear.inc"
 
 }  // namespace
 

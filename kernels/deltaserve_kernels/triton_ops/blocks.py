@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from deltaserve_kernels.block_tables import BlockTables
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.tables import RANK_TILE
 from deltaserve_kernels.triton_ops import block_kernels, guard
-from deltaserve_kernels.triton_ops.lora import MAX_MEMBERS, LoraForm, place_of
+from deltaserve_kernels.triton_ops.lora import LoraForm
+from deltaserve_kernels.triton_ops.members import groups_of
 from deltaserve_kernels.triton_ops.tiles import row_tiles
 from deltaserve_kernels.worklist import WorkList
 
@@ -42,28 +42,19 @@ def block_linear(
     in_features = x.shape[1]
     splits = form.splits(in_features)
     tiles = row_tiles(work, form.tile_rows)
-    for begin in range(0, len(members), MAX_MEMBERS):
-        group = members[begin : begin + MAX_MEMBERS]
-        if not work.concerns(tables, group):
+    for group in groups_of(members):
+        if not work.concerns(tables, group.members):
             continue
-        plane_stride = len(group) * tables.row_capacity
+        plane_stride = len(group.members) * tables.row_capacity
         h = torch.empty(splits, tiles.num_plane_rows, plane_stride, dtype=torch.float32, device=x.device)
         planes = (h, h.stride(0), plane_stride, tables.row_capacity)
-        padded = [*group, *[(0, 0, 0)] * (MAX_MEMBERS - len(group))]
-        widths = [stop - start for _, start, stop in padded]
-        lists = (
-            tiles.tile_item, tiles.tile_first, work.rows, work.item_rows, work.item_parts, tiles.item_plane,
-            work.part_slot, work.part_scale, tables.pointers, tables.sizes, tables.num_slots,
-            *[linear for linear, _, _ in padded], depth,
-        )  # fmt: skip
+        lists = (*tiles.arguments(work), tables.pointers, tables.sizes, tables.num_slots, *group.linears, depth)
         shared: dict[str, Any] = {"TILE_ROWS": form.tile_rows, "num_warps": form.num_warps}
-        block_kernels.shrink_blocks[(tiles.capacity, splits, len(group))](
+        block_kernels.shrink_blocks[(tiles.capacity, splits, len(group.members))](
             x, x.stride(0), *planes, *lists,
             K=in_features, CHUNK=form.chunk(in_features), BLOCK_K=form.block_k, RANK_TILE=RANK_TILE, **shared,
         )  # fmt: skip
-        tiles_n = sum(triton.cdiv(width, form.block_n) for width in widths)
-        block_kernels.expand_blocks[(tiles.capacity, tiles_n)](
+        block_kernels.expand_blocks[(tiles.capacity, group.num_tiles(form.block_n))](
             y, y.stride(0), x, x.stride(0), *planes, *lists,
-            SPLITS=splits, BLOCK_N=form.block_n, BLOCK_C=BLOCK_COLUMNS, **shared,
-            **place_of(widths, [start for _, start, _ in padded]),
+            SPLITS=splits, BLOCK_N=form.block_n, BLOCK_C=BLOCK_COLUMNS, **shared, **group.place,
         )  # fmt: skip

@@ -23,24 +23,24 @@ class BucketedTables:
         self.bucket = bucket
         shape = (tables.num_linears, 5, tables.num_slots)
         self.pointers = torch.zeros(shape, dtype=torch.int64, device=tables.device)
-        # What an entry was made from, to see when it is replaced, and the entry, to keep its memory.
-        self._held: dict[tuple[int, int], tuple[Tensor, JaggedDelta]] = {}
+        # The mark of what an entry was made from, to see when it is replaced, and the entry, to keep its memory.
+        self._held: dict[tuple[int, int], tuple[object, JaggedDelta]] = {}
 
     def follow(self, tables: SparseTables, linear: int, in_features: int) -> None:
         """Bring one linear's entries up to date. Converts what is new on the host, once an entry: for eager steps, not
         for captured ones. Raises OutOfRange for a column that the buckets or 16 bits do not hold."""
         for slot in range(tables.num_slots):
-            entry, held = tables.get(linear, slot), self._held.get((linear, slot))
-            if entry is None:
+            mark, held = tables.mark(linear, slot), self._held.get((linear, slot))
+            if mark is None:
                 if held is not None:
                     del self._held[linear, slot]
                     self.pointers[linear, :, slot] = 0
-            elif held is None or held[0] is not entry[2]:
-                indptr, cols, values = (tensor.cpu() for tensor in entry)
+            elif held is None or held[0] is not mark:
+                indptr, cols, values = (tensor.cpu() for tensor in tables.get(linear, slot) or ())
                 delta = from_csr(indptr, cols, values, self.bucket, -(-in_features // self.bucket)).to(tables.device)
                 addresses = torch.tensor([tensor.data_ptr() for tensor in delta.tensors])
                 self.pointers[linear, :, slot] = upload(addresses, tables.device)
-                self._held[linear, slot] = (entry[2], delta)
+                self._held[linear, slot] = (mark, delta)
 
 
 _followers = WeakIdKeyDictionary()

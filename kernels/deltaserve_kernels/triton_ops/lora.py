@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.tables import RANK_TILE, LoraTables
 from deltaserve_kernels.triton_ops import guard, lora_programs
+from deltaserve_kernels.triton_ops.members import MemberGroup, groups_of
 from deltaserve_kernels.triton_ops.tiles import RowTiles, row_tiles
 from deltaserve_kernels.vector_tables import VectorTables
 from deltaserve_kernels.worklist import WorkList
-
-MAX_MEMBERS = 3
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,10 @@ def lora_linear(
     if work.is_empty:
         return
     tiles = row_tiles(work, form.tile_rows)
-    for begin in range(0, len(members), MAX_MEMBERS):
+    for group in groups_of(members):
         # Members without any entry stay in: a launch's shape must not follow the adapters, or one would compile anew.
-        group = members[begin : begin + MAX_MEMBERS]
-        if work.concerns(tables, group) or (vectors is not None and work.concerns(vectors, group)):
+        some = group.members
+        if work.concerns(tables, some) or (vectors is not None and work.concerns(vectors, some)):
             _launch(y, x, work, tables, group, depth, form, tiles, vectors)
 
 
@@ -88,54 +86,43 @@ def _launch(
     x: Tensor,
     work: WorkList,
     tables: LoraTables,
-    members: Sequence[Member],
+    group: MemberGroup,
     depth: float,
     form: LoraForm,
     tiles: RowTiles,
     vectors: VectorTables | None,
 ) -> None:
-    in_features = x.shape[1]
+    in_features, num_members = x.shape[1], len(group.members)
     splits = form.splits(in_features)
     # Room, not work: programs go by true ranks. A padded list may be captured, and adapters of higher rank come later.
     max_rank = tables.rank_capacity if work.is_padded else tables.rank_in_use
-    plane_stride = len(members) * max_rank
+    plane_stride = num_members * max_rank
     dtype = y.dtype if form.fold else torch.float32
     h = torch.empty(splits, tiles.num_plane_rows, plane_stride, dtype=dtype, device=x.device)
     planes = (h, h.stride(0), plane_stride, max_rank)
-    lists = (
-        tiles.tile_item, tiles.tile_first, work.rows, work.item_rows, work.item_parts, tiles.item_plane,
-        work.part_slot, work.part_scale, tables.pointers, tables.ranks,
-    )  # fmt: skip
+    lists = (*tiles.arguments(work), tables.pointers, tables.ranks)
     epilogue = tables.pointers if vectors is None else vectors.pointers
-    padded = [*members, *[(0, 0, 0)] * (MAX_MEMBERS - len(members))]
-    linears = [linear for linear, _, _ in padded]
-    widths = [stop - start for _, start, stop in padded]
-    columns = [start for _, start, _ in padded]
-    tiles_n = sum(triton.cdiv(width, form.block_n) for width in widths)
+    tiles_n = group.num_tiles(form.block_n)
     read: dict[str, Any] = {"K": in_features, "CHUNK": form.chunk(in_features), "BLOCK_K": form.block_k}
     shared: dict[str, Any] = {"TILE_ROWS": form.tile_rows, "RANK_TILE": form.rank_tile, "num_warps": form.num_warps}
     write: dict[str, Any] = {"SPLITS": splits, "BLOCK_N": form.block_n, "VECTORS": vectors is not None}
-    write |= place_of(widths, columns)
+    write |= group.place
     if not form.one_launch:
-        lora_programs.shrink[(len(members), splits, tiles.capacity)](
-            x, x.stride(0), *planes, *lists, tables.num_slots, *linears, depth, **read, **shared, FOLD=form.fold
+        lora_programs.shrink[(num_members, splits, tiles.capacity)](
+            x, x.stride(0), *planes, *lists, tables.num_slots, *group.linears, depth, **read, **shared, FOLD=form.fold
         )
         lora_programs.expand[(tiles.capacity, tiles_n)](
-            y, y.stride(0), *planes, *lists, epilogue, tables.num_slots, *linears, depth, FOLD=form.fold,
+            y, y.stride(0), *planes, *lists, epilogue, tables.num_slots, *group.linears, depth, FOLD=form.fold,
             **write, **shared,
         )  # fmt: skip
         return
-    num_flags = tiles.capacity * len(members)
+    num_flags = tiles.capacity * num_members
     producers = num_flags * splits
     lora_programs.fused[(producers + tiles.capacity * tiles_n,)](
         y, y.stride(0), x, x.stride(0), *planes, counters(num_flags, x.device), *lists, epilogue, tables.num_slots,
-        *linears, depth, producers, num_flags, **read, **write, **shared, NUM_MEMBERS=len(members), TILES_N=tiles_n,
+        *group.linears, depth, producers, num_flags,
+        **read, **write, **shared, NUM_MEMBERS=num_members, TILES_N=tiles_n,
     )  # fmt: skip
-
-
-def place_of(widths: Sequence[int], columns: Sequence[int]) -> dict[str, int]:
-    """Where members lie in y, as a kernel's constants: a model has few such layouts, and knows them."""
-    return {f"WIDTH{i}": width for i, width in enumerate(widths)} | {f"COLUMN{i}": at for i, at in enumerate(columns)}
 
 
 _counters: dict[torch.device, list[Tensor]] = {}

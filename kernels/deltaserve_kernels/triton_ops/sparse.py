@@ -1,4 +1,4 @@
-"""Launches of the sparse kernel. It reads the jagged copies that ``SparseTables`` keeps of its CSR deltas."""
+"""Launches of the sparse kernel. It reads the jagged form of deltas, which ``SparseTables`` keep."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.tables import SparseTables
 from deltaserve_kernels.triton_ops import bucketed, guard, jagged, sparse_kernels, sparse_wide
-from deltaserve_kernels.triton_ops.lora import MAX_MEMBERS, place_of
+from deltaserve_kernels.triton_ops.members import groups_of
 from deltaserve_kernels.triton_ops.tiles import RowTiles, row_tiles
 from deltaserve_kernels.worklist import WorkList
 
@@ -88,14 +88,10 @@ def sparse_linear(
         pointers = bucketed.pointers(tables, [linear for linear, _, _ in members], in_features, form.bucket)
     tiles = row_tiles(work, form.tile_rows)
     x_t = _transposed(x, work, tiles, form)
-    for begin in range(0, len(members), MAX_MEMBERS):
-        group = members[begin : begin + MAX_MEMBERS]
-        if not work.concerns(tables, group):
+    for group in groups_of(members):
+        if not work.concerns(tables, group.members):
             continue
-        padded = [*group, *[(0, 0, 0)] * (MAX_MEMBERS - len(group))]
-        widths = [stop - start for _, start, stop in padded]
-        columns = [start for _, start, _ in padded]
-        grid = (tiles.capacity, sum(triton.cdiv(width, jagged.WINDOW) for width in widths))
+        grid = (tiles.capacity, group.num_tiles(jagged.WINDOW))
         source: tuple[Any, ...] = (x_t,) if form.wide else (x, x.stride(0), x_t)
         reading = {} if form.wide else {"FEW": form.few, "STAGE": form.stage(in_features)}
         kernel = sparse_wide.sparse_wide if form.wide else sparse_kernels.sparse
@@ -103,9 +99,9 @@ def sparse_linear(
             y, y.stride(0), *source,
             tiles.tile_item, tiles.tile_first, work.rows, work.item_rows, work.item_parts, work.part_slot,
             work.part_scale, pointers, tables.num_slots,
-            *[linear for linear, _, _ in padded], depth,
+            *group.linears, depth,
             K=in_features, BUCKET=form.bucket_of(in_features), TILE_ROWS=form.tile_rows,
-            num_warps=form.num_warps, **reading, **place_of(widths, columns),
+            num_warps=form.num_warps, **reading, **group.place,
         )  # fmt: skip
 
 

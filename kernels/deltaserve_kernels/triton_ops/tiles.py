@@ -32,6 +32,13 @@ class RowTiles:
     item_plane: Tensor
     num_plane_rows: int
 
+    def arguments(self, work: WorkList) -> tuple[Tensor, ...]:
+        """The tiles and their list, in the order of kernels that shrink to planes and expand them."""
+        return (
+            self.tile_item, self.tile_first, work.rows, work.item_rows, work.item_parts, self.item_plane,
+            work.part_slot, work.part_scale,
+        )  # fmt: skip
+
 
 _cache = WeakIdKeyDictionary()
 

@@ -17,14 +17,25 @@ from deltaserve_kernels import LoraTables, SparseEntry, SparseTables
 
 @dataclass(frozen=True, slots=True)
 class StagedAdapter:
-    """The terms of an adapter on the device, by linear index; checked and ready to be pointed at."""
+    """The terms of an adapter by linear index, checked, in the forms that the tables hold: on the host until ``stage``
+    brings them over, then ready to be pointed at. Keeps alive no memory but its own."""
 
     lora: tuple[tuple[int, Tensor, Tensor], ...]
     sparse: tuple[tuple[int, SparseEntry], ...]
 
+    @property
+    def nbytes(self) -> int:
+        """On the host as on the device."""
+        return sum(a.nbytes + b_t.nbytes for _, a, b_t in self.lora) + sum(entry.nbytes for _, entry in self.sparse)
+
+    def to(self, device: torch.device) -> StagedAdapter:
+        lora = tuple((index, a.to(device), b_t.to(device)) for index, a, b_t in self.lora)
+        return StagedAdapter(lora, tuple((index, entry.to(device)) for index, entry in self.sparse))
+
 
 class DevicePool:
-    """``num_slots`` slots and ``max_bytes`` bytes. For the engine thread; ``stage`` for any, best for a worker.
+    """``num_slots`` slots and ``max_bytes`` bytes. For the engine thread; ``convert`` and ``stage`` for any, best for a
+    worker.
 
     ``linears`` are the base's linears in table order.
     """
@@ -64,36 +75,34 @@ class DevicePool:
     def free_bytes(self) -> int:
         return self.max_bytes - self.used_bytes
 
-    def check(self, folded: FoldedAdapter) -> None:
-        """Raise ``ValueError`` for a linear that the base does not have. Callable from any thread."""
-        for name in folded.terms:
-            if name not in self._linear_index:
-                raise ValueError(f"the base has no linear {name!r}")
-
-    def stage(self, folded: FoldedAdapter) -> StagedAdapter:
-        """Check the terms and bring them to the device; complete when it returns. Reads all of a sparse term and, on
-        CUDA, copies. Raises ``ValueError`` for a linear that the base does not have and for terms the tables refuse.
+    def convert(self, folded: FoldedAdapter) -> StagedAdapter:
+        """Check the terms and bring them into the forms that the tables hold, on the host. Reads all of a sparse term.
+        Raises ``ValueError`` for a linear that the base does not have and for sparse terms that the tables refuse.
         """
-        self.check(folded)
-        if self._copy_stream is None:
-            return self._stage(folded)
-        with torch.cuda.stream(self._copy_stream):
-            staged = self._stage(folded)
-        self._copy_stream.synchronize()
-        return staged
-
-    def _stage(self, folded: FoldedAdapter) -> StagedAdapter:
         lora: list[tuple[int, Tensor, Tensor]] = []
         sparse: list[tuple[int, SparseEntry]] = []
+        # A file's tensors share one buffer: whatever stays of it would keep the CSR arrays that nobody reads.
+        is_apart = not self._sparse.has_csr and "sparse" in folded.kinds
         for name, terms in folded.terms.items():
-            index = self._linear_index[name]
+            index = self._linear_index.get(name)
+            if index is None:
+                raise ValueError(f"the base has no linear {name!r}")
             for term in terms:
                 if isinstance(term, LowRankTerm):
-                    lora.append((index, term.a.to(self.device), term.b_t.to(self.device)))
+                    a, b_t = (term.a.clone(), term.b_t.clone()) if is_apart else (term.a, term.b_t)
+                    lora.append((index, a, b_t))
                 else:
-                    parts = (part.to(self.device) for part in (term.indptr, term.cols, term.values))
-                    sparse.append((index, self._sparse.scan(*parts)))
+                    sparse.append((index, self._sparse.scan(term.indptr, term.cols, term.values)))
         return StagedAdapter(tuple(lora), tuple(sparse))
+
+    def stage(self, converted: StagedAdapter) -> StagedAdapter:
+        """Bring the terms to the device; complete when it returns."""
+        if self._copy_stream is None:
+            return converted.to(self.device)
+        with torch.cuda.stream(self._copy_stream):
+            staged = converted.to(self.device)
+        self._copy_stream.synchronize()
+        return staged
 
     def reserve(self, version: str, nbytes: int) -> int:
         """Take a free slot and book the bytes. Raises ``ValueError`` without room: evict first."""

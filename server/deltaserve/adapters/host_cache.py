@@ -1,4 +1,4 @@
-"""Folded adapters kept in host memory, bounded by bytes, least recently used first."""
+"""Adapters kept in host memory, bounded by bytes, least recently used first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from deltaserve.adapters.device_pool import StagedAdapter
-from deltaserve.deltas.folded import FoldedAdapter
 
 GOES_FIRST = -(1 << 30)
 """The lowest rank for ``HostCache.find_room``."""
@@ -16,11 +15,11 @@ GOES_FIRST = -(1 << 30)
 
 @dataclass(frozen=True, slots=True)
 class HostedAdapter:
-    """A folded adapter and its size, measured once. ``staged``: where host memory is the device's, ready to use."""
+    """An adapter's terms in the forms that the device's operators read, and their size, measured once: what they take
+    on the host and again on a device with memory of its own. Where memory is shared they are ready to use."""
 
-    folded: FoldedAdapter
+    terms: StagedAdapter
     nbytes: int
-    staged: StagedAdapter | None = None
 
 
 class HostCache:

@@ -287,9 +287,9 @@ class AdapterResidency:
     def _move_to_device(self, resident: Resident) -> None:
         hosted = self.cache.get(resident.version)
         resident.slot = self.pool.reserve(resident.version, resident.nbytes)
-        if hosted.staged is not None:
+        if self.pool.shares_host_memory:
             began = time.perf_counter()
-            self._install(resident, hosted.staged, began)
+            self._install(resident, hosted.terms, began)
             self._placing_seconds += time.perf_counter() - began
         else:
             self._set(resident, AdapterState.LOADING)

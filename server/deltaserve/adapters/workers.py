@@ -98,10 +98,8 @@ class LoadWorkers:
     def _load(self, version: str) -> None:
         began = time.perf_counter()
         try:
-            folded = self._loader.load(version)
-            self._pool.check(folded)
-            staged = self._pool.stage(folded) if self._pool.shares_host_memory else None
-            hosted = HostedAdapter(folded, folded.nbytes, staged)
+            terms = self._pool.convert(self._loader.load(version))
+            hosted = HostedAdapter(terms, terms.nbytes)
             result = Loaded(version, time.perf_counter() - began, adapter=hosted)
         except BaseException as error:
             result = Loaded(version, time.perf_counter() - began, error=error)
@@ -120,7 +118,7 @@ class LoadWorkers:
     def _stage(self, version: str, hosted: HostedAdapter) -> None:
         began = time.perf_counter()
         try:
-            staged = self._pool.stage(hosted.folded)
+            staged = self._pool.stage(hosted.terms)
             result = Staged(version, time.perf_counter() - began, staged=staged)
         except BaseException as error:
             result = Staged(version, time.perf_counter() - began, error=error)

@@ -69,8 +69,8 @@ class AdmissionResult:
 class Admission:
     """``base_names``: the names by which files may call the served base. ``chat_templates``: the operator's registry.
 
-    ``operators`` names the operators and their version, part of the key that evidence is kept under. ``max_waiting``
-    uploads may wait for the one being admitted; more get ``QueueFull``.
+    ``proven`` has the key that evidence is kept under. ``max_waiting`` uploads may wait for the one being admitted;
+    more get ``QueueFull``.
     """
 
     def __init__(

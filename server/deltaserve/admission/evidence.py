@@ -11,7 +11,8 @@ from typing import Any
 class ProofKey:
     """For what a proof holds. With another key the version is proven again before it is served.
 
-    ``device`` is its kind ("cpu", "cuda"); ``operators`` names the operators and their version.
+    ``device`` is its kind ("cpu", "cuda"); ``operators`` names the operators and
+    the code they are made of.
     """
 
     base_fingerprint: str

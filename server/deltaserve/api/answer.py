@@ -18,7 +18,7 @@ from deltaserve.api.generation import Generation, Prompt, Step
 from deltaserve.api.keys import Caller
 from deltaserve.api.schemas.sampling import GenerationFields
 from deltaserve.api.services import Services
-from deltaserve.api.streaming import EventStream, finish_unless_gone
+from deltaserve.api.streaming import DirectWriter, EventStream, finish_unless_gone
 from deltaserve.api.target import Target
 from deltaserve.api.wire_json import encode
 from deltaserve.core import FinishReason, GenerationRequest, SamplingParams
@@ -109,6 +109,7 @@ def make_prompt(
         tenant=caller.tenant,
         cache_salt=fields.cache_salt or "",
         deadline_seconds=services.config.request_timeout_seconds,
+        is_streamed=fields.stream or bool(fields.stop),  # stop strings are looked for as tokens come
     )
     choices = [
         Choice(
@@ -139,7 +140,6 @@ async def respond(
     log_fields = http.scope["state"].setdefault("log_fields", {})
     log_fields |= {"model": envelope.target.name, "version": envelope.target.version, "stream": fields.stream}
     if fields.stream:
-        await finish_unless_gone(generation.wait_for_first(FIRST_OUTPUT_SECONDS), http)
         chunks = Chunks(generation, envelope, form, include_usage=fields.include_usage, log_fields=log_fields)
         return EventStream(chunks, envelope.target.headers)
     body = await finish_unless_gone(_collect(generation, envelope, form), http)
@@ -181,8 +181,14 @@ class Chunks:
         self._log_fields = log_fields
         self._unstarted = list(generation.prompts)
 
+    async def wait_for_first(self) -> None:
+        await self._generation.wait_for_first(FIRST_OUTPUT_SECONDS)
+
     def opening(self) -> bytes:
         return self._write(self._form.opening(self._generation.prompts))
+
+    def write_to(self, writer: DirectWriter) -> None:
+        self._generation.divert(lambda step: writer.write(self.tell(step)), writer.is_ready)
 
     def __aiter__(self) -> AsyncIterator[Step]:
         return self._generation
@@ -193,6 +199,10 @@ class Chunks:
         for delta in deltas:
             choices += self._form.chunk(prompt, delta)
         return self._write(choices)
+
+    @property
+    def is_over(self) -> bool:
+        return all(prompt.is_finished for prompt in self._generation.prompts)
 
     def closing(self) -> bytes:
         if not self._include_usage:

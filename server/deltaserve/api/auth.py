@@ -7,6 +7,7 @@ Deny by default: ``Guard`` stands before routing and lets nothing through withou
 from __future__ import annotations
 
 import ipaddress
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
@@ -64,13 +65,13 @@ def check_local(headers: Headers) -> None:
 
     A web page elsewhere could otherwise reach it through the user's browser (by rebinding DNS, or by a plain form).
     """
-    if not is_local_name(_host_name("//" + headers.get("host", ""))):
+    if not _is_local_address("//" + headers.get("host", "")):
         raise PermissionDenied(
             "this server has no API keys and answers only to localhost, 127.0.0.1 or [::1] in the Host header",
             code="host_not_allowed",
         )
     origin = headers.get("origin")
-    if origin is not None and not is_local_name(_host_name(origin)):
+    if origin is not None and not _is_local_address(origin):
         raise PermissionDenied(
             "this server has no API keys and answers web pages of this machine only", code="origin_not_allowed"
         )
@@ -85,11 +86,14 @@ def is_local_name(host: str) -> bool:
         return False
 
 
-def _host_name(url: str) -> str:
+@lru_cache(maxsize=64)
+def _is_local_address(url: str) -> bool:
+    """Remembered: nearly every request comes with the same words, and reading an address costs more than a token."""
     try:
-        return (urlsplit(url).hostname or "").lower()
+        host = urlsplit(url).hostname
     except ValueError:
-        return ""
+        return False
+    return is_local_name((host or "").lower())
 
 
 def caller_of(request: Request) -> Caller:

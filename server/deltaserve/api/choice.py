@@ -64,20 +64,23 @@ class Choice:
         """The addition to show, or None once the choice has ended. Tokens after a stop string are not counted."""
         if self.finish_reason is not None:
             return None
-        if self._is_text_alone and delta.finish_reason is None:
-            self.num_tokens += len(delta.token_ids)
-            return ChoiceDelta(self.index, self._detokenizer.push(delta.token_ids), ())
         text = ""
         entries: list[TokenEntry] = []
-        logprobs: Sequence[TokenLogprob | None] = delta.logprobs or (None,) * len(delta.token_ids)
-        for token_id, logprob in zip(delta.token_ids, logprobs, strict=True):
-            self.num_tokens += 1
-            if self._keeps_tokens:
-                entries.append(TokenEntry(token_id, logprob, self._detokenizer.num_chars))
-            text += self._filter(self._detokenizer.push((token_id,)))
-            if self._stops.matched is not None:
-                self.finish_reason = FinishReason.STOP
-                return ChoiceDelta(self.index, text, tuple(entries), self.finish_reason)
+        if self._is_text_alone:  # all at once: a whole answer comes in one delta
+            self.num_tokens += len(delta.token_ids)
+            text = self._detokenizer.push(delta.token_ids)
+            if delta.finish_reason is None:
+                return ChoiceDelta(self.index, text, ())
+        else:
+            logprobs: Sequence[TokenLogprob | None] = delta.logprobs or (None,) * len(delta.token_ids)
+            for token_id, logprob in zip(delta.token_ids, logprobs, strict=True):
+                self.num_tokens += 1
+                if self._keeps_tokens:
+                    entries.append(TokenEntry(token_id, logprob, self._detokenizer.num_chars))
+                text += self._filter(self._detokenizer.push((token_id,)))
+                if self._stops.matched is not None:
+                    self.finish_reason = FinishReason.STOP
+                    return ChoiceDelta(self.index, text, tuple(entries), self.finish_reason)
         if delta.stop_token_id is not None:
             self.num_tokens += 1
             if self._include_stop:

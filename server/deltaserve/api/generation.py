@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -79,6 +79,25 @@ class Generation:
         except BaseException:
             await self.aclose()
             raise
+
+    def divert(self, take: Callable[[Step], None], may_take: Callable[[], bool]) -> None:
+        """From now on steps that come while the reader waits go to ``take`` within the engine's delivery, where
+        ``may_take`` allows it; the last step and failures always go to the reader. Only one prompt is told so: the
+        outputs of several are merged on their way."""
+        if len(self.prompts) > 1:
+            return
+        prompt = self.prompts[0]
+        stream = _stream_of(prompt)
+
+        def sink(output: RequestOutput) -> bool:
+            if not may_take():
+                return False
+            take(prompt.take(output))
+            if prompt.is_finished:  # a stop string: the engine has not ended it yet, and the reader must hear
+                stream.abort()
+            return True
+
+        stream.divert(sink)
 
     def __aiter__(self) -> Generation:
         return self

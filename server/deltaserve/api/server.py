@@ -45,15 +45,14 @@ class ChunkWriter:
         self._flow = protocol.flow
         self._transport = protocol.transport
 
-    def try_write(self, data: bytes) -> bool:
-        """False, and nothing written, when the part must go through ``send``: nobody is there, or reads slowly."""
+    def is_ready(self) -> bool:
+        """False when a part must go through ``send``: nobody is there, or reads slowly."""
         cycle = self._cycle
-        if not data:  # an empty chunk is how a body ends
-            return True
-        if self._flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.response_started:
-            return False
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        return True
+        return not (self._flow.write_paused or cycle.disconnected or cycle.response_complete) and cycle.response_started
+
+    def write(self, data: bytes) -> None:
+        if data:  # an empty chunk is how a body ends
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 class DeadlineProtocol(H11Protocol):

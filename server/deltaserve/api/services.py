@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -25,6 +25,7 @@ class OutputStream(Protocol):
     async def __anext__(self) -> RequestOutput: ...
     def abort(self) -> None: ...
     def stop(self, index: int) -> None: ...
+    def divert(self, sink: Callable[[RequestOutput], bool]) -> None: ...
 
 
 class Limits(Protocol):

@@ -28,16 +28,29 @@ _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 class DirectWriter(Protocol):
     """Writes a part of a response's body without ASGI's messages, which cost more than the part itself."""
 
-    def try_write(self, data: bytes) -> bool:
-        """False, and nothing written, when the part must be sent as an ASGI message (the client reads slowly)."""
+    def is_ready(self) -> bool:
+        """False when parts must be sent as ASGI messages: the client reads slowly, or has left."""
+
+    def write(self, data: bytes) -> None:
+        """Only where ``is_ready``; nothing comes between the two."""
 
 
 class Events(Protocol):
     """What an ``EventStream`` sends. Each method's bytes are whole events, possibly none."""
 
+    async def wait_for_first(self) -> None:
+        """Until there is something to send or it takes too long. What it raises gets an HTTP status of its own."""
+
     def opening(self) -> bytes: ...
+    def write_to(self, writer: DirectWriter) -> None:
+        """Steps that come while the iteration waits may be written at once."""
+
     def __aiter__(self) -> AsyncIterator[Any]: ...
     def tell(self, step: Any) -> bytes: ...
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps were told, so that the last one's bytes may go with the closing ones."""
+
     def closing(self) -> bytes: ...
     async def aclose(self) -> None: ...
 
@@ -62,11 +75,15 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer: DirectWriter | None = scope.get("extensions", {}).get(DIRECT_WRITER)
-        outcome = await run_while_connected(self._send_all(send, writer), receive)
+        try:
+            outcome = await run_while_connected(self._send_all(send, writer), receive)
+        finally:
+            await self._events.aclose()  # again, for ends before the first event
         if outcome is not None:
             scope.setdefault("state", {})["outcome"] = outcome
 
     async def _send_all(self, send: Send, writer: DirectWriter | None) -> str | None:
+        await self._events.wait_for_first()
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         outcome: str | None = None
         try:
@@ -85,9 +102,15 @@ class EventStream(Response):
         try:
             if opening := events.opening():
                 await send({"type": "http.response.body", "body": opening, "more_body": True})
+            if writer is not None:
+                events.write_to(writer)
             async for step in events:
                 data = events.tell(step)
-                if data and (writer is None or not writer.try_write(data)):
+                if events.is_over:
+                    return data + events.closing()
+                if writer is not None and writer.is_ready():
+                    writer.write(data)
+                elif data:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
             return events.closing()
         finally:

@@ -259,6 +259,8 @@ class Engine:
         self._tell(live)
 
     def _tell(self, live: LiveRequest) -> None:
+        if live.is_silent:
+            return
         output = live.take_output()
         self._outcome.outputs.append(output)
         if output.is_finished:

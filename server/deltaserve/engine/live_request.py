@@ -95,13 +95,19 @@ class LiveRequest:
             seq.finish_reason = reason
             self.deltas.append(SequenceDelta(seq.index, finish_reason=reason))
 
+    @property
+    def is_silent(self) -> bool:
+        """Nothing is to be told yet: whoever asked wants the whole answer at once."""
+        return not self.request.is_streamed and not self.is_finished
+
     def take_output(self) -> RequestOutput:
         """What has been collected since the last call."""
         prompt: tuple[TokenLogprob | None, ...] | None = None
         if not self.has_told_prompt and self.request.sampling.prompt_logprobs is not None:
             prompt = tuple(self.prompt_logprobs)
         self.has_told_prompt = True
-        deltas, self.deltas = tuple(self.deltas), []
+        deltas = tuple(self.deltas) if self.request.is_streamed else tuple(_merged(self.deltas))
+        self.deltas = []
         return RequestOutput(
             request_id=self.request.request_id,
             deltas=deltas,
@@ -125,3 +131,14 @@ class LiveRequest:
             itl_seconds=tuple(self.itl_seconds),
             e2e_seconds=now - self.arrival_seconds,
         )
+
+
+def _merged(deltas: list[SequenceDelta]) -> Iterator[SequenceDelta]:
+    """One delta for each sequence: all its tokens, and how it ended."""
+    by_index: dict[int, list[SequenceDelta]] = {}
+    for delta in deltas:
+        by_index.setdefault(delta.index, []).append(delta)
+    for index, own in by_index.items():
+        token_ids = tuple(token_id for delta in own for token_id in delta.token_ids)
+        logprobs = tuple(logprob for delta in own for logprob in delta.logprobs)
+        yield SequenceDelta(index, token_ids, logprobs, own[-1].finish_reason, own[-1].stop_token_id)

@@ -10,6 +10,9 @@ from types import TracebackType
 from deltaserve.core import RequestOutput
 from deltaserve.errors import DeltaserveError
 
+Sink = Callable[[RequestOutput], bool]
+"""Takes an output within the engine's delivery; False leaves it to whoever iterates."""
+
 
 class RequestStream:
     """``async for output in stream``: ends after the finished output, or raises the ``DeltaserveError`` of a failure.
@@ -21,7 +24,8 @@ class RequestStream:
         self.request_id = request_id
         self._abort = abort
         self._stop = stop
-        self._items: deque[RequestOutput | DeltaserveError] = deque()
+        self._items: deque[RequestOutput | Exception] = deque()
+        self._sink: Sink | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._is_complete = False  # the engine has nothing more to say
         self._is_aborted = False
@@ -39,9 +43,15 @@ class RequestStream:
             finally:
                 self._waiter = None
         item = self._items.popleft()
-        if isinstance(item, DeltaserveError):
+        if isinstance(item, Exception):
             raise item
         return item
+
+    def divert(self, sink: Sink) -> None:
+        """From now on ``sink`` is offered each output that comes while the reader waits for one: it costs no task's
+        waking. What the sink leaves, the finished output and failures come by iterating, so order is kept. What the
+        sink raises is raised to the reader."""
+        self._sink = sink
 
     def abort(self) -> None:
         """Stop the request and drop what it produced. Idempotent; fine on a finished stream."""
@@ -73,8 +83,18 @@ class RequestStream:
         """What a step produced; called on the event loop."""
         if self._is_aborted or self._is_complete:
             return
+        if isinstance(item, DeltaserveError) or item.is_finished:
+            self._is_complete = True
+        elif self._sink is not None and self._waiter is not None and not self._waiter.done():
+            # The reader has dealt with everything before and waits: only then may an output go past it.
+            try:
+                if self._sink(item):
+                    return
+            except Exception as error:  # one stream's bug; the other streams of this delivery go on
+                self._items.append(error)
+                self._wake()
+                return
         self._items.append(item)
-        self._is_complete = isinstance(item, DeltaserveError) or item.is_finished
         self._wake()
 
     def _wake(self) -> None:

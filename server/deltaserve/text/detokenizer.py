@@ -41,12 +41,12 @@ class IncrementalDetokenizer:
         self.num_chars = 0
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """Adds ids and returns the text that is certain now, possibly empty."""
-        text = ""
-        for token_id in token_ids:
-            if self._is_visible(token_id):
-                self._ids.append(token_id)
-                text += self._advance()
+        """Adds ids and returns the text that is certain now, possibly empty. Many at once are decoded once."""
+        visible = [token_id for token_id in token_ids if self._is_visible(token_id)]
+        if not visible:
+            return ""
+        self._ids += visible
+        text = self._advance()
         self.num_chars += len(text)
         return text
 

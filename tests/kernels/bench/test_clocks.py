@@ -54,7 +54,7 @@ def test_the_host_is_alive_and_described() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, whose clock it is")
 def test_device_clocks_time_what_really_ran() -> None:
     """Other tests may run on the device meanwhile, so times are only bounded from below: by a speed no memory has."""
     device = torch.device("cuda")

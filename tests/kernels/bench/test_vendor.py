@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
+    pytest.skip("triton is not installed, and the programs under test are written in it", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[3]
 VLLM = {

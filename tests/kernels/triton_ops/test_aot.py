@@ -25,6 +25,7 @@ from deltaserve_kernels.triton_ops import (
     blocks,
     lora,
     lora_programs,
+    members,
     norm_kernels,
     rotary,
     row_items,
@@ -64,7 +65,7 @@ def of_kernel(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in constants.items() if name in kernel.arg_names}
 
 
-QKV = lora.place_of([4096, 1024, 1024], [0, 4096, 5120])
+QKV = members.place_of([4096, 1024, 1024], [0, 4096, 5120])
 
 
 def shrink_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:

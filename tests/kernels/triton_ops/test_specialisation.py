@@ -26,7 +26,7 @@ from triton.runtime import jit
 
 from deltaserve.engine.batch import ScheduledSequence
 from deltaserve.engine.model_runner import ModelRunner
-from deltaserve.model.base import load_base
+from deltaserve.model.base import BaseModel, load_base
 from deltaserve_kernels import (
     BlockTables,
     LoraTables,
@@ -156,12 +156,21 @@ def prompts(draw: random.Random, num_blocks: int) -> list[ScheduledSequence]:
     return batch
 
 
+def loaded(architecture: str, dtype: torch.dtype, folder: Path) -> BaseModel:
+    """As on a GPU, where nothing is packed or fused for the C++ operators: that is decided while a base is loaded."""
+    before = use_backend("reference")
+    try:
+        return load_base(build_tiny_model(architecture, folder), dtype=dtype, cache_dir=folder / "cache")
+    finally:
+        use_backend(before)
+
+
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_no_architecture_looks_into_a_tensor_in_a_decode_pass(
     architecture: str, binaries: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A look would be a sync in every step, and what it saw would be frozen in the graph. Kernels do not run here."""
-    base = load_base(build_tiny_model(architecture, tmp_path), dtype=torch.float32, cache_dir=tmp_path / "cache")
+    base = loaded(architecture, torch.float32, tmp_path)
     monkeypatch.setattr(triton_ops, "unavailable_reason", lambda device: None)
     monkeypatch.setattr(guard, "may_look", lambda tensor: False)
     before = use_backend("triton")
@@ -180,7 +189,7 @@ def test_serving_compiles_nothing_after_the_warm_up(
     architecture: str, has_graphs: bool, binaries: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Warm-up meets an empty server; then adapters of any kind come, in steps of every shape."""
-    base = load_base(build_tiny_model(architecture, tmp_path), dtype=torch.bfloat16, cache_dir=tmp_path / "cache")
+    base = loaded(architecture, torch.bfloat16, tmp_path)
     monkeypatch.setattr(triton_ops, "unavailable_reason", lambda device: None)
     monkeypatch.setattr(guard, "may_look", lambda tensor: False)
     before = use_backend("triton")
