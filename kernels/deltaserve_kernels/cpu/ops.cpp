@@ -131,8 +131,10 @@ struct Strip {
 struct Ahead {
   const Strip* strips;
   int64_t num_strips, offset;  // bytes from the strips' starts
-  int64_t rows_at_once;
-  int64_t row = 0;
+  int64_t num_rows;            // of all strips
+  int64_t rows_at_once = 0, row = 0;
+
+  DS_INLINE void spread(int64_t steps) { rows_at_once = (num_rows + steps - 1) / steps; }
 
   DS_INLINE void step() {
     for (int64_t i = 0; i < rows_at_once && num_strips > 0; ++i) {
