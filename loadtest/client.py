@@ -181,26 +181,40 @@ async def ask(
 ) -> None:
     """One streamed, greedy completion; fills ``answer``. Never raises for what the server did.
 
+    A server may close a connection that was idle just when a request is sent over it (llama.cpp's does). Such a request
+    goes once more over a new connection, as every client library sends it; the lost time counts.
+
     With ``settled`` False the caller settles the answer when the run is over: reading JSON during it would take time
     from a server on the same cores.
     """
     body = target.body(answer.request, ignore_eos=ignore_eos)
     answer.sent = time.monotonic() - start
     try:
-        async with session.post(f"{target.url}/v1/completions", json=body) as response:
-            answer.status = response.status
-            answer.version = response.headers.get("x-adapter-version", "")
-            if response.status != 200:
-                answer.error = f"{response.status} {(await response.text())[:200]}"
-                return
-            async for received in response.content.iter_any():
-                answer.raw.append((time.monotonic() - start, received))
+        try:
+            await _receive(session, target, body, answer, start)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if answer.status:
+                raise
+            await _receive(session, target, body, answer, start)
     except (aiohttp.ClientError, TimeoutError, ValueError) as failure:
         answer.error = f"{type(failure).__name__}: {failure}"
     finally:
         answer.finished = time.monotonic() - start
         if settled:
             answer.settle()
+
+
+async def _receive(
+    session: aiohttp.ClientSession, target: Target, body: dict[str, Any], answer: Answer, start: float
+) -> None:
+    async with session.post(f"{target.url}/v1/completions", json=body) as response:
+        answer.status = response.status
+        answer.version = response.headers.get("x-adapter-version", "")
+        if response.status != 200:
+            answer.error = f"{response.status} {(await response.text())[:200]}"
+            return
+        async for received in response.content.iter_any():
+            answer.raw.append((time.monotonic() - start, received))
 
 
 async def _watch_lag(stop: asyncio.Event) -> float:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from loadtest.client import require_loopback
+from loadtest.client import Answer, Target, ask, open_session, require_loopback
 from loadtest.load import arguments, main
+from loadtest.workload import PlannedRequest
 
 CHUNKS = 3
 
@@ -90,6 +91,40 @@ def test_an_answer_that_changes_under_load_is_found(tmp_path: Path) -> None:
     code, report = asyncio.run(drive(app, tmp_path))
     assert code == 1
     assert {model for model, _ in report["correctness"]["mismatches"]} == {"a"}
+
+
+def test_a_connection_closed_while_idle_costs_no_answer_but_one_closed_in_an_answer_does() -> None:
+    answers = asyncio.run(two_requests(b"data: [DONE]\n\n"))
+    assert [answer.status for answer in answers] == [200, 200]
+    assert not any(answer.error and "Disconnected" in answer.error for answer in answers)
+    broken = asyncio.run(two_requests(None))
+    assert all(answer.status == 200 and "ClientPayloadError" in str(answer.error) for answer in broken)
+
+
+async def two_requests(content: bytes | None) -> list[Answer]:
+    """Of one session, to a server that offers to keep the connection and closes it when the next request comes; with
+    None it closes within the answer."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(
+            next(line.split(b":")[1] for line in head.split(b"\r\n") if line.lower().startswith(b"content-length"))
+        )
+        await reader.readexactly(length)
+        promised = 100 if content is None else len(content)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % promised + (content or b""))
+        await writer.drain()
+        if content is not None:
+            await reader.read(1)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    target = Target(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "base")
+    answers = [Answer(PlannedRequest(i, 0.0, "base", "x", 1)) for i in range(2)]
+    async with server, open_session() as session:
+        for answer in answers:
+            await ask(session, target, answer, 0.0, True)
+    return answers
 
 
 def test_refusals_and_cut_streams_are_failures_not_answers(tmp_path: Path) -> None:
