@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from deltaserve.cli.openmp import let_threads_sleep
 from deltaserve.config import DEFAULT_STORE, EngineConfig, ServeConfig, parse_bytes
 from deltaserve.errors import ConfigError
 
@@ -73,6 +74,7 @@ def serve(
             adapter_slots=adapter_slots,
         ),
     )
+    let_threads_sleep()
     from deltaserve.cli.server_process import run_server
 
     raise typer.Exit(run_server(config))
