@@ -26,6 +26,9 @@ def main(arguments: list[str]) -> int:
         cpu.main(rest)
         return 0
     if command == "step":
+        from deltaserve.openmp import let_threads_sleep
+
+        let_threads_sleep()  # as the server does
         from deltabench import cpu_step
 
         return cpu_step.main(rest)

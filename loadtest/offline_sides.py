@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from deltaserve.openmp import let_threads_sleep
 from loadtest.lean_client import Plan, run_closed_loop
 from loadtest.peers.peer import PeerFailed
 
@@ -80,6 +81,7 @@ def cpu_seconds(pid: int, thread: int | None = None) -> float:
 def child(words: Sequence[str], threads: int, log: Path) -> Iterator[subprocess.Popen[str]]:
     """A process of this Python whose pipes are text; it is ended, however this ends. What it logs goes to ``log``."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    let_threads_sleep(environment)  # both sides wait as the server does
     with log.open("w") as words_of_it:
         process = subprocess.Popen(
             [sys.executable, *words],

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from deltaserve.cli.openmp import SPINS
+from deltaserve.openmp import SPINS
 
 SERVE = """
 import sys, types

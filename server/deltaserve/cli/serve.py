@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from deltaserve.cli.openmp import let_threads_sleep
 from deltaserve.config import DEFAULT_STORE, EngineConfig, ServeConfig, parse_bytes
 from deltaserve.errors import ConfigError
+from deltaserve.openmp import let_threads_sleep
 
 
 def serve(
