@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 
 Kind = Literal["lora", "sparse"]
-FileFormat = Literal["peft-lora", "peft-shira", "deltaserve-sparse"]
+FileFormat = str
+"""``peft-`` and the PEFT type in lower case, or ``deltaserve-sparse``."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraDelta:
     """``W + scaling * b @ a`` with ``a [r, in_features]`` and ``b [out_features, r]``, in the dtype of the file.
 
-    The orientation is that of ``W [out, in]`` also where the base stores its weight transposed.
+    The orientation is that of ``W [out, in]`` also where the base stores its weight transposed. ``dense`` is given
+    where ``a`` and ``b`` were converted from another parametrisation: it makes the same delta, float32 ``[out, in]``,
+    by that method's own formula from the file's tensors, so that the conversion can be proven like everything else.
     """
 
     module: str
     a: Tensor
     b: Tensor
     scaling: float
+    dense: Callable[[], Tensor] | None = field(default=None, repr=False)
 
     @property
     def rank(self) -> int:

@@ -471,7 +471,7 @@ _HEADER = (
 
 _KINDS = tuple(
     _config("peft_type", kind, "unsupported_kind")
-    for kind in ("ADALORA", "IA3", "VERA", "PREFIX_TUNING", "XLORA", "OFT", "MISS", "NO_SUCH_KIND")
+    for kind in ("BOFT", "PREFIX_TUNING", "XLORA", "OFT", "RANDLORA", "FOURIERFT", "NO_SUCH_KIND", ["LORA"])
 )
 
 _CONFIG = (

@@ -74,7 +74,8 @@ def dense_delta(adapter: ParsedAdapter | FoldedAdapter, linear: str, spec: BaseS
         if delta.module != linear:
             continue
         if isinstance(delta, LoraDelta):
-            dense += delta.scaling * (delta.b.float() @ delta.a.float())
+            # A converted delta is checked against its own method's formula, not against the conversion.
+            dense += delta.dense() if delta.dense is not None else delta.scaling * (delta.b.float() @ delta.a.float())
         else:
             dense.index_put_((delta.rows.long(), delta.cols.long()), delta.values.float(), accumulate=True)
     return dense

@@ -1,0 +1,157 @@
+"""Damaged adapters of the converted PEFT types, for the base of ``adapter_corpus``. No case needs PEFT.
+
+A good file is filled from the reader's own list of tensors (that this is PEFT's list, the parity tests show). Every
+type gets the same damage to every one of its tensors, and what can only go wrong with that type.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from deltaserve_store.formats.peft_kinds.reader import TensorRule
+from deltaserve_store.formats.peft_kinds.table import READERS
+from deltatest.adapter_corpus import (
+    CONFIG,
+    PREFIX,
+    TENSORS,
+    BadAdapter,
+    corpus_base,
+    edit_config,
+    edit_tensors,
+    set_value,
+)
+
+V0 = "model.layers.0.self_attn.v_proj"
+V0_TENSOR = f"{PREFIX}{V0}"
+TARGETED = ("q_proj", "v_proj")
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "adalora": {"init_r": 3, "r": 8, "lora_alpha": 6, "rank_pattern": {f"{V0}.lora_E": [True, False, True]}},
+}
+
+
+def write_good_kind(folder: Path, kind: str) -> Path:
+    """An adapter of ``kind`` on ``q_proj`` and ``v_proj`` of both layers, with random values."""
+    folder.mkdir(parents=True, exist_ok=True)
+    reader_type = READERS[kind.upper()]
+    config = {
+        "peft_type": kind.upper(),
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "tests/corpus-base",
+        "target_modules": list(TARGETED),
+        **CONFIGS[kind],
+    }
+    linears = tuple(linear for name, linear in corpus_base().linears.items() if name.endswith(TARGETED))
+    reader = reader_type(config, linears, CONFIG)
+    rules = dict(reader.shared_layout())
+    for linear in linears:
+        rules.update({f"{PREFIX}{linear.name}.{suffix}": rule for suffix, rule in reader.layout(linear).items()})
+    generator = torch.Generator().manual_seed(0)
+    save_file({name: _random(rule, generator) for name, rule in rules.items()}, folder / TENSORS)
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
+
+
+def _random(rule: TensorRule, generator: torch.Generator) -> torch.Tensor:
+    if "F32" in rule.dtypes:
+        return torch.randn(rule.shape, generator=generator)
+    count = 1
+    for size in rule.shape:
+        count *= size
+    return torch.arange(count, dtype=torch.int32 if "I32" in rule.dtypes else torch.int64).reshape(rule.shape)
+
+
+GOOD_KINDS: dict[str, Callable[[Path], Path]] = {kind: partial(write_good_kind, kind=kind) for kind in CONFIGS}
+
+
+def _tensor_names(kind: str) -> Iterator[tuple[str, TensorRule]]:
+    """Shared tensors, and those of one linear."""
+    config = {"target_modules": list(TARGETED), **CONFIGS[kind]}
+    linears = tuple(linear for name, linear in corpus_base().linears.items() if name.endswith(TARGETED))
+    reader = READERS[kind.upper()](config, linears, CONFIG)
+    yield from reader.shared_layout().items()
+    for suffix, rule in reader.layout(corpus_base().linears[V0]).items():
+        yield f"{V0_TENSOR}.{suffix}", rule
+
+
+def _damage(kind: str) -> Iterator[BadAdapter]:
+    """What is tried with every tensor of every type, and with every config."""
+    for name, rule in _tensor_names(kind):
+        short = name.removeprefix(f"{V0_TENSOR}.")
+        longer = (*rule.shape[:-1], rule.shape[-1] + 1)
+
+        def case(what: str, code: str, value: Any, name: str = name, short: str = short) -> BadAdapter:
+            return BadAdapter(f"{short} {what}", kind, edit_tensors({name: value}), ((code, name),))
+
+        yield case("missing", "missing_tensor", None)
+        yield case("of another shape", "shape_mismatch", lambda old, shape=longer: torch.ones(shape, dtype=old.dtype))
+        yield case("of one more dimension", "shape_mismatch", lambda old: old.reshape(1, -1, 1)[:, :, :])
+        if "F32" in rule.dtypes:
+            yield case("with NaN", "non_finite", set_value(float("nan")))
+            yield case("with infinity", "non_finite", lambda old: set_value(float("-inf"))(old.bfloat16()))
+            yield case("with a huge value", "value_out_of_range", set_value(1e30))
+            yield case("of integers", "unsupported_dtype", lambda old: old.to(torch.int32))
+        else:
+            yield case("of floats", "unsupported_dtype", lambda old: old.float())
+    stray = f"{PREFIX}model.layers.0.mlp.down_proj.lora_A.weight"
+    yield BadAdapter("a stray tensor", kind, edit_tensors({stray: torch.ones(4, 24)}), (("unexpected_tensor", stray),))
+    for field, value, code in (
+        ("wings", 2, "unknown_field"),
+        ("target_modules", ".*_proj", "regex_target"),
+        ("target_modules", ["q_proj", "lm_head"], "unsupported_target"),
+        ("task_type", "SEQ_CLS", "unsupported_feature"),
+        ("modules_to_save", ["lm_head"], "unsupported_feature"),
+        ("bias", "all", "unsupported_feature"),
+    ):
+        if field in READERS[kind.upper()].fields or field == "wings":
+            name = f"{field}={json.dumps(value)}"
+            yield BadAdapter(name, kind, edit_config(**{field: value}), ((code, f"{CONFIG}:{field}"),))
+
+
+def _config(kind: str, field: str, value: Any, code: str, *, is_exact: bool = True) -> BadAdapter:
+    name = f"config {field}={json.dumps(value)[:60] if value is not ... else 'missing'}"
+    return BadAdapter(name, kind, edit_config(**{field: value}), ((code, f"{CONFIG}:{field}"),), is_exact=is_exact)
+
+
+def _reasons(kind: str, name: str, spoil: Callable[[Path], None], *reasons: tuple[str, str]) -> BadAdapter:
+    """A case whose reasons are among others (one wrong rank misshapes every tensor)."""
+    return BadAdapter(name, kind, spoil, reasons, is_exact=False)
+
+
+_ADALORA = (
+    _config("adalora", "init_r", ..., "missing_field"),
+    _config("adalora", "init_r", 0, "rank_out_of_range"),
+    _config("adalora", "use_rslora", True, "unsupported_feature"),
+    _config("adalora", "use_dora", True, "unsupported_feature"),
+    _reasons(
+        "adalora", "another init_r", edit_config(init_r=4, rank_pattern=None), ("shape_mismatch", f"{V0_TENSOR}.lora_A")
+    ),
+    _reasons("adalora", "flags lost", edit_config(rank_pattern=None), ("shape_mismatch", f"{V0_TENSOR}.lora_E")),
+    BadAdapter(
+        "too few flags",
+        "adalora",
+        edit_config(rank_pattern={f"{V0}.lora_E": [True, True]}),
+        (("invalid_value", f"{CONFIG}:rank_pattern:{V0}.lora_E"),),
+    ),
+    BadAdapter(
+        "flags of no linear",
+        "adalora",
+        edit_config(rank_pattern={"model.layers.9.self_attn.v_proj.lora_E": [True, True, False]}),
+        (("target_not_found", f"{CONFIG}:rank_pattern:model.layers.9.self_attn.v_proj.lora_E"),),
+    ),
+    BadAdapter(
+        "no direction left",
+        "adalora",
+        edit_config(rank_pattern={f"{V0}.lora_E": [False, False, False]}),
+        (("rank_out_of_range", V0),),
+    ),
+)
+
+KIND_CORPUS: tuple[BadAdapter, ...] = (*(case for kind in CONFIGS for case in _damage(kind)), *_ADALORA)
