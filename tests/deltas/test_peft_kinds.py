@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm
 from deltaserve.engine.batch import ScheduledPart
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve_kernels import LoraTables, SparseTables
+from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.formats import read_adapter
+from deltaserve_store.formats.peft_kinds import vera
+from deltaserve_store.formats.peft_kinds.products import split
 from deltaserve_store.formats.peft_kinds.table import READERS
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter
 from deltatest.paged_driver import PagedDriver
-from deltatest.peft_adapters import base_logits, make_peft_lora, peft_logits
+from deltatest.peft_adapters import base_logits, edit_config, make_peft_lora, peft_logits
 from deltatest.peft_kinds import CASES, make_kind, merged_deltas
 from deltatest.tiny_models import build_tiny_model
 
@@ -126,3 +130,32 @@ def test_every_field_of_the_installed_peft_is_known(name: str) -> None:
     config = getattr(peft, CASES[name].config)
     rules = READERS[config.__name__.removesuffix("Config").upper()].fields
     assert {entry.name for entry in dataclasses.fields(config)} - {"runtime_config"} <= set(rules)
+
+
+def test_a_seed_is_refused_where_the_generator_draws_other_numbers(
+    base: BaseModel, shelf: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert vera.is_known_generator()
+    monkeypatch.setattr(vera, "_KNOWN_DRAW", (0.0, 0.0, 0.0))
+    with pytest.raises(AdapterInvalid) as raised:
+        read(shelf["vera-seed"], base)
+    assert [(reason.code, reason.where) for reason in raised.value.reasons] == [
+        ("seed_not_usable", "adapter_config.json:projection_prng_key")
+    ]
+    read(shelf["vera"], base)
+
+
+def test_another_seed_is_another_adapter(base: BaseModel, shelf: dict[str, Path], tmp_path: Path) -> None:
+    """The seed is applied, not only accepted."""
+    other = Path(shutil.copytree(shelf["vera-seed"], tmp_path / "other"))
+    edit_config(other, projection_prng_key=12)
+    one, two = (read(folder, base).deltas[0] for folder in (shelf["vera-seed"], other))
+    assert not torch.equal(one.a, two.a)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 12, 36, 64, 97, 127, 128, 360, 4096])
+@pytest.mark.parametrize("factor", [-1, 1, 2, 4, 7, 8, 100])
+def test_lokr_shapes_are_those_of_peft(size: int, factor: int) -> None:
+    from peft.tuners.lokr.layer import factorization
+
+    assert split(size, factor) == factorization(size, factor)

@@ -34,6 +34,11 @@ TARGETED = ("q_proj", "v_proj")
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "adalora": {"init_r": 3, "r": 8, "lora_alpha": 6, "rank_pattern": {f"{V0}.lora_E": [True, False, True]}},
+    "vera": {"r": 4, "projection_prng_key": 3, "save_projection": True},
+    "loha": {"r": 2, "alpha": 4},
+    "lokr": {"r": 1, "alpha": 4},
+    "miss": {"r": 4},
+    "gralora": {"r": 4, "alpha": 8, "gralora_k": 2, "hybrid_r": 1},
 }
 
 
@@ -115,9 +120,9 @@ def _damage(kind: str) -> Iterator[BadAdapter]:
             yield BadAdapter(name, kind, edit_config(**{field: value}), ((code, f"{CONFIG}:{field}"),))
 
 
-def _config(kind: str, field: str, value: Any, code: str, *, is_exact: bool = True) -> BadAdapter:
+def _config(kind: str, field: str, value: Any, code: str) -> BadAdapter:
     name = f"config {field}={json.dumps(value)[:60] if value is not ... else 'missing'}"
-    return BadAdapter(name, kind, edit_config(**{field: value}), ((code, f"{CONFIG}:{field}"),), is_exact=is_exact)
+    return BadAdapter(name, kind, edit_config(**{field: value}), ((code, f"{CONFIG}:{field}"),))
 
 
 def _reasons(kind: str, name: str, spoil: Callable[[Path], None], *reasons: tuple[str, str]) -> BadAdapter:
@@ -154,4 +159,73 @@ _ADALORA = (
     ),
 )
 
-KIND_CORPUS: tuple[BadAdapter, ...] = (*(case for kind in CONFIGS for case in _damage(kind)), *_ADALORA)
+_VERA = (
+    _config("vera", "r", ..., "missing_field"),
+    _config("vera", "projection_prng_key", "5", "invalid_value"),
+    _config("vera", "projection_prng_key", 1 << 70, "invalid_value"),
+    _reasons("vera", "another r", edit_config(r=5), ("shape_mismatch", "base_model.vera_A")),
+    BadAdapter(
+        "projections that the config says are not there",
+        "vera",
+        edit_config(save_projection=False),
+        (("unexpected_tensor", "base_model.vera_A"), ("unexpected_tensor", "base_model.vera_B")),
+    ),
+    _reasons(
+        "vera",
+        "projections of a narrower base",
+        edit_tensors({"base_model.vera_A": torch.ones(4, 8), "base_model.vera_B": torch.ones(8, 4)}),
+        ("shape_mismatch", "base_model.vera_A"),
+        ("shape_mismatch", "base_model.vera_B"),
+    ),
+)
+
+_PRODUCTS = (
+    _reasons("loha", "another r", edit_config(r=3), ("shape_mismatch", f"{V0_TENSOR}.hada_w1_a")),
+    _reasons("loha", "an exact rank of 1089", edit_config(r=33), ("rank_out_of_range", V0)),
+    BadAdapter(
+        "a pattern of rank 0",
+        "loha",
+        edit_config(rank_pattern={"q_proj": 0}),
+        (("rank_out_of_range", f"{CONFIG}:rank_pattern:q_proj"),),
+    ),
+    _config("loha", "fan_in_fan_out", False, "unknown_field"),
+    _config("loha", "alpha", 0, "invalid_value"),
+    _reasons("lokr", "another factor", edit_config(decompose_factor=2), ("shape_mismatch", f"{V0_TENSOR}.lokr_w1")),
+    _reasons("lokr", "another split", edit_config(r=8), ("missing_tensor", f"{V0_TENSOR}.lokr_w2")),
+    _config("lokr", "decompose_factor", 0, "invalid_value"),
+    _config("lokr", "decompose_both", 1, "invalid_value"),
+)
+
+_BLOCKS = (
+    _config("miss", "init_weights", "bat", "unsupported_feature"),
+    _reasons("miss", "another r", edit_config(r=5), ("shape_mismatch", f"{V0_TENSOR}.miss_block")),
+    _reasons("miss", "more rows than inputs", edit_config(r=17), ("rank_out_of_range", f"{CONFIG}:r")),
+    _reasons(
+        "miss",
+        "a width that does not divide",
+        edit_config(init_weights="mini", mini_r=3),
+        ("invalid_value", f"{CONFIG}:mini_r"),
+    ),
+    _reasons("gralora", "a k that does not divide", edit_config(gralora_k=3), ("invalid_value", f"{CONFIG}:gralora_k")),
+    _reasons("gralora", "another k", edit_config(gralora_k=4), ("shape_mismatch", f"{V0_TENSOR}.gralora_A")),
+    _config("gralora", "hybrid_r", -1, "rank_out_of_range"),
+    BadAdapter(
+        "hybrid factors that the config does not tell of",
+        "gralora",
+        edit_config(hybrid_r=0),
+        tuple(
+            ("unexpected_tensor", f"{PREFIX}model.layers.{layer}.self_attn.{name}.gralora_{part}_general.weight")
+            for layer in range(2)
+            for name in TARGETED
+            for part in "AB"
+        ),
+    ),
+)
+
+KIND_CORPUS: tuple[BadAdapter, ...] = (
+    *(case for kind in CONFIGS for case in _damage(kind)),
+    *_ADALORA,
+    *_VERA,
+    *_PRODUCTS,
+    *_BLOCKS,
+)

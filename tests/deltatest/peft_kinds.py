@@ -47,6 +47,22 @@ def _prune(wrapped: Any) -> None:
 CASES: dict[str, KindCase] = {
     "adalora": KindCase("AdaLoraConfig", {"init_r": 4, "lora_alpha": 16, "total_step": 10}, 0.3),
     "adalora-pruned": KindCase("AdaLoraConfig", {"init_r": 4, "lora_alpha": 8, "total_step": 10}, 0.3, _prune),
+    "vera": KindCase("VeraConfig", {"r": 6, "projection_prng_key": 5}, 0.5),
+    "vera-seed": KindCase("VeraConfig", {"r": 6, "projection_prng_key": 11, "save_projection": False}, 0.5),
+    "loha": KindCase("LoHaConfig", {"r": 3, "alpha": 6}, 0.3),
+    "loha-patterns": KindCase(
+        "LoHaConfig",
+        {"r": 2, "alpha": 4, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"layers.1.mlp.up_proj": 8}},
+        0.3,
+    ),
+    "lokr": KindCase("LoKrConfig", {"r": 2, "alpha": 4}, 0.3),
+    "lokr-both": KindCase("LoKrConfig", {"r": 2, "alpha": 4, "decompose_both": True, "decompose_factor": 4}, 0.4),
+    "lokr-whole": KindCase("LoKrConfig", {"r": 16, "alpha": 32, "rank_pattern": {"v_proj": 3}}, 0.1),
+    "miss": KindCase("MissConfig", {"r": 8}, 0.05),
+    "miss-ragged": KindCase("MissConfig", {"r": 7}, 0.05),
+    "miss-mini": KindCase("MissConfig", {"r": 8, "mini_r": 16, "init_weights": "mini"}, 0.05),
+    "gralora": KindCase("GraloraConfig", {"r": 4, "alpha": 8, "gralora_k": 2}, 0.2),
+    "gralora-hybrid": KindCase("GraloraConfig", {"r": 8, "alpha": 8, "gralora_k": 4, "hybrid_r": 3}, 0.2),
 }
 
 

@@ -189,7 +189,8 @@ LORA_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
         "init_lora_weights": FieldRule(
             "understood",
             one_of(True, False, "gaussian", "orthogonal", "eva"),
-            "true, false, gaussian, orthogonal or eva (others change the base; save with path_initial_model_for_weight_conversion)",
+            "true, false, gaussian, orthogonal or eva (others change the base; save with "
+            "path_initial_model_for_weight_conversion)",
             "unsupported_feature",
         ),
         "lora_dropout": FRACTION,

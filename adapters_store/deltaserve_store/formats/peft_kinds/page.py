@@ -47,10 +47,10 @@ _INITIAL = """
 ## LoRA that changes the base at its start
 
 PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base before they train. A file of such a training fits only that
-changed base, and is refused (`unsupported_feature`) as long as its `init_lora_weights` names the method. PEFT turns PiSSA, OLoRA
-and CorDA into a plain LoRA of twice the rank: `save_pretrained(folder, path_initial_model_for_weight_conversion=first)`,
-where `first` is the folder of the adapter as it was before training. The result says `init_lora_weights: true` and is
-served as any LoRA.
+changed base, and is refused (`unsupported_feature`) as long as its `init_lora_weights` names the method. PEFT can save
+PiSSA, OLoRA and CorDA as a plain LoRA of twice the rank: give `save_pretrained` the option
+`path_initial_model_for_weight_conversion` with the folder of the adapter as it was before training. The result says
+`init_lora_weights: true` and is served as any LoRA.
 
 ## Refused by name
 

@@ -160,8 +160,18 @@ def _check_layout(reader: PeftReader, tensors: TensorFile, base: BaseSpec, findi
         check_dtype(info, rule.dtypes, findings)
         check_shape(info, rule.shape, "by config and base", findings)
     for name in tensors.header.tensors:
-        if name not in expected:
+        if name in expected:
+            continue
+        if _is_at_a_linear(name, base) or not name.startswith(PEFT_PREFIX):
+            findings.add("unexpected_tensor", name, "a tensor the config does not account for", "only those it implies")
+        else:
             name_stray_tensor(name, base, findings)
+
+
+def _is_at_a_linear(name: str, base: BaseSpec) -> bool:
+    """Whether the name is a linear of the base followed by something."""
+    module = name.removeprefix(PEFT_PREFIX)
+    return any(module[:end] in base.linears for end, letter in enumerate(module) if letter == ".")
 
 
 def _read(name: str, tensors: TensorFile, findings: Findings) -> Tensor:

@@ -8,9 +8,12 @@ from typing import Any
 
 from deltaserve_store.findings import refuse
 from deltaserve_store.formats.peft_kinds.adalora import AdaLora
+from deltaserve_store.formats.peft_kinds.blocks import GraLora, Miss
+from deltaserve_store.formats.peft_kinds.products import LoHa, LoKr
 from deltaserve_store.formats.peft_kinds.reader import PeftReader
+from deltaserve_store.formats.peft_kinds.vera import Vera
 
-_ALL: tuple[type[PeftReader], ...] = (AdaLora,)
+_ALL: tuple[type[PeftReader], ...] = (AdaLora, Vera, LoHa, LoKr, Miss, GraLora)
 READERS: Mapping[str, type[PeftReader]] = MappingProxyType({reader.peft_type: reader for reader in _ALL})
 """Types that are converted. ``LORA`` and ``SHIRA`` have readers of their own: they need no conversion."""
 
@@ -55,15 +58,10 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "PSOFT": _NOT_YET,
         "SUPERTUNING": _NOT_YET,
         "UNILORA": _NOT_YET,
-        "MISS": _NOT_YET,
-        "GRALORA": _NOT_YET,
         "DELORA": _NOT_YET,
         "HRA": _NOT_YET,
-        "LOHA": _NOT_YET,
-        "LOKR": _NOT_YET,
         "TINYLORA": _NOT_YET,
         "VBLORA": _NOT_YET,
-        "VERA": _NOT_YET,
         "WAVEFT": _AS_LORA,
         "XLORA": "it is a router over several adapters; upload those one by one",
     }
