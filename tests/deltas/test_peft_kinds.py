@@ -117,7 +117,7 @@ def test_all_kinds_in_one_batch_equal_peft_and_folded_weights(
 
 
 def test_every_reader_has_a_case() -> None:
-    assert {CASES[name].config.removesuffix("Config").upper() for name in CASES} == set(READERS)
+    assert {case.config.removesuffix("Config").upper() for case in CASES.values()} == set(READERS)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -39,6 +39,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lokr": {"r": 1, "alpha": 4},
     "miss": {"r": 4},
     "gralora": {"r": 4, "alpha": 8, "gralora_k": 2, "hybrid_r": 1},
+    "delora": {"r": 3},
+    "vblora": {"r": 2, "num_vectors": 6, "vector_length": 4, "topk": 2},
+    "unilora": {"r": 2, "theta_d_length": 40, "save_indices": True},
+    "tinylora": {"r": 2, "u": 3, "weight_tying": 1.0},
+    "supertuning": {"sparsity": 0.9},
 }
 
 
@@ -70,7 +75,7 @@ def _random(rule: TensorRule, generator: torch.Generator) -> torch.Tensor:
     count = 1
     for size in rule.shape:
         count *= size
-    return torch.arange(count, dtype=torch.int32 if "I32" in rule.dtypes else torch.int64).reshape(rule.shape)
+    return (torch.arange(count) % 40).to(torch.int32 if "I32" in rule.dtypes else torch.int64).reshape(rule.shape)
 
 
 GOOD_KINDS: dict[str, Callable[[Path], Path]] = {kind: partial(write_good_kind, kind=kind) for kind in CONFIGS}
@@ -128,6 +133,10 @@ def _config(kind: str, field: str, value: Any, code: str) -> BadAdapter:
 def _reasons(kind: str, name: str, spoil: Callable[[Path], None], *reasons: tuple[str, str]) -> BadAdapter:
     """A case whose reasons are among others (one wrong rank misshapes every tensor)."""
     return BadAdapter(name, kind, spoil, reasons, is_exact=False)
+
+
+def _raise(amount: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda old: old + amount
 
 
 _ADALORA = (
@@ -219,6 +228,66 @@ _BLOCKS = (
             for name in TARGETED
             for part in "AB"
         ),
+    ),
+)
+
+_INDICES = f"{V0_TENSOR}.unilora_indices_B"
+_POSITIONS = f"{V0_TENSOR}.supertuning_indices"
+_SPREAD = (
+    _reasons("delora", "another r", edit_config(r=4), ("shape_mismatch", f"{V0_TENSOR}.delora_A")),
+    _reasons(
+        "delora",
+        "a rank of one linear",
+        edit_config(rank_pattern={"v_proj": 2}),
+        ("shape_mismatch", f"{V0_TENSOR}.delora_B"),
+    ),
+    _config("vblora", "save_only_topk_weights", True, "unsupported_feature"),
+    _config("vblora", "topk", 7, "invalid_value"),
+    _config("vblora", "vector_length", ..., "missing_field"),
+    _reasons(
+        "vblora", "vectors that do not fit", edit_config(vector_length=5), ("invalid_value", f"{CONFIG}:vector_length")
+    ),
+    _reasons("vblora", "another bank", edit_config(num_vectors=7), ("shape_mismatch", "base_model.vblora_vector_bank")),
+    _config("unilora", "save_indices", False, "seed_not_usable"),
+    _config("unilora", "save_indices", ..., "missing_field"),
+    BadAdapter(
+        "an index beyond theta", "unilora", edit_tensors({_INDICES: _raise(1000)}), (("index_out_of_range", _INDICES),)
+    ),
+    BadAdapter(
+        "an index below 0", "unilora", edit_tensors({_INDICES: _raise(-1000)}), (("index_out_of_range", _INDICES),)
+    ),
+    _config("tinylora", "weight_tying", 0.0, "unsupported_feature"),
+    _config("tinylora", "weight_tying", ..., "missing_field"),
+    _config("tinylora", "save_projection", False, "seed_not_usable"),
+    _reasons("tinylora", "another u", edit_config(u=4), ("shape_mismatch", f"{V0_TENSOR}.tinylora_P")),
+    BadAdapter(
+        "vectors of more groups",
+        "tinylora",
+        edit_tensors({"base_model.tinylora_v.1": torch.ones(3)}),
+        (("unexpected_tensor", "base_model.tinylora_v.1"),),
+    ),
+    _config("supertuning", "save_precomputed_indices", False, "seed_not_usable"),
+    _config("supertuning", "r", 4, "unsupported_feature"),
+    _config("supertuning", "sparsity", 1.0, "invalid_value"),
+    _reasons("supertuning", "another share", edit_config(sparsity=0.8), ("shape_mismatch", _POSITIONS)),
+    _reasons("supertuning", "a share of nothing", edit_config(sparsity=0.999), ("invalid_value", f"{CONFIG}:sparsity")),
+    BadAdapter(
+        "a position beyond the layer",
+        "supertuning",
+        edit_tensors({_POSITIONS: _raise(128)}),
+        (("index_out_of_range", _POSITIONS),),
+    ),
+    BadAdapter(
+        "a position below 0",
+        "supertuning",
+        edit_tensors({_POSITIONS: _raise(-1)}),
+        (("index_out_of_range", _POSITIONS),),
+    ),
+    BadAdapter(
+        "a position twice",
+        "supertuning",
+        edit_tensors({_POSITIONS: lambda old: torch.cat([old[:1], old[:-1]])}),
+        (("duplicate_index", _POSITIONS),),
     ),
 )
 

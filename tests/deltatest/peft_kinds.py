@@ -63,6 +63,12 @@ CASES: dict[str, KindCase] = {
     "miss-mini": KindCase("MissConfig", {"r": 8, "mini_r": 16, "init_weights": "mini"}, 0.05),
     "gralora": KindCase("GraloraConfig", {"r": 4, "alpha": 8, "gralora_k": 2}, 0.2),
     "gralora-hybrid": KindCase("GraloraConfig", {"r": 8, "alpha": 8, "gralora_k": 4, "hybrid_r": 3}, 0.2),
+    "delora": KindCase("DeloraConfig", {"r": 4, "delora_lambda": 3}, 0.5),
+    "delora-patterns": KindCase("DeloraConfig", {"r": 4, "rank_pattern": {"down_proj": 7}}, 0.5),
+    "vblora": KindCase("VBLoRAConfig", {"r": 3, "num_vectors": 20, "vector_length": 16, "topk": 3}, 0.5),
+    "unilora": KindCase("UniLoraConfig", {"r": 3, "theta_d_length": 40, "save_indices": True}, 2.0),
+    "tinylora": KindCase("TinyLoraConfig", {"r": 3, "u": 5, "weight_tying": 1.0}, 0.5),
+    "supertuning": KindCase("SupertuningConfig", {"sparsity": 0.95}, 0.3),
 }
 
 

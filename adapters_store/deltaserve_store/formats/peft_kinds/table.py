@@ -9,11 +9,27 @@ from typing import Any
 from deltaserve_store.findings import refuse
 from deltaserve_store.formats.peft_kinds.adalora import AdaLora
 from deltaserve_store.formats.peft_kinds.blocks import GraLora, Miss
+from deltaserve_store.formats.peft_kinds.delora import DeLora
 from deltaserve_store.formats.peft_kinds.products import LoHa, LoKr
 from deltaserve_store.formats.peft_kinds.reader import PeftReader
+from deltaserve_store.formats.peft_kinds.seeded import TinyLora, UniLora
+from deltaserve_store.formats.peft_kinds.supertuning import SuperTuning
+from deltaserve_store.formats.peft_kinds.vblora import VbLora
 from deltaserve_store.formats.peft_kinds.vera import Vera
 
-_ALL: tuple[type[PeftReader], ...] = (AdaLora, Vera, LoHa, LoKr, Miss, GraLora)
+_ALL: tuple[type[PeftReader], ...] = (
+    AdaLora,
+    Vera,
+    LoHa,
+    LoKr,
+    Miss,
+    GraLora,
+    DeLora,
+    VbLora,
+    UniLora,
+    TinyLora,
+    SuperTuning,
+)
 READERS: Mapping[str, type[PeftReader]] = MappingProxyType({reader.peft_type: reader for reader in _ALL})
 """Types that are converted. ``LORA`` and ``SHIRA`` have readers of their own: they need no conversion."""
 
@@ -39,6 +55,7 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "FROD": _NOT_YET,
         "GLORA": "it scales the base's weights; its delta has full rank",
         "HIRA": "its delta is a product with the base's weights and has full rank",
+        "HRA": _NOT_YET,
         "IA3": _VECTOR,
         "LILY": _NOT_LINEAR,
         "LN_TUNING": _VECTOR,
@@ -50,18 +67,12 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "POLY": "it is routed by task ids, which a request does not carry",
         "PREFIX_TUNING": _PROMPT,
         "PROMPT_TUNING": _PROMPT,
+        "PSOFT": "it turns singular vectors of the base that are not in its file; their signs depend on the build",
         "PVERA": _NOT_YET,
         "RANDLORA": _AS_LORA,
         "ROAD": _ROTATION,
         "SHADOW": "it brings a second model",
         "TRAINABLE_TOKENS": "trained token rows are not served yet",
-        "PSOFT": _NOT_YET,
-        "SUPERTUNING": _NOT_YET,
-        "UNILORA": _NOT_YET,
-        "DELORA": _NOT_YET,
-        "HRA": _NOT_YET,
-        "TINYLORA": _NOT_YET,
-        "VBLORA": _NOT_YET,
         "WAVEFT": _AS_LORA,
         "XLORA": "it is a router over several adapters; upload those one by one",
     }
