@@ -43,6 +43,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "vblora": {"r": 2, "num_vectors": 6, "vector_length": 4, "topk": 2},
     "unilora": {"r": 2, "theta_d_length": 40, "save_indices": True},
     "tinylora": {"r": 2, "u": 3, "weight_tying": 1.0},
+    "hra": {"r": 2, "apply_GS": False},
     "supertuning": {"sparsity": 0.9},
 }
 
@@ -133,6 +134,14 @@ def _config(kind: str, field: str, value: Any, code: str) -> BadAdapter:
 def _reasons(kind: str, name: str, spoil: Callable[[Path], None], *reasons: tuple[str, str]) -> BadAdapter:
     """A case whose reasons are among others (one wrong rank misshapes every tensor)."""
     return BadAdapter(name, kind, spoil, reasons, is_exact=False)
+
+
+def _in_turn(*spoils: Callable[[Path], None]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        for one in spoils:
+            one(folder)
+
+    return spoil
 
 
 def _raise(amount: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -265,6 +274,21 @@ _SPREAD = (
         "tinylora",
         edit_tensors({"base_model.tinylora_v.1": torch.ones(3)}),
         (("unexpected_tensor", "base_model.tinylora_v.1"),),
+    ),
+    _config("hra", "apply_GS", 1, "invalid_value"),
+    _reasons("hra", "another r", edit_config(r=3), ("shape_mismatch", f"{V0_TENSOR}.hra_u")),
+    _reasons("hra", "more directions than inputs", edit_config(r=17), ("rank_out_of_range", f"{CONFIG}:r")),
+    BadAdapter(
+        "a direction of length 0",
+        "hra",
+        edit_tensors({f"{V0_TENSOR}.hra_u": lambda old: old * torch.tensor([1.0, 0.0])}),
+        (("invalid_value", f"{V0_TENSOR}.hra_u"),),
+    ),
+    BadAdapter(
+        "directions that depend on each other",
+        "hra",
+        _in_turn(edit_config(apply_GS=True), edit_tensors({f"{V0_TENSOR}.hra_u": lambda old: old[:, :1].repeat(1, 2)})),
+        (("invalid_value", f"{V0_TENSOR}.hra_u"),),
     ),
     _config("supertuning", "save_precomputed_indices", False, "seed_not_usable"),
     _config("supertuning", "r", 4, "unsupported_feature"),

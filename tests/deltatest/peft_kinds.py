@@ -68,6 +68,8 @@ CASES: dict[str, KindCase] = {
     "vblora": KindCase("VBLoRAConfig", {"r": 3, "num_vectors": 20, "vector_length": 16, "topk": 3}, 0.5),
     "unilora": KindCase("UniLoraConfig", {"r": 3, "theta_d_length": 40, "save_indices": True}, 2.0),
     "tinylora": KindCase("TinyLoraConfig", {"r": 3, "u": 5, "weight_tying": 1.0}, 0.5),
+    "hra": KindCase("HRAConfig", {"r": 3}, 1.0),
+    "hra-orthogonal": KindCase("HRAConfig", {"r": 4, "apply_GS": True}, 1.0),
     "supertuning": KindCase("SupertuningConfig", {"sparsity": 0.95}, 0.3),
 }
 

@@ -28,8 +28,11 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype) -> FoldedAda
     """Turn every delta of ``parsed`` into a term in ``dtype``, in the base's order of linears.
 
     Raises ``AdapterRefused`` naming each delta that the base has no linear for, that is given twice, that does not
-    fit its linear, or whose values leave the range of ``dtype``. Nothing is dropped.
+    fit its linear, or whose values leave the range of ``dtype``. Nothing is dropped: deltas that still need the base's
+    weights (``ParsedAdapter.on_base``) raise ``ValueError``.
     """
+    if parsed.weight_deltas:
+        raise ValueError("this adapter multiplies the base's weights; fold parsed.on_base(...)")
     reasons: list[Reason] = []
     terms: dict[str, tuple[Term, ...]] = {}
     for delta in sorted(parsed.deltas, key=lambda delta: delta.module):

@@ -26,10 +26,11 @@ from deltaserve_store.formats.tensor_checks import (
     name_stray_tensor,
 )
 from deltaserve_store.formats.tensor_file import TensorFile
-from deltaserve_store.parsed import Kind, LoraDelta, ParsedAdapter, SparseDelta
+from deltaserve_store.parsed import Kind, LoraDelta, ParsedAdapter, SparseDelta, WeightDelta
 from deltaserve_store.spec import BaseSpec, LinearSpec
 
 INDEX_DTYPES = ("I32", "I64")
+Delta = LoraDelta | SparseDelta | WeightDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class PeftReader(ABC):
         del shared, findings
 
     @abstractmethod
-    def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> LoraDelta | SparseDelta:
+    def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> Delta:
         """The delta of one linear from its checked tensors, in ``[out, in]`` orientation."""
 
 
@@ -125,12 +126,13 @@ def read_kind(
     return ParsedAdapter(
         kind=reader.kind,
         file_format=f"peft-{reader.peft_type.lower()}",
-        deltas=deltas,
+        deltas=tuple(delta for delta in deltas if not isinstance(delta, WeightDelta)),
         config=config,
         base_name=config.get("base_model_name_or_path") or None,
         base_fingerprint=None,
-        rank=max((delta.rank for delta in deltas if isinstance(delta, LoraDelta)), default=None),
+        rank=max((delta.rank for delta in deltas if not isinstance(delta, SparseDelta)), default=None),
         num_parameters=sum(_count(info.shape) for info in tensors.header.tensors.values()),
+        weight_deltas=tuple(delta for delta in deltas if isinstance(delta, WeightDelta)),
     )
 
 
@@ -181,7 +183,7 @@ def _read(name: str, tensors: TensorFile, findings: Findings) -> Tensor:
     return values
 
 
-def _deltas(reader: PeftReader, tensors: TensorFile, findings: Findings) -> Iterator[LoraDelta | SparseDelta]:
+def _deltas(reader: PeftReader, tensors: TensorFile, findings: Findings) -> Iterator[Delta]:
     reader.begin({name: _read(name, tensors, findings) for name in reader.shared_layout()}, findings)
     for linear in reader.linears:
         parts = {suffix: _read(name, tensors, findings) for suffix, (name, _) in _names(reader, linear).items()}
@@ -189,9 +191,7 @@ def _deltas(reader: PeftReader, tensors: TensorFile, findings: Findings) -> Iter
             yield convert_one(reader, linear, parts, findings)
 
 
-def convert_one(
-    reader: PeftReader, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings
-) -> LoraDelta | SparseDelta:
+def convert_one(reader: PeftReader, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> Delta:
     """The one place where conversions happen; tests break it to see that the proof notices."""
     return reader.convert(linear, parts, findings)
 

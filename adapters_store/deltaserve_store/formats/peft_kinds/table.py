@@ -10,6 +10,7 @@ from deltaserve_store.findings import refuse
 from deltaserve_store.formats.peft_kinds.adalora import AdaLora
 from deltaserve_store.formats.peft_kinds.blocks import GraLora, Miss
 from deltaserve_store.formats.peft_kinds.delora import DeLora
+from deltaserve_store.formats.peft_kinds.hra import Hra
 from deltaserve_store.formats.peft_kinds.products import LoHa, LoKr
 from deltaserve_store.formats.peft_kinds.reader import PeftReader
 from deltaserve_store.formats.peft_kinds.seeded import TinyLora, UniLora
@@ -28,6 +29,7 @@ _ALL: tuple[type[PeftReader], ...] = (
     VbLora,
     UniLora,
     TinyLora,
+    Hra,
     SuperTuning,
 )
 READERS: Mapping[str, type[PeftReader]] = MappingProxyType({reader.peft_type: reader for reader in _ALL})
@@ -55,7 +57,6 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "FROD": _NOT_YET,
         "GLORA": "it scales the base's weights; its delta has full rank",
         "HIRA": "its delta is a product with the base's weights and has full rank",
-        "HRA": _NOT_YET,
         "IA3": _VECTOR,
         "LILY": _NOT_LINEAR,
         "LN_TUNING": _VECTOR,
