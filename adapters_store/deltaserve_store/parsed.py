@@ -8,21 +8,25 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-Kind = Literal["lora", "sparse"]
-FileFormat = Literal["peft-lora", "peft-shira", "deltaserve-sparse"]
+from deltaserve_store.vector_deltas import NormDelta, VectorDelta
+
+Kind = Literal["lora", "sparse", "vector"]
+FileFormat = Literal["peft-lora", "peft-shira", "deltaserve-sparse", "peft-ia3", "peft-ln-tuning", "deltaserve-vectors"]
 
 
 @dataclass(frozen=True, slots=True)
 class LoraDelta:
     """``W + scaling * b @ a`` with ``a [r, in_features]`` and ``b [out_features, r]``, in the dtype of the file.
 
-    The orientation is that of ``W [out, in]`` also where the base stores its weight transposed.
+    The orientation is that of ``W [out, in]`` also where the base stores its weight transposed. ``magnitude [out]``:
+    the rows of the sum are brought to these norms (DoRA); the base's bias is not.
     """
 
     module: str
     a: Tensor
     b: Tensor
     scaling: float
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -57,7 +61,7 @@ class ParsedAdapter:
 
     kind: Kind
     file_format: FileFormat
-    deltas: tuple[LoraDelta | SparseDelta, ...]
+    deltas: tuple[LoraDelta | SparseDelta | VectorDelta | NormDelta, ...]
     config: Mapping[str, Any]
     base_name: str | None
     base_fingerprint: str | None

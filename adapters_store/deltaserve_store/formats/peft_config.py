@@ -12,7 +12,7 @@ from deltaserve_store.formats.module_match import PatternTable, TargetRules, is_
 from deltaserve_store.formats.peft_fields import LORA_FIELDS, SHIRA_FIELDS, check_fields
 from deltaserve_store.spec import BaseSpec
 
-SERVED_PEFT_TYPES = ("LORA", "SHIRA")
+SERVED_PEFT_TYPES = ("LORA", "SHIRA", "IA3", "LN_TUNING")
 
 
 @dataclass(frozen=True, slots=True)
