@@ -8,24 +8,28 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-Kind = Literal["lora", "sparse"]
+from deltaserve_store.vector_deltas import NormDelta, VectorDelta
+
+Kind = Literal["lora", "sparse", "vector"]
 FileFormat = str
-"""``peft-`` and the PEFT type in lower case, or ``deltaserve-sparse``."""
+"""``peft-`` and the PEFT type in lower case with dashes, or one of our own formats (``deltaserve-...``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraDelta:
     """``W + scaling * b @ a`` with ``a [r, in_features]`` and ``b [out_features, r]``, in the dtype of the file.
 
-    The orientation is that of ``W [out, in]`` also where the base stores its weight transposed. ``dense`` is given
-    where ``a`` and ``b`` were converted from another parametrisation: it makes the same delta, float32 ``[out, in]``,
-    by that method's own formula from the file's tensors, so that the conversion can be proven like everything else.
+    The orientation is that of ``W [out, in]`` also where the base stores its weight transposed. ``magnitude [out]``:
+    the rows of the sum are brought to these norms (DoRA); the base's bias is not. ``dense`` is given where ``a`` and
+    ``b`` were converted from another parametrisation: it makes the same delta, float32 ``[out, in]``, by that method's
+    own formula from the file's tensors, so that the conversion can be proven like everything else.
     """
 
     module: str
     a: Tensor
     b: Tensor
     scaling: float
+    magnitude: Tensor | None = None
     dense: Callable[[], Tensor] | None = field(default=None, repr=False)
 
     @property
@@ -85,7 +89,7 @@ class ParsedAdapter:
 
     kind: Kind
     file_format: FileFormat
-    deltas: tuple[LoraDelta | SparseDelta, ...]
+    deltas: tuple[LoraDelta | SparseDelta | VectorDelta | NormDelta, ...]
     config: Mapping[str, Any]
     base_name: str | None
     base_fingerprint: str | None

@@ -2,9 +2,9 @@
 
     python kernels/bench.py step [--rows N] [--rank R] [--rounds N] [--threads N] [--out FOLDER]
 
-Base and adapters are random, of the shape "small" (0.1 B parameters). What adapters add is the median of differences
-between neighbouring steps, held against the bytes they are and the rate at which this very run reads memory. Run it on
-an idle machine; figures of two runs do not compare.
+Base and adapters are random, of the shape "small" (0.1 B parameters); adapters lie in memory as the server's loader
+puts them there. What adapters add is the median of differences between neighbouring steps, held against the bytes they
+are and the rate at which this very run reads memory. Run it on an idle machine; figures of two runs do not compare.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deltabench import machine, step_adapters
 from deltabench.points import uniform
+from deltaserve.adapters.device_pool import DevicePool
+from deltaserve.deltas.folded import FOLDED_FILE_NAME, FoldedAdapter, LowRankTerm, SparseTerm, Term
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel, load_base
@@ -67,8 +71,8 @@ def measure(base: BaseModel, given: argparse.Namespace) -> dict[str, Any]:
     """Steps of each kind in turns, and between them a pass over memory; milliseconds."""
     point = uniform(given.rows, given.rows, given.rank)
     empty = (LoraTables(len(base.linears), given.rows), SparseTables(len(base.linears), given.rows))
-    lora = step_adapters.lora_tables(base, point)
-    sparse = step_adapters.sparse_tables(base, point, DENSITY)
+    lora, _ = as_served(base, step_adapters.lora_tables(base, point))
+    _, sparse = as_served(base, step_adapters.sparse_tables(base, point, DENSITY))
     blocks = -(-(given.context + 1) // BLOCK_SIZE)
     kv = KVCache(base.kv_layout, given.rows * blocks, "cpu")
     memory = torch.ones(READ_BYTES // 4)
@@ -126,6 +130,25 @@ def measure(base: BaseModel, given: argparse.Namespace) -> dict[str, Any]:
             for kind in bytes_of
         },
     }
+
+
+def as_served(base: BaseModel, drawn: LoraTables | SparseTables) -> tuple[LoraTables, SparseTables]:
+    """Tables with the adapters of ``drawn`` in the same slots, in memory as the server has them: written to folded
+    files, loaded and installed by its own code."""
+    lora, sparse = LoraTables(len(base.linears), drawn.num_slots), SparseTables(len(base.linears), drawn.num_slots)
+    pool = DevicePool(base.linears, lora, sparse, num_slots=drawn.num_slots, max_bytes=sys.maxsize)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, FOLDED_FILE_NAME)
+        for slot in range(drawn.num_slots):
+            entries = {name: drawn.get(index, slot) for index, name in enumerate(base.linears)}
+            terms = {name: (_term(entry),) for name, entry in entries.items() if entry is not None}
+            FoldedAdapter(terms=terms, base_fingerprint=base.spec.fingerprint, dtype=base.dtype).save(path)
+            pool.install(slot, pool.stage(FoldedAdapter.load(path, base.spec, base.dtype)))
+    return lora, sparse
+
+
+def _term(entry: tuple[Tensor, ...]) -> Term:
+    return LowRankTerm(*entry) if len(entry) == 2 else SparseTerm(*entry)
 
 
 def _bytes(tables: LoraTables | SparseTables) -> int:

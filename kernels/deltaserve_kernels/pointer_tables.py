@@ -45,6 +45,7 @@ class PointerTables:
         self.num_linears = num_linears
         self.num_slots = num_slots
         self.device = torch.device(device)
+        self.is_on_host = self.device.type == "cpu"
         self.dtype: torch.dtype | None = None
         self._tensors: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self._filled = [0] * num_linears
@@ -56,6 +57,13 @@ class PointerTables:
     def has_any(self, linear: int) -> bool:
         """True when some slot has an entry for this linear; False lets a caller skip the operator."""
         return self._filled[linear] > 0
+
+    def has_any_of(self, members: Sequence[tuple[int, int, int]]) -> bool:
+        """``has_any`` for some linear of a group: (linear, start, stop). Asked at every group of every layer."""
+        if not self._num_linears_of:
+            return False
+        filled = self._filled
+        return any([filled[member[0]] for member in members])  # noqa: C419  a generator costs more than these few
 
     def shape_of(self, linear: int) -> tuple[int, int]:
         """(in_features, out_features) of a linear, 0 while unknown."""

@@ -16,7 +16,6 @@ from deltaserve_kernels.triton_ops.jagged import JaggedDelta, from_csr, to_csr
 
 RANK_TILE = 16
 _MAX_INT32 = 2**31 - 1
-_Tables = PointerTables
 
 
 class LoraTables(PointerTables):

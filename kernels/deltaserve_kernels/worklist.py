@@ -7,7 +7,7 @@ Rows that share a binding form one *item*. Rows with the empty binding (base onl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from deltaserve_kernels.errors import DtypeMismatch, OutOfRange, ShapeMismatch
 from deltaserve_kernels.transfer import upload
 
 if TYPE_CHECKING:
-    from deltaserve_kernels.tables import _Tables
+    from deltaserve_kernels.pointer_tables import PointerTables
 
 Part = tuple[int, float, float]
 Parts = tuple[Part, ...]
@@ -40,6 +40,7 @@ class WorkList:
     is_padded:  the arrays have a fixed capacity (``padded_list``): items past the last are empty, and rows and parts
                 past the last are never read. What is in them is known to the device alone. Not for the
                 C++ operators.
+    prepared:   what the C++ operators made of the list at its first use; changes to the tensors later do not reach it
     """
 
     num_rows: int
@@ -50,18 +51,23 @@ class WorkList:
     part_scale: Tensor
     num_planes: int | None = None
     is_padded: bool = False
+    prepared: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+
+    def remember(self, prepared: Tensor) -> None:
+        """Keep a derived form with the list. ``dataclasses.replace`` leaves it behind."""
+        object.__setattr__(self, "prepared", prepared)
 
     @property
     def is_empty(self) -> bool:
         """True when no row of the step has an adapter; a padded list never tells."""
         return self.rows.numel() == 0
 
-    def concerns(self, tables: _Tables, members: Sequence[tuple[int, int, int]]) -> bool:
+    def concerns(self, tables: PointerTables, members: Sequence[tuple[int, int, int]]) -> bool:
         """Whether an operator has to run: False where no slot has an entry for any member (linear, start, stop).
 
         A padded list always concerns: a captured launch stays when adapters come and go.
         """
-        return self.is_padded or any(tables.has_any(member[0]) for member in members)
+        return self.is_padded or tables.has_any_of(members)
 
     @property
     def num_items(self) -> int:

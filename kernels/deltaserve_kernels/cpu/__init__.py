@@ -18,6 +18,7 @@ from deltaserve_kernels.checks import Member
 from deltaserve_kernels.cpu import build
 from deltaserve_kernels.errors import DeviceMismatch, DtypeMismatch, OutOfRange, ShapeMismatch
 from deltaserve_kernels.tables import LoraTables, SparseTables
+from deltaserve_kernels.vector_tables import VectorTables
 from deltaserve_kernels.worklist import WorkList
 
 logger = logging.getLogger(__name__)
@@ -75,11 +76,7 @@ def lora_linear(
     torch.ops.deltaserve_cpu.lora_linear(
         y,
         x,
-        work.rows,
-        work.item_rows,
-        work.item_parts,
-        work.part_slot,
-        work.part_scale,
+        _prepared(work),
         tables.pointers,
         tables.ranks,
         tables.dims,
@@ -95,11 +92,7 @@ def sparse_linear(
     torch.ops.deltaserve_cpu.sparse_linear(
         y,
         x,
-        work.rows,
-        work.item_rows,
-        work.item_parts,
-        work.part_slot,
-        work.part_scale,
+        _prepared(work),
         tables.pointers,
         tables.extents,
         tables.dims,
@@ -135,6 +128,24 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_index: T
     torch.ops.deltaserve_cpu.write_kv(k, v, k_cache, v_cache, kv_index)
 
 
+def scale_shift(
+    y: Tensor,
+    work: WorkList,
+    tables: VectorTables,
+    members: Sequence[Member],
+    depth: float,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    unit: float,
+) -> None:
+    if not tables.is_on_host:
+        raise DeviceMismatch(f"the tables are on {tables.device}; y is on the CPU")
+    columns = list(chain.from_iterable(members))
+    torch.ops.deltaserve_cpu.scale_shift(
+        y, _prepared(work), tables.pointers, tables.dims, columns, gain, shift, unit, depth
+    )
+
+
 def pack_weight(weight: Tensor) -> Tensor:
     """A bf16 or fp16 weight [N, K] as panels of 16 outputs, [ceil(N / 16), K, 16]. Raises ValueError."""
     return torch.ops.deltaserve_cpu.pack_weight(weight)
@@ -168,10 +179,8 @@ def packed_linear_lora(
     """
     _check(x, work, tables)
     return _packed_linear_lora()(
-        x, packed, outputs, bias,
-        work.rows, work.item_rows, work.item_parts, work.part_slot, work.part_scale,
-        tables.pointers, tables.ranks, tables.dims, columns, depth,
-    )  # fmt: skip
+        x, packed, outputs, bias, _prepared(work), tables.pointers, tables.ranks, tables.dims, columns, depth
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -199,10 +208,21 @@ def _packed_linear_lora() -> Callable[..., Tensor]:
     return torch.ops.deltaserve_cpu.packed_linear_lora.default
 
 
+def _prepared(work: WorkList) -> Tensor:
+    """The list as the C++ operators read it: checked and taken apart at its first use. Raises ValueError."""
+    prepared = work.prepared
+    if prepared is None:
+        prepared = torch.ops.deltaserve_cpu.prepare_work(
+            work.rows, work.item_rows, work.item_parts, work.part_slot, work.part_scale, work.num_rows
+        )
+        work.remember(prepared)
+    return prepared
+
+
 def _check(x: Tensor, work: WorkList, tables: LoraTables | SparseTables) -> None:
     if tables.dtype is not x.dtype and tables.dtype is not None:
         raise DtypeMismatch(f"x is {x.dtype}; the tables hold {tables.dtype}")
-    if tables.device.type != "cpu":
+    if not tables.is_on_host:
         raise DeviceMismatch(f"the tables are on {tables.device}; x is on the CPU")
     if x.shape[0] != work.num_rows:
         raise ShapeMismatch(f"x has {x.shape[0]} rows and the work list is of {work.num_rows}")

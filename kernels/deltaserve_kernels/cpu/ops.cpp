@@ -14,6 +14,7 @@
 #include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <system_error>
 #include <thread>
@@ -93,6 +94,7 @@ struct SparsePart {
   const int32_t* cols;
   const T* values;
   float scale;
+  int64_t nnz;
 };
 template <class T>
 struct AttendTask {
@@ -120,6 +122,7 @@ struct Use {
 };
 
 // Some columns of a matrix [rows, ...] that will be read soon.
+constexpr int64_t kStripBytes = 128;  // of each row
 struct Strip {
   const char* start;
   int64_t stride, rows;
@@ -143,10 +146,10 @@ struct Ahead {
 
 template <class T>
 struct Kernels {
-  void (*shrink)(const T* const*, int64_t, const T*, int64_t, int64_t, float*, int64_t);
+  void (*shrink)(const T* const*, int64_t, const T*, int64_t, int64_t, float*, int64_t, const T*);
   void (*expand)(T* const*, int64_t, const ExpandPart<T>*, int, int64_t, int64_t, int64_t, const float*, int64_t);
   void (*sparse_stage)(const T* const*, int64_t, int64_t, float*);
-  void (*sparse_row)(const float*, T*, const SparsePart<T>*, int, int64_t, float*);
+  void (*sparse_row)(const float*, T*, const SparsePart<T>*, int, int64_t, float*, Ahead);
   void (*sparse_rows)(const float*, T* const*, int64_t, const SparsePart<T>*, int, int64_t);
   void (*attend)(const AttendTask<T>&);
   void (*rms_norm_row)(T*, const T*, const T*, int64_t, float, float);
@@ -283,20 +286,23 @@ void with_type(const at::Tensor& tensor, const char* name, const F& f) {
   }
 }
 
+#include "work.inc"
 #include "linear.inc"
-#include "paged.inc"
-#include "between.inc"
-#include "packed.inc"
+#include "paged_attention.inc"
+#include "pointwise_ops.inc"
+#include "packed_linear.inc"
+#include "vector_ops.inc"
 
 }  // namespace
 
 TORCH_LIBRARY(deltaserve_cpu, m) {
   m.def(
-      "lora_linear(Tensor(a!) y, Tensor x, Tensor rows, Tensor item_rows, Tensor item_parts, Tensor part_slot, "
-      "Tensor part_scale, Tensor pointers, Tensor ranks, Tensor dims, int[] members, float depth) -> ()");
+      "prepare_work(Tensor rows, Tensor item_rows, Tensor item_parts, Tensor part_slot, Tensor part_scale, "
+      "int num_rows) -> Tensor");
   m.def(
-      "sparse_linear(Tensor(a!) y, Tensor x, Tensor rows, Tensor item_rows, Tensor item_parts, Tensor part_slot, "
-      "Tensor part_scale, Tensor pointers, Tensor extents, Tensor dims, int[] members, float depth) -> ()");
+      "lora_linear(Tensor(a!) y, Tensor x, Tensor work, Tensor pointers, Tensor ranks, Tensor dims, int[] members, float depth) -> ()");
+  m.def(
+      "sparse_linear(Tensor(a!) y, Tensor x, Tensor work, Tensor pointers, Tensor extents, Tensor dims, int[] members, float depth) -> ()");
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor cu_seqlens_q, "
       "Tensor kv_lens, float scale, int window, float softcap, Tensor? sinks) -> Tensor");
@@ -306,19 +312,22 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
   m.def(
       "rotate_and_store(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor(b!) k_cache, Tensor(c!) v_cache, "
       "Tensor kv_index) -> ()");
+  m.def(
+      "scale_shift(Tensor(a!) y, Tensor work, Tensor pointers, Tensor dims, int[] members, Tensor? gain, Tensor? shift, "
+      "float unit, float depth) -> ()");
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("unpack_weight(Tensor packed, int outputs) -> Tensor");
   m.def("packed_linear(Tensor x, Tensor packed, int outputs, Tensor? bias) -> Tensor");
   m.def(
-      "packed_linear_lora(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor rows, Tensor item_rows, "
-      "Tensor item_parts, Tensor part_slot, Tensor part_scale, Tensor pointers, Tensor ranks, Tensor dims, "
-      "int[] members, float depth) -> Tensor");
+      "packed_linear_lora(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor work, "
+      "Tensor pointers, Tensor ranks, Tensor dims, int[] members, float depth) -> Tensor");
   m.def("level() -> int", level);
   m.def("max_level() -> int", max_level);
   m.def("set_level(int level) -> ()", set_level);
 }
 
 TORCH_LIBRARY_IMPL(deltaserve_cpu, CPU, m) {
+  m.impl("prepare_work", prepare_work);
   m.impl("lora_linear", lora_linear);
   m.impl("sparse_linear", sparse_linear);
   m.impl("paged_attention", paged_attention);
@@ -326,6 +335,7 @@ TORCH_LIBRARY_IMPL(deltaserve_cpu, CPU, m) {
   m.impl("rms_norm", rms_norm);
   m.impl("gated_product", gated_product);
   m.impl("rotate_and_store", rotate_and_store);
+  m.impl("scale_shift", scale_shift);
   m.impl("pack_weight", pack_weight);
   m.impl("unpack_weight", unpack_weight);
   m.impl("packed_linear", packed_linear);

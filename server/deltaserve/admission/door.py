@@ -273,7 +273,7 @@ class Admission:
 
         def write() -> None:
             scratch.mkdir(mode=0o700)
-            fold(adapter, self._base.spec, self._base.dtype).save(path)
+            fold(adapter, self._base.spec, self._base.dtype, self._base).save(path)
 
         try:
             with typed_failures():

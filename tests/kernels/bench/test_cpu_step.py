@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from deltabench import cpu_step
+from deltabench import cpu_step, step_adapters
+from deltabench.points import uniform
+from deltaserve.model.base import BaseModel, load_base
 from deltaserve_kernels import cpu
 
 TINY = cpu_step.SMALL | {
@@ -19,6 +22,29 @@ TINY = cpu_step.SMALL | {
     "intermediate_size": 96,
     "vocab_size": 256,
 }
+
+
+@pytest.fixture
+def tiny_base(tmp_path: Path) -> BaseModel:
+    (tmp_path / "config.json").write_text(json.dumps(TINY), encoding="utf-8")
+    return load_base(tmp_path, dtype=torch.bfloat16, load_format="dummy")
+
+
+def test_adapters_are_what_was_drawn_and_lie_as_the_server_loads_them(tiny_base: BaseModel) -> None:
+    point, numbers = uniform(3, 3, 2), range(len(tiny_base.linears))
+    drawn_lora = step_adapters.lora_tables(tiny_base, point)
+    drawn_sparse = step_adapters.sparse_tables(tiny_base, point, 0.01)
+    lora, _ = cpu_step.as_served(tiny_base, drawn_lora)
+    _, sparse = cpu_step.as_served(tiny_base, drawn_sparse)
+    for slot in range(3):
+        for drawn, served in ((drawn_lora, lora), (drawn_sparse, sparse)):
+            parts = [tensor for number in numbers for tensor in served.get(number, slot)]
+            expected = [tensor for number in numbers for tensor in drawn.get(number, slot)]
+            assert all(map(torch.equal, parts, expected))
+            assert len({tensor.untyped_storage().data_ptr() for tensor in parts}) == 1
+            addresses = [tensor.data_ptr() for tensor in parts]
+            assert addresses == sorted(addresses)  # in the order that a step reads them
+    assert lora.has_slot(2)
 
 
 @pytest.mark.skipif(not cpu.is_available(), reason="it measures the C++ operators")

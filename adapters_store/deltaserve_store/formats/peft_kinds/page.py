@@ -12,11 +12,12 @@ _INTRO = f"""# Kinds of adapters
 
 Made from the code by `python -m deltaserve_store.formats.peft_kinds.page`; edit the readers, not this page.
 
-The server adds two terms to a linear `y = W x + b`: low rank, `B (A x)`, and sparse, `S x`. Every kind below is exactly
-one of them. What PEFT stores in another parametrisation is converted when the adapter is read, in float32, before the
-one cast to the serving dtype; nothing is approximated. The proof at the door compares the engine with the base plus the
-method's own formula, evaluated from the file's tensors, so that it would also find a wrong conversion. Low-rank terms
-are served at their exact rank, at most {MAX_RANK}; a higher one is refused with the rank found (`rank_out_of_range`).
+The server adds two terms to a linear `y = W x + b`: low rank, `B (A x)`, and sparse, `S x`; and it serves vectors:
+scales, biases and norm differences. Every kind below is exactly made of them. What PEFT stores in another
+parametrisation is converted when the adapter is read, in float32, before the one cast to the serving dtype; nothing is
+approximated. The proof at the door compares the engine with the base plus the method's own formula, evaluated from the
+file's tensors, so that it would also find a wrong conversion. Low-rank terms are
+served at their exact rank, at most {MAX_RANK}; a higher one is refused with the rank found (`rank_out_of_range`).
 
 Files, targets, base names and reason codes are those of [adapter-format.md](adapter-format.md).
 
@@ -31,6 +32,16 @@ _OWN = (
         "`shira_indices`, `shira_weight`",
         "entries at their positions",
         "sparse",
+        "see adapter-format.md",
+    ),
+    ("IA3", "`peft-ia3`", "`ia3_l`", "scales of outputs or inputs", "vector", "see adapter-format.md"),
+    ("LN tuning", "`peft-ln-tuning`", "`ln_tuning_layers`", "differences of norms", "vector", "see adapter-format.md"),
+    (
+        "deltaserve vectors",
+        "`deltaserve-vectors`",
+        "named vectors",
+        "scales, biases, norms",
+        "vector",
         "see adapter-format.md",
     ),
     (
