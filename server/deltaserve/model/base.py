@@ -16,11 +16,11 @@ from deltaserve.model import checkpoint, identity
 from deltaserve.model.attention import ATTENTION_NAME, attach_spec
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, use
 from deltaserve.model.folded import widen_in_folded_mode
-from deltaserve.model.fuse import fuse
+from deltaserve.model.fuse import fuse, make_tunable
 from deltaserve.model.head import cut_before_head, find_decoder
 from deltaserve.model.kv_cache import KVLayout
 from deltaserve.model.linear import BaseLinear
-from deltaserve.model.norms import TunableNorm, find_norms, make_tunable, watch
+from deltaserve.model.norms import TunableNorm, find_norms, watch
 from deltaserve.model.packing import find_linears, pack, wrap_head
 from deltaserve.model.rope import check_rope, choose_longrope_per_row
 from deltaserve.model.support import find_layers
@@ -239,7 +239,7 @@ def _take_over(
         choose_longrope_per_row(model, longrope_limit)
     widen_in_folded_mode(model)
     fuse(model)
-    make_tunable(norms)
+    make_tunable(norms.values())
     return linears, norms, seen
 
 

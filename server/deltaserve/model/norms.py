@@ -8,7 +8,7 @@ That this equals the module is tried at load on random rows. Rows without a diff
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -176,26 +176,18 @@ def _offset(module: nn.Module) -> float | None:
     return None
 
 
-def make_tunable(norms: Mapping[str, TunableNorm]) -> None:
-    """Let steps and folded passes change the norms. Call it last: it wraps whatever forward a module has by now."""
-    for norm in norms.values():
-        norm.module.__dict__["forward"] = _Tunable(norm)
+class TunableForward:
+    """The forward ``run`` of a norm: as it was, then anew for rows with a difference."""
 
-
-class _Tunable:
-    """The forward of a norm: as it was, then anew for rows with a difference."""
-
-    def __init__(self, norm: TunableNorm) -> None:
+    def __init__(self, norm: TunableNorm, run: Callable[[Tensor], Tensor]) -> None:
         self.norm = norm
-        self.run = norm.module.forward
+        self.run = run
 
     def __call__(self, x: Tensor) -> Tensor:
         ctx = current_or_none()
-        if isinstance(ctx, ForwardContext):
-            y: Tensor = self.run(x)
-            if ctx.vectors is not None:
-                self.norm.adjust(y, x, ctx.vectors)
-            return y
         if isinstance(ctx, FoldedContext) and self.norm.name in ctx.norms:
             return self.norm.folded(x, ctx.norms[self.norm.name])
-        return self.run(x)
+        y = self.run(x)
+        if isinstance(ctx, ForwardContext) and ctx.vectors is not None:
+            self.norm.adjust(y, x, ctx.vectors)
+        return y
