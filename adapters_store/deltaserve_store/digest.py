@@ -27,7 +27,7 @@ from deltaserve_store.formats.json_file import read_json_object
 from deltaserve_store.formats.tensor_file import TensorFile
 
 LABEL = b"deltaserve-version-1"
-_SETS = ("target_modules", "exclude_modules", "layers_to_transform")
+_SETS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_to_transform")
 _ORDERED = ("rank_pattern", "alpha_pattern")
 
 

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
-Kind = Literal["lora", "sparse"]
-FileFormat = Literal["peft-lora", "peft-shira", "deltaserve-sparse"]
+from deltaserve_store.vector_deltas import NormDelta, VectorDelta
+
+Kind = Literal["lora", "sparse", "vector"]
+FileFormat = str
+"""``peft-`` and the PEFT type in lower case with dashes, or one of our own formats (``deltaserve-...``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraDelta:
     """``W + scaling * b @ a`` with ``a [r, in_features]`` and ``b [out_features, r]``, in the dtype of the file.
 
-    The orientation is that of ``W [out, in]`` also where the base stores its weight transposed.
+    The orientation is that of ``W [out, in]`` also where the base stores its weight transposed. ``magnitude [out]``:
+    the rows of the sum are brought to these norms (DoRA); the base's bias is not. ``dense`` is given where ``a`` and
+    ``b`` were converted from another parametrisation: it makes the same delta, float32 ``[out, in]``, by that method's
+    own formula from the file's tensors, so that the conversion can be proven like everything else.
     """
 
     module: str
     a: Tensor
     b: Tensor
     scaling: float
+    magnitude: Tensor | None = None
+    dense: Callable[[], Tensor] | None = field(default=None, repr=False)
 
     @property
     def rank(self) -> int:
@@ -47,8 +55,32 @@ class SparseDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightDelta:
+    """A delta that multiplies the base weight: ``dW = W @ left @ right`` with ``left [in_features, r]`` and ``right [r,
+    in_features]`` float32. It becomes a ``LoraDelta`` once the weight is there. ``dense(W)`` is the same delta, float32
+    ``[out, in]``, by the method's own formula, for the proof.
+    """
+
+    module: str
+    left: Tensor
+    right: Tensor
+    dense: Callable[[Tensor], Tensor] = field(repr=False)
+
+    @property
+    def rank(self) -> int:
+        return int(self.right.shape[0])
+
+    def on(self, weight_of: Callable[[str], Tensor]) -> LoraDelta:
+        """``weight_of(module)`` gives the base weight, float32 ``[out, in]``; it is read again for each use of
+        ``dense``, so that no copy of the base is kept."""
+        b = (weight_of(self.module).double() @ self.left.double()).float()
+        return LoraDelta(self.module, self.right, b, 1.0, dense=lambda: self.dense(weight_of(self.module)))
+
+
+@dataclass(frozen=True, slots=True)
 class ParsedAdapter:
-    """Every tensor of the files is in ``deltas``, every field of the config is in ``config`` and understood.
+    """Every tensor of the files is in ``deltas`` or ``weight_deltas``, every field of the config is in ``config`` and
+    understood.
 
     ``rank`` is the largest one (None for sparse adapters). ``base_name`` is what a PEFT config says,
     ``base_fingerprint`` what our own files carry. ``chat_template`` names a template of the operator's registry;
@@ -57,7 +89,7 @@ class ParsedAdapter:
 
     kind: Kind
     file_format: FileFormat
-    deltas: tuple[LoraDelta | SparseDelta, ...]
+    deltas: tuple[LoraDelta | SparseDelta | VectorDelta | NormDelta, ...]
     config: Mapping[str, Any]
     base_name: str | None
     base_fingerprint: str | None
@@ -66,3 +98,11 @@ class ParsedAdapter:
     chat_template: str | None = None
     stop_token_ids: tuple[int, ...] = ()
     skipped: tuple[str, ...] = field(default=())
+    weight_deltas: tuple[WeightDelta, ...] = ()
+
+    def on_base(self, weight_of: Callable[[str], Tensor]) -> ParsedAdapter:
+        """The same adapter with its ``weight_deltas`` turned into low-rank ``deltas``; see ``WeightDelta.on``."""
+        if not self.weight_deltas:
+            return self
+        converted = tuple(delta.on(weight_of) for delta in self.weight_deltas)
+        return replace(self, deltas=(*self.deltas, *converted), weight_deltas=())

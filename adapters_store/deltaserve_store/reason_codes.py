@@ -34,6 +34,7 @@ REASON_CODES: Mapping[str, str] = MappingProxyType(
         "rank_out_of_range": "A rank below 1 or above 1024.",
         "unsupported_kind": "A kind of adapter that is not served yet; the kind is named.",
         "unsupported_feature": "A feature that is not served yet; the field or tensor is named.",
+        "seed_not_usable": "A seed stands for tensors that cannot be drawn again bit for bit; save them in the file.",
         "unsupported_target": "The adapter changes the embedding or the output head; not served yet.",
         "regex_target": "A regular expression where a list of module names is required.",
         "target_not_found": "The targets match no linear layer of the base.",

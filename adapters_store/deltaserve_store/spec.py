@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _FIRST_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -34,6 +34,15 @@ class LinearSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class NormSpec:
+    """One norm of the base that adapters may change: ``weight`` [size], and ``bias`` [size] where it has one."""
+
+    name: str
+    size: int
+    has_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class BaseSpec:
     """The base model as adapters see it.
 
@@ -51,3 +60,4 @@ class BaseSpec:
     hidden_size: int
     tied_embeddings: bool = False
     num_tokens: int | None = None
+    norms: Mapping[str, NormSpec] = field(default_factory=dict)

@@ -22,8 +22,9 @@ from deltaserve_kernels.operators import lora_linear, paged_attention, sparse_li
 from deltaserve_kernels.padded_list import PaddedLayout
 from deltaserve_kernels.sources import source_digest
 from deltaserve_kernels.tables import LoraTables, SparseEntry, SparseTables
-from deltaserve_kernels.terms import block_linear, lora_vector_linear, rms_norm, rotate_and_write_kv
+from deltaserve_kernels.terms import block_linear, lora_vector_linear, rms_norm, rotate_and_write_kv, scale_shift
 from deltaserve_kernels.transfer import upload
+from deltaserve_kernels.vector_family import VectorEntries, VectorFamily, VectorStep, split_runs
 from deltaserve_kernels.vector_tables import NormTables, VectorEntry, VectorTables
 from deltaserve_kernels.worklist import WorkList, build_work_list, build_work_list_runs
 
@@ -45,7 +46,10 @@ __all__ = [
     "ShapeMismatch",
     "SparseEntry",
     "SparseTables",
+    "VectorEntries",
     "VectorEntry",
+    "VectorFamily",
+    "VectorStep",
     "VectorTables",
     "WorkList",
     "block_linear",
@@ -56,9 +60,11 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotate_and_write_kv",
+    "scale_shift",
     "select",
     "source_digest",
     "sparse_linear",
+    "split_runs",
     "upload",
     "use_backend",
     "write_kv",

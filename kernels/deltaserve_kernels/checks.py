@@ -10,20 +10,26 @@ from torch import Tensor
 from deltaserve_kernels.block_tables import BlockTables
 from deltaserve_kernels.errors import DeviceMismatch, DtypeMismatch, NotContiguous, OutOfRange, ShapeMismatch
 from deltaserve_kernels.tables import FLOAT_DTYPES, LoraTables, SparseTables
+from deltaserve_kernels.vector_tables import VectorTables
 from deltaserve_kernels.worklist import WorkList
 
 Member = tuple[int, int, int]
-AnyTables = LoraTables | SparseTables | BlockTables
+AnyTables = LoraTables | SparseTables | BlockTables | VectorTables
 BLOCK_SIZE = 16
 
 
-def check_linear(y: Tensor, x: Tensor, work: WorkList, tables: AnyTables, members: Sequence[Member]) -> None:
-    """Raise a KernelError unless ``lora_linear``/``sparse_linear``/``block_linear`` arguments fit together."""
+def check_linear(
+    y: Tensor, x: Tensor, work: WorkList, tables: AnyTables, members: Sequence[Member], *, has_dtype: bool = True
+) -> None:
+    """Raise a KernelError unless ``lora_linear``/``sparse_linear``/``block_linear`` arguments fit together.
+
+    ``has_dtype``: the tables must hold the dtype of the rows.
+    """
     if y.dim() != 2 or x.dim() != 2 or y.shape[0] != x.shape[0] or x.shape[0] != work.num_rows:
         raise ShapeMismatch(
             f"y {list(y.shape)} and x {list(x.shape)} must be [T, N] and [T, K], T = {work.num_rows} as in the list"
         )
-    if x.dtype not in FLOAT_DTYPES or y.dtype != x.dtype or tables.dtype not in (None, x.dtype):
+    if x.dtype not in FLOAT_DTYPES or y.dtype != x.dtype or (has_dtype and tables.dtype not in (None, x.dtype)):
         raise DtypeMismatch(
             f"y is {y.dtype}, x {x.dtype} and the tables hold {tables.dtype}; one float dtype is needed"
         )

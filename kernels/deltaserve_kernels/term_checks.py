@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from deltaserve_kernels.checks import Member
+from deltaserve_kernels.checks import Member, check_linear
 from deltaserve_kernels.errors import DeviceMismatch, DtypeMismatch, NotContiguous, OutOfRange, ShapeMismatch
 from deltaserve_kernels.tables import FLOAT_DTYPES, LoraTables
 from deltaserve_kernels.vector_tables import NormTables, VectorTables
@@ -26,6 +27,24 @@ def check_vectors(vectors: VectorTables, tables: LoraTables, members: Sequence[M
         known = int(vectors.dims[linear, 1])
         if known and known != stop - start:
             raise ShapeMismatch(f"linear {linear} has vectors of {known}; columns {start}:{stop} hold {stop - start}")
+
+
+def check_scale_shift(
+    y: Tensor,
+    work: WorkList,
+    tables: VectorTables,
+    members: Sequence[Member],
+    gain: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    """Raise a KernelError unless ``scale_shift`` arguments fit together."""
+    check_linear(y, y, work, tables, members, has_dtype=False)
+    for name, vector in (("gain", gain), ("shift", shift)):
+        if vector is None:
+            continue
+        sizes = [stop - start for _, start, stop in members]
+        if vector.dtype != torch.float32 or [vector.numel()] != sizes or vector.dim() != 1:
+            raise ShapeMismatch(f"{name} is {vector.dtype} {list(vector.shape)}; fp32 {sizes} of one member is needed")
 
 
 def check_norm(x: Tensor, weight: Tensor, work: WorkList, tables: NormTables, norm: int) -> None:

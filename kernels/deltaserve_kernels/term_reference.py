@@ -69,6 +69,36 @@ def lora_vector_linear(
                     y[index, start:stop] = (sums * factor + shift).to(y.dtype)
 
 
+def scale_shift(
+    y: Tensor,
+    work: WorkList,
+    tables: VectorTables,
+    members: Sequence[Member],
+    depth: float,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    unit: float,
+) -> None:
+    """``y = y * (gain + sum of scale * (s - unit)) + (shift + sum of scale * b)`` over the parts that have vectors."""
+    term_checks.check_scale_shift(y, work, tables, members, gain, shift)
+    for rows, parts in items_of(work):
+        for linear, start, stop in members:
+            factor = torch.ones(stop - start, device=y.device) if gain is None else gain
+            total = torch.zeros(stop - start, device=y.device) if shift is None else shift
+            has_any = False
+            for slot, scale_first, scale_last in parts:
+                vectors = tables.get(linear, slot)
+                if vectors is None:
+                    continue
+                has_any = True
+                scale = scale_first + (scale_last - scale_first) * depth
+                s, b = vectors
+                factor = factor + scale * (s - unit) if s.numel() else factor
+                total = total + scale * b if b.numel() else total
+            if has_any:
+                y[rows, start:stop] = (y[rows, start:stop].float() * factor + total).to(y.dtype)
+
+
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, work: WorkList, tables: NormTables, norm: int, depth: float
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""Public operators of further adapter terms. On a CPU the PyTorch definition runs, whatever the default backend."""
+"""Public operators of further adapter terms. On a CPU the PyTorch definition runs, except ``scale_shift``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltaserve_kernels import term_reference
-from deltaserve_kernels.backend import implementation
+from deltaserve_kernels.backend import implementation, select
 from deltaserve_kernels.block_tables import BlockTables
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.tables import LoraTables
@@ -59,6 +59,38 @@ def lora_vector_linear(
     """
     if not work.is_empty and (work.concerns(tables, members) or work.concerns(vectors, members)):
         _implementation(x.device, backend).lora_vector_linear(y, x, work, tables, vectors, members, depth)
+
+
+def scale_shift(
+    y: Tensor,
+    work: WorkList,
+    tables: VectorTables,
+    members: Sequence[Member],
+    depth: float = 0.0,
+    *,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    unit: float = 1.0,
+    backend: str | None = None,
+) -> None:
+    """Scales and biases in place: ``y[row, start:stop] = y * f + t``, rounded once.
+
+    f is ``1 + sum over parts of scale * (s_part - 1)`` and t the sum of ``scale * b_part``: so scales of several parts
+    combine as a sum of differences of weights does. What y holds is scaled whole, the base's bias included. Rows and
+    members without an entry stay as they are, to the bit.
+
+    With ``gain`` and ``shift`` (fp32 [N], for one member) f starts from the gain and t from the shift; ``unit`` 0 tells
+    that the tables hold differences: ``f = gain + sum of scale * s_part``. y [T, N] as in ``lora_linear``, of any float
+    dtype. fp32 sums in binding order. Raises a KernelError. No Triton twin: the definition runs on a GPU.
+    """
+    if work.is_empty or not work.concerns(tables, members):
+        return
+    if y.device.type == "cpu" and select(y.device, backend) == "cpu":
+        from deltaserve_kernels import cpu
+
+        cpu.scale_shift(y, work, tables, members, depth, gain, shift, unit)
+    else:
+        term_reference.scale_shift(y, work, tables, members, depth, gain, shift, unit)
 
 
 def rms_norm(

@@ -40,7 +40,15 @@ from deltaserve.model import checkpoint
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve.model.kv_cache import KVCache
 from deltaserve.text import Tokenizer
-from deltaserve_kernels import BackendUnavailable, LoraTables, SparseTables, select, source_digest, use_backend
+from deltaserve_kernels import (
+    BackendUnavailable,
+    LoraTables,
+    SparseTables,
+    VectorFamily,
+    select,
+    source_digest,
+    use_backend,
+)
 from deltaserve_store.names import DEFAULT_TENANT
 from deltaserve_store.store import AdapterStore
 
@@ -156,6 +164,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
     # What the operators read is all that is held, and booked: Triton's read no CSR.
     has_csr = select(base.device) != "triton"
     sparse = SparseTables(len(base.linears), limits.adapter_slots, base.device, has_csr=has_csr)
+    vectors = VectorFamily(len(base.linears), len(base.norms), limits.adapter_slots, base.device)
     pool = DevicePool(
         base.linears,
         lora,
@@ -163,6 +172,8 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
         num_slots=limits.adapter_slots,
         max_bytes=limits.adapter_device_bytes,
         device=base.device,
+        vectors=vectors,
+        norms=base.norms,
     )
     loader = FoldedLoader(base.spec, base.dtype, proven.locate)
     residency = AdapterResidency(
@@ -186,7 +197,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
     if has_graphs:
         max_blocks = -(-max_model_len // BLOCK_SIZE)
         graphs = DecodeGraphs(base, kv, lora, sparse, max_seqs=limits.max_num_seqs, max_blocks=max_blocks)
-    runner = ModelRunner(base, kv, lora, sparse, graphs=graphs)
+    runner = ModelRunner(base, kv, lora, sparse, vectors=vectors, graphs=graphs)
     began = time.monotonic()
     _apart(runner.warm_up, max_tokens=limits.max_num_batched_tokens)
     if graphs is not None:

@@ -12,6 +12,7 @@ from deltaserve_store.errors import AdapterInvalid, BaseMismatch
 from deltaserve_store.formats import read_adapter
 from deltaserve_store.reason_codes import REASON_CODES
 from deltatest.adapter_corpus import CORPUS, FINGERPRINT, GOOD, BadAdapter, corpus_base, write_good_lora
+from deltatest.vector_corpus import VECTOR_CORPUS, VECTOR_GOOD
 
 
 @pytest.mark.parametrize("kind", GOOD)
@@ -22,7 +23,14 @@ def test_good_adapters_get_in(kind: str, tmp_path: Path) -> None:
     assert len(parsed.deltas) == {"lora": 4, "shira": 2, "sparse": 2}[kind]
 
 
-@pytest.mark.parametrize("case", CORPUS, ids=lambda case: f"{case.kind}: {case.name}")
+@pytest.mark.parametrize("kind", VECTOR_GOOD)
+def test_good_vectors_get_in(kind: str, tmp_path: Path) -> None:
+    parsed = read_adapter(VECTOR_GOOD[kind](tmp_path / "adapter"), corpus_base())
+    assert parsed.kind == ("lora" if kind == "dora" else "vector")
+    assert len(parsed.deltas) == {"ia3": 4, "norms": 3, "dora": 4, "vectors": 3}[kind]
+
+
+@pytest.mark.parametrize("case", CORPUS + VECTOR_CORPUS, ids=lambda case: f"{case.kind}: {case.name}")
 def test_refused_with_its_reasons(case: BadAdapter, tmp_path: Path) -> None:
     folder = case.write(tmp_path / "adapter")
     before = time.monotonic()
@@ -48,12 +56,14 @@ def test_refused_with_its_reasons(case: BadAdapter, tmp_path: Path) -> None:
 
 def test_corpus_is_large_and_names_are_unique() -> None:
     assert len(CORPUS) >= 100
-    assert len({(case.kind, case.name) for case in CORPUS}) == len(CORPUS)
+    cases = CORPUS + VECTOR_CORPUS
+    assert len({(case.kind, case.name) for case in cases}) == len(cases)
 
 
 def test_every_code_of_a_folder_is_in_the_corpus() -> None:
     """Codes of archives and uploads are tested there; all others must be produced by some case."""
     elsewhere = {"duplicate_file", "bad_archive", "archive_path", "archive_bomb", "bit_rot", "too_many_findings"}
+    elsewhere.add("seed_not_usable")  # no type of this corpus has seeds: test_kind_corpus
     covered = {code for case in CORPUS for code, _ in case.reasons}
     assert covered == set(REASON_CODES) - elsewhere
 

@@ -9,8 +9,12 @@ import pytest
 
 from deltaserve.admission.reason_codes import PROOF_REASON_CODES
 from deltaserve_store.file_names import CHECKED_FILES, STORED_FILES, FileRole, role_of
-from deltaserve_store.formats.deltaserve_sparse import FIELDS, REQUIRED
-from deltaserve_store.formats.peft_fields import LORA_FIELDS, SHIRA_FIELDS, FieldRule
+from deltaserve_store.formats.deltaserve_sparse import FIELDS
+from deltaserve_store.formats.deltaserve_vectors import FIELDS as VECTOR_FIELDS
+from deltaserve_store.formats.lora_vectors import PEFT_LORA_FIELDS
+from deltaserve_store.formats.own_config import REQUIRED
+from deltaserve_store.formats.peft_fields import SHIRA_FIELDS, FieldRule
+from deltaserve_store.formats.peft_vectors import IA3_FIELDS, LN_FIELDS
 from deltaserve_store.reason_codes import REASON_CODES
 
 DOC = Path(__file__).parents[2] / "docs" / "adapter-format.md"
@@ -29,9 +33,9 @@ def _fields(rules: Mapping[str, FieldRule]) -> str:
     return "\n".join(lines)
 
 
-def _sparse_fields() -> str:
+def _own_fields(fields: Mapping[str, str]) -> str:
     lines = ["| field | accepted |", "| --- | --- |"]
-    lines += [f"| `{field}`{' (required)' if field in REQUIRED else ''} | {FIELDS[field]} |" for field in FIELDS]
+    lines += [f"| `{field}`{' (required)' if field in REQUIRED else ''} | {fields[field]} |" for field in fields]
     return "\n".join(lines)
 
 
@@ -56,9 +60,12 @@ def _proof_codes() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "files": _files,
-    "lora-fields": lambda: _fields(LORA_FIELDS),
+    "lora-fields": lambda: _fields(PEFT_LORA_FIELDS),
     "shira-fields": lambda: _fields(SHIRA_FIELDS),
-    "sparse-fields": _sparse_fields,
+    "ia3-fields": lambda: _fields(IA3_FIELDS),
+    "ln-fields": lambda: _fields(LN_FIELDS),
+    "sparse-fields": lambda: _own_fields(FIELDS),
+    "vector-fields": lambda: _own_fields(VECTOR_FIELDS),
     "reason-codes": _codes,
     "proof-reason-codes": _proof_codes,
 }
@@ -83,7 +90,13 @@ def test_every_field_of_the_installed_peft_is_known() -> None:
     """A field that a newer PEFT brings is refused until it is understood; here is where one hears of it."""
     import dataclasses
 
-    from peft import LoraConfig, ShiraConfig
+    from peft import IA3Config, LNTuningConfig, LoraConfig, ShiraConfig
 
-    for config, rules in ((LoraConfig, LORA_FIELDS), (ShiraConfig, SHIRA_FIELDS)):
+    known = (
+        (LoraConfig, PEFT_LORA_FIELDS),
+        (ShiraConfig, SHIRA_FIELDS),
+        (IA3Config, IA3_FIELDS),
+        (LNTuningConfig, LN_FIELDS),
+    )
+    for config, rules in known:
         assert {field.name for field in dataclasses.fields(config)} <= set(rules)

@@ -12,7 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from deltaserve.model.base import BaseModel, load_base
 from deltatest.admission_rig import Rig, open_rig
-from deltatest.peft_adapters import make_peft_lora, make_peft_shira, make_sparse
+from deltatest.peft_adapters import (
+    make_bitfit,
+    make_peft_ia3,
+    make_peft_ln_tuning,
+    make_peft_lora,
+    make_peft_shira,
+    make_sparse,
+)
 from deltatest.tiny_models import build_tiny_model
 
 torch.set_num_threads(1)
@@ -48,12 +55,17 @@ def hf_model(base_folder: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def shelf(hf_model: Any, base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders: ``lora-0`` .. ``lora-3`` (ranks 2 to 5), ``shira``, ``sparse``, ``zero`` (no effect), ``other-base``."""
+    """Folders: ``lora-0`` .. ``lora-3`` (ranks 2 to 5), ``shira``, ``sparse``, ``zero`` (no effect), ``other-base``; of
+    vectors ``dora``, ``ia3``, ``norms``, ``bitfit``."""
     root = tmp_path_factory.mktemp("adapters")
     for seed in range(4):
         make_peft_lora(hf_model, root / f"lora-{seed}", rank=2 + seed, seed=seed)
     make_peft_shira(hf_model, root / "shira", std=0.3)
     make_sparse(base.spec, root / "sparse")
+    make_peft_lora(hf_model, root / "dora", use_dora=True)
+    make_peft_ia3(hf_model, root / "ia3", std=0.1)
+    make_peft_ln_tuning(hf_model, root / "norms", std=0.1)
+    make_bitfit(base.spec, root / "bitfit")
     make_peft_lora(hf_model, root / "zero", std=0.0)
     make_peft_lora(hf_model, root / "other-base", base_name="somebody/else")
     return root

@@ -27,7 +27,7 @@ def codes(error: AdapterRefused) -> set[str]:
     return {reason.code for reason in error.reasons}
 
 
-@pytest.mark.parametrize("kind", ["lora-0", "shira", "sparse"])
+@pytest.mark.parametrize("kind", ["lora-0", "shira", "sparse", "dora", "ia3", "norms", "bitfit"])
 def test_what_passes_is_committed_with_its_proof(rig: Rig, shelf: Path, kind: str) -> None:
     result = run(rig.admit(shelf / kind, "poet", source="test"))
     assert result.created

@@ -16,6 +16,7 @@ from deltaserve_store.staging import Staging
 from deltatest.adapter_corpus import CORPUS, GOOD, BadAdapter, corpus_base
 from deltatest.admission_rig import Rig, open_rig, run
 from deltatest.tiny_models import save_random, tiny_config
+from deltatest.vector_corpus import VECTOR_CORPUS, VECTOR_GOOD
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +40,15 @@ def before_and_after(rig: Rig) -> tuple[object, ...]:
     return rig.store.snapshot(), rig.engine.num_probes, len(rig.engine.published), rig.store.used_bytes()
 
 
-@pytest.mark.parametrize("kind", GOOD)
+@pytest.mark.parametrize("kind", GOOD | VECTOR_GOOD)
 def test_the_good_adapter_behind_each_case_passes(rig: Rig, tmp_path: Path, kind: str) -> None:
     """Without this, a door that refuses everything would pass the cases below."""
-    result = run(rig.admit(GOOD[kind](tmp_path / kind), f"good-{kind}"))
+    result = run(rig.admit((GOOD | VECTOR_GOOD)[kind](tmp_path / kind), f"good-{kind}"))
     assert result.created
     assert rig.engine.names.resolve("default", f"good-{kind}").version == result.record.version
 
 
-@pytest.mark.parametrize("case", CORPUS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CORPUS + VECTOR_CORPUS, ids=lambda case: case.name)
 def test_no_hostile_adapter_is_served(rig: Rig, tmp_path: Path, case: BadAdapter) -> None:
     """However the bytes got into the folder: nothing is proven, stored, published or left behind."""
     folder = case.write(tmp_path / "adapter")

@@ -19,10 +19,11 @@ from deltaserve.admission.proof import MAX_PROBE_TOKENS, NonFiniteOutput, Prover
 from deltaserve.core import Binding
 from deltaserve.deltas.fold import fold
 from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm
+from deltaserve.deltas.vector_terms import VectorTerm
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve_store.formats import read_adapter
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter
-from deltatest.peft_adapters import make_peft_lora, make_sparse
+from deltatest.peft_adapters import make_bitfit, make_peft_ia3, make_peft_ln_tuning, make_peft_lora, make_sparse
 from deltatest.probe_engine import SerialEngine
 from deltatest.tiny_models import build_tiny_model
 
@@ -49,6 +50,10 @@ def adapters(folder: Path, bases: dict[torch.dtype, BaseModel], tmp_path_factory
     make_peft_lora(model, root / "lora", rank_pattern={"q_proj": 3}, use_rslora=True)
     make_peft_lora(model, root / "zero", std=0.0)
     make_sparse(bases[torch.float32].spec, root / "sparse")
+    make_peft_lora(model, root / "dora", use_dora=True)
+    make_peft_ia3(model, root / "ia3", std=0.1)
+    make_peft_ln_tuning(model, root / "norms", std=0.1)
+    make_bitfit(bases[torch.float32].spec, root / "bitfit")
     return root
 
 
@@ -70,14 +75,14 @@ def measure(
     return asyncio.run(Prover(base, engine, key, in_worker).measure(VERSION, adapter))
 
 
-@pytest.mark.parametrize("kind", ["lora", "sparse"])
+@pytest.mark.parametrize("kind", ["lora", "sparse", "dora", "ia3", "norms", "bitfit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_applied_right_passes(
     bases: dict[torch.dtype, BaseModel], adapters: Path, tmp_path: Path, kind: str, dtype: torch.dtype
 ) -> None:
     base = bases[dtype]
     adapter = read_adapter(adapters / kind, base.spec)
-    evidence = measure(base, adapter, fold(adapter, base.spec, dtype), tmp_path)
+    evidence = measure(base, adapter, fold(adapter, base.spec, dtype, base), tmp_path)
     assert judge(evidence, accept_no_effect=False).reasons == ()
     assert evidence.num_tokens == MAX_PROBE_TOKENS
     assert evidence.effect > 10 * evidence.tolerance if dtype == torch.float32 else evidence.effect > 0
@@ -168,6 +173,41 @@ def test_an_adapter_not_applied_at_all_is_refused_in_narrow_dtypes(
     adapter = read_adapter(adapters / "lora", base.spec)
     nothing = fold(read_adapter(adapters / "zero", base.spec), base.spec, dtype)
     evidence = measure(base, adapter, nothing, tmp_path)
+    assert [reason.code for reason in judge(evidence, accept_no_effect=True).reasons] == ["proof_failed"]
+
+
+def off_by_a_percent(folded: FoldedAdapter) -> FoldedAdapter:
+    """One vector of one linear or norm, whichever there is."""
+    if folded.norms:
+        name, norm = next(iter(folded.norms.items()))
+        return replace(folded, norms={**folded.norms, name: replace(norm, gain=norm.gain + 0.01)})
+    name, terms = next((n, t) for n, t in folded.terms.items() if isinstance(t[-1], VectorTerm))
+    changed = VectorTerm(
+        *(None if t is None else t + 0.01 for t in (terms[-1].scale, terms[-1].bias, terms[-1].in_scale))
+    )
+    return replace(folded, terms={**folded.terms, name: (*terms[:-1], changed)})
+
+
+def without_a_vector(folded: FoldedAdapter) -> FoldedAdapter:
+    if folded.norms:
+        return replace(folded, norms=dict(list(folded.norms.items())[1:]))
+    name, terms = next((n, t) for n, t in reversed(folded.terms.items()) if isinstance(t[-1], VectorTerm))
+    return replace(folded, terms={**folded.terms, name: terms[:-1]})
+
+
+@pytest.mark.parametrize("fault", [off_by_a_percent, without_a_vector])
+@pytest.mark.parametrize("kind", ["dora", "ia3", "norms", "bitfit"])
+def test_vectors_applied_wrong_are_refused(
+    bases: dict[torch.dtype, BaseModel],
+    adapters: Path,
+    tmp_path: Path,
+    kind: str,
+    fault: Callable[[FoldedAdapter], FoldedAdapter],
+) -> None:
+    base = bases[torch.float32]
+    adapter = read_adapter(adapters / kind, base.spec)
+    wrong = fault(fold(adapter, base.spec, torch.float32, base))
+    evidence = measure(base, adapter, wrong, tmp_path)
     assert [reason.code for reason in judge(evidence, accept_no_effect=True).reasons] == ["proof_failed"]
 
 

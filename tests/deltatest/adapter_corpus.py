@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from deltaserve_store.formats.deltaserve_sparse import write_sparse_adapter
 from deltaserve_store.parsed import SparseDelta
-from deltaserve_store.spec import BaseSpec, LinearSpec
+from deltaserve_store.spec import BaseSpec, LinearSpec, NormSpec
 
 FINGERPRINT = "ab" * 32
 PREFIX = "base_model.model."
@@ -42,7 +42,9 @@ def corpus_base(*, transposed: bool = False) -> BaseSpec:
         ):
             name = f"model.layers.{layer}.{path}"
             linears[name] = LinearSpec(name, out_features, in_features, False, transposed)
-    return BaseSpec(FINGERPRINT, ("tests/corpus-base",), "llama", linears, 100, 2, 16, num_tokens=90)
+    paths = [f"model.layers.{layer}.input_layernorm" for layer in range(2)] + ["model.norm"]
+    norms = {name: NormSpec(name, 16) for name in paths}
+    return BaseSpec(FINGERPRINT, ("tests/corpus-base",), "llama", linears, 100, 2, 16, num_tokens=90, norms=norms)
 
 
 def write_good_lora(folder: Path, *, rank: int = 4, seed: int = 0, fan_in_fan_out: bool = False) -> Path:
@@ -137,7 +139,7 @@ GOOD: dict[str, Callable[[Path], Path]] = {
 @dataclass(frozen=True)
 class BadAdapter:
     """``spoil`` makes a good adapter bad; the refusal must name exactly ``reasons`` as (code, where) pairs, unless
-    ``is_exact`` is off: then at least those.
+    ``is_exact`` is off: then at least those. ``good`` makes the good adapter, by default that of ``kind``.
     """
 
     name: str
@@ -145,9 +147,10 @@ class BadAdapter:
     spoil: Callable[[Path], None]
     reasons: tuple[tuple[str, str], ...]
     is_exact: bool = True
+    good: Callable[[Path], Path] | None = None
 
     def write(self, folder: Path) -> Path:
-        GOOD[self.kind](folder)
+        (self.good or GOOD[self.kind])(folder)
         self.spoil(folder)
         return folder
 
@@ -471,7 +474,7 @@ _HEADER = (
 
 _KINDS = tuple(
     _config("peft_type", kind, "unsupported_kind")
-    for kind in ("ADALORA", "IA3", "VERA", "PREFIX_TUNING", "XLORA", "OFT", "MISS", "NO_SUCH_KIND")
+    for kind in ("BOFT", "PREFIX_TUNING", "XLORA", "OFT", "RANDLORA", "FOURIERFT", "NO_SUCH_KIND", ["LORA"])
 )
 
 _CONFIG = (
@@ -485,9 +488,20 @@ _CONFIG = (
     _config("lora_alpha", 10**9, "invalid_value"),
     _config("lora_alpha", -1, "invalid_value"),
     _config("use_rslora", "yes", "invalid_value"),
-    _config("use_dora", True, "unsupported_feature"),
-    _config("lora_bias", True, "unsupported_feature"),
-    _config("bias", "all", "unsupported_feature"),
+    BadAdapter(
+        "DoRA without magnitudes",
+        "lora",
+        edit_config(use_dora=True),
+        (("missing_tensor", f"{PREFIX}{Q0}.lora_magnitude_vector"),),
+        is_exact=False,
+    ),
+    BadAdapter(
+        "biases of B missing",
+        "lora",
+        edit_config(lora_bias=True),
+        (("missing_tensor", f"{PREFIX}{Q0}.lora_B.bias"),),
+        is_exact=False,
+    ),
     _config("modules_to_save", ["lm_head"], "unsupported_feature"),
     _config("trainable_token_indices", [1, 2], "unsupported_feature"),
     _config("target_parameters", ["mlp.experts.gate_up_proj"], "unsupported_feature"),
@@ -541,9 +555,9 @@ _CONFIG = (
     BadAdapter(
         "several faults at once",
         "lora",
-        edit_config(use_dora=True, r=-3, wings=2, target_modules=".*"),
+        edit_config(use_qalora=True, r=-3, wings=2, target_modules=".*"),
         (
-            ("unsupported_feature", f"{CONFIG}:use_dora"),
+            ("unsupported_feature", f"{CONFIG}:use_qalora"),
             ("rank_out_of_range", f"{CONFIG}:r"),
             ("unknown_field", f"{CONFIG}:wings"),
             ("regex_target", f"{CONFIG}:target_modules"),

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from deltaserve_store.spec import BaseSpec, LinearSpec
+from deltaserve_store.spec import BaseSpec, LinearSpec, NormSpec
 from deltatest.tiny_models import build_tiny_model
 
 FINGERPRINT = "5a" * 32
@@ -18,6 +18,7 @@ BASE_NAME = "tests/tiny-base"
 def spec_of(model: torch.nn.Module, *, fingerprint: str = FINGERPRINT) -> BaseSpec:
     """The spec of an in-memory model; the head is left out, as the server does."""
     linears: dict[str, LinearSpec] = {}
+    norms: dict[str, NormSpec] = {}
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in ("lm_head", "embed_out"):
             continue
@@ -26,12 +27,15 @@ def spec_of(model: torch.nn.Module, *, fingerprint: str = FINGERPRINT) -> BaseSp
             linears[name] = LinearSpec(name, cols, rows, True, transposed=True)
         elif isinstance(module, torch.nn.Linear):
             linears[name] = LinearSpec(name, module.out_features, module.in_features, module.bias is not None)
+        elif type(module).__name__.endswith("Norm") and not name.endswith(("q_norm", "k_norm")):
+            norms[name] = NormSpec(name, module.weight.numel(), getattr(module, "bias", None) is not None)
     config = model.config
     return BaseSpec(
         fingerprint=fingerprint,
         names=(BASE_NAME,),
         model_type=config.model_type,  # type: ignore[union-attr]
         linears=linears,
+        norms=norms,
         vocab_size=config.vocab_size,  # type: ignore[union-attr]
         num_layers=config.num_hidden_layers,  # type: ignore[union-attr]
         hidden_size=config.hidden_size,  # type: ignore[union-attr]

@@ -77,6 +77,41 @@ def make_peft_shira(
     return _write_peft(model, shira, folder, seed, std, dtype, base_name)
 
 
+def make_peft_ia3(
+    model: torch.nn.Module,
+    folder: Path,
+    *,
+    targets: Sequence[str] = ("k_proj", "v_proj", "down_proj"),
+    feedforward: Sequence[str] = ("down_proj",),
+    seed: int = 0,
+    std: float = 0.05,
+    dtype: torch.dtype = torch.float32,
+    base_name: str = "tests/tiny-base",
+) -> Path:
+    """Write a PEFT IA3 folder with scales around 1, their deviation 4 times ``std``."""
+    from peft import IA3Config
+
+    ia3 = IA3Config(target_modules=list(targets), feedforward_modules=list(feedforward), task_type="CAUSAL_LM")
+    return _write_peft(model, ia3, folder, seed, std, dtype, base_name)
+
+
+def make_peft_ln_tuning(
+    model: torch.nn.Module,
+    folder: Path,
+    *,
+    targets: Sequence[str] = ("input_layernorm", "post_attention_layernorm", "norm"),
+    seed: int = 0,
+    std: float = 0.05,
+    dtype: torch.dtype = torch.float32,
+    base_name: str = "tests/tiny-base",
+) -> Path:
+    """Write a PEFT LN tuning folder with gains and shifts around the base's."""
+    from peft import LNTuningConfig
+
+    tuning = LNTuningConfig(target_modules=list(targets), task_type="CAUSAL_LM")
+    return _write_peft(model, tuning, folder, seed, std, dtype, base_name)
+
+
 def make_sparse(
     spec: BaseSpec,
     folder: Path,
@@ -107,18 +142,70 @@ def make_sparse(
     return folder
 
 
+def make_bitfit(
+    spec: BaseSpec,
+    folder: Path,
+    *,
+    targets: Sequence[str] | None = None,
+    seed: int = 0,
+    std: float = 0.1,
+    fingerprint: str | None = None,
+    **config: Any,
+) -> Path:
+    """Write biases of linears (all, or those that end with one of ``targets``) and, where there are any, of norms, in
+    the project's own format; values normal(0, ``std``)."""
+    from deltaserve_store.formats.deltaserve_vectors import write_vector_adapter
+    from deltaserve_store.vector_deltas import NormDelta, VectorDelta
+
+    generator = torch.Generator().manual_seed(seed)
+    deltas: list[VectorDelta | NormDelta] = [
+        VectorDelta(name, bias=torch.randn(linear.out_features, generator=generator) * std)
+        for name, linear in spec.linears.items()
+        if targets is None or name.rsplit(".", 1)[-1] in targets
+    ]
+    for name, norm in spec.norms.items():
+        if norm.has_bias:
+            deltas.append(NormDelta(name, shift=torch.randn(norm.size, generator=generator) * std))
+    write_vector_adapter(folder, deltas, fingerprint or spec.fingerprint, method="bitfit", **config)
+    return folder
+
+
+def make_gates(spec: BaseSpec, folder: Path, *, seed: int = 0, std: float = 0.2) -> Path:
+    """Write scales in the project's own format: of the inputs of every second linear, of the outputs of the others,
+    and differences of all gains."""
+    from deltaserve_store.formats.deltaserve_vectors import write_vector_adapter
+    from deltaserve_store.vector_deltas import NormDelta, VectorDelta
+
+    generator = torch.Generator().manual_seed(seed)
+    deltas: list[VectorDelta | NormDelta] = []
+    for index, (name, linear) in enumerate(spec.linears.items()):
+        if index % 2:
+            deltas.append(VectorDelta(name, in_scale=1 + std * torch.randn(linear.in_features, generator=generator)))
+        else:
+            deltas.append(VectorDelta(name, out_scale=1 + std * torch.randn(linear.out_features, generator=generator)))
+    for name, norm in spec.norms.items():
+        deltas.append(NormDelta(name, gain=std * torch.randn(norm.size, generator=generator)))
+    write_vector_adapter(folder, deltas, spec.fingerprint, method="gates")
+    return folder
+
+
 def _write_peft(
     model: torch.nn.Module, config: Any, folder: Path, seed: int, std: float, dtype: torch.dtype, base_name: str
 ) -> Path:
     from peft import get_peft_model
 
+    trains_bias = getattr(config, "bias", "none") != "none"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = get_peft_model(copy.deepcopy(model), config)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in wrapped.named_parameters():
-                if "lora_" in name or "shira_" in name:
+                if "ia3_" in name or "magnitude" in name or "ln_tuning_" in name or (trains_bias and "bias" in name):
+                    # Around what it is now: a scale, a norm of rows, a gain or a bias.
+                    size = parameter.abs().mean().clamp(min=0.5)
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 4 * std * size)
+                elif "lora_" in name or "shira_" in name:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         # "auto" would ask the hub whether the base's vocabulary was resized.
         wrapped.save_pretrained(str(folder), save_embedding_layers=False)

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
+from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.core import Binding, Logits
-from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm
+from deltaserve.deltas.folded import FoldedAdapter
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
 from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import KVCache
-from deltaserve_kernels import LoraTables, SparseTables
+from deltaserve_kernels import LoraTables, SparseTables, VectorFamily
 from deltaserve_store.names import NameMap
 
 
@@ -35,9 +36,12 @@ class SerialEngine:
         self.on_probe: Callable[[Binding, torch.Tensor], torch.Tensor] | None = None
         self.num_probes = 0
         self.published: list[NameMap] = []
-        self._lora = LoraTables(len(base.linears), 1, base.device)
-        self._sparse = SparseTables(len(base.linears), 1, base.device)
-        self._runner = ModelRunner(base, KVCache(base.kv_layout, 8, base.device), self._lora, self._sparse)
+        lora, sparse = LoraTables(len(base.linears), 1, base.device), SparseTables(len(base.linears), 1, base.device)
+        vectors = VectorFamily(len(base.linears), len(base.norms), 1, base.device)
+        self._pool = DevicePool(
+            base.linears, lora, sparse, num_slots=1, max_bytes=1 << 30, vectors=vectors, norms=base.norms
+        )
+        self._runner = ModelRunner(base, KVCache(base.kv_layout, 8, base.device), lora, sparse, vectors=vectors)
 
     def publish(self, names: NameMap) -> None:
         self.names = names
@@ -64,12 +68,7 @@ class SerialEngine:
         return Logits(len(ids), logits.shape[1], logits.contiguous().numpy().tobytes())
 
     def _install(self, adapter: FoldedAdapter) -> None:
-        self._lora.clear(0)
-        self._sparse.clear(0)
-        for linear, terms in adapter.terms.items():
-            index = self.base.linears.index(linear)
-            for term in terms:
-                if isinstance(term, LowRankTerm):
-                    self._lora.set(index, 0, term.a, term.b_t)
-                else:
-                    self._sparse.set(index, 0, term.indptr, term.cols, term.values)
+        if not self._pool.num_free_slots:
+            self._pool.release(0)
+        staged = self._pool.convert(adapter)
+        self._pool.install(self._pool.reserve("candidate", staged.nbytes), staged)

@@ -25,7 +25,7 @@ from deltaserve.engine.sampler import Sampler
 from deltaserve.engine.scheduler import Scheduler
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import KVCache
-from deltaserve_kernels import LoraTables, SparseTables
+from deltaserve_kernels import LoraTables, SparseTables, VectorFamily
 from deltaserve_store.formats import read_adapter
 
 
@@ -97,7 +97,17 @@ def real_rig(
 ) -> RealRig:
     lora = LoraTables(len(base.linears), num_slots, base.device)
     sparse = SparseTables(len(base.linears), num_slots, base.device)
-    pool = DevicePool(base.linears, lora, sparse, num_slots=num_slots, max_bytes=1 << 30, device=base.device)
+    vectors = VectorFamily(len(base.linears), len(base.norms), num_slots, base.device)
+    pool = DevicePool(
+        base.linears,
+        lora,
+        sparse,
+        num_slots=num_slots,
+        max_bytes=1 << 30,
+        device=base.device,
+        vectors=vectors,
+        norms=base.norms,
+    )
     residency = AdapterResidency(pool, HostCache(1 << 30), MemoryLoader(adapters or {}))
     limits = EngineLimits(
         max_model_len=min(base.max_context, num_blocks * 16),
@@ -116,11 +126,11 @@ def real_rig(
     if has_graphs:  # each a pass that is run again; wants the reference operators
         graphs = DecodeGraphs(base, kv, lora, sparse, max_seqs=max_num_seqs, capture=lambda run: run)
         graphs.capture()
-    runner = RecordingRunner(ModelRunner(base, kv, lora, sparse, graphs=graphs))
+    runner = RecordingRunner(ModelRunner(base, kv, lora, sparse, vectors=vectors, graphs=graphs))
     engine = Engine(runner, residency, blocks, scheduler, Sampler(base.vocab_size), limits)
     return RealRig(engine, runner, residency)
 
 
 def fold_folder(folder: Path, base: BaseModel) -> FoldedAdapter:
     """An adapter folder, read and folded as admission does it."""
-    return fold(read_adapter(folder, base.spec), base.spec, base.dtype)
+    return fold(read_adapter(folder, base.spec), base.spec, base.dtype, base)

@@ -1,5 +1,5 @@
-"""The promise of the whole server: 64 rows over the base, 8 LoRA and 4 sparse adapters, decoded together, are each
-what they are alone, and what PEFT (or folded weights) makes of them."""
+"""The promise of the whole server: 64 rows over the base, 8 LoRA, 4 sparse and 4 vector adapters, decoded together,
+are each what they are alone, and what PEFT (or folded weights) makes of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from deltaserve.deltas.fold import dense_deltas
 from deltaserve.deltas.folded import FoldedAdapter
 from deltaserve.model.base import BaseModel, load_base
 from deltatest.engine_fakes import request as make_request
-from deltatest.peft_adapters import make_peft_lora, make_peft_shira, make_sparse
+from deltatest.peft_adapters import (
+    make_bitfit,
+    make_peft_ia3,
+    make_peft_ln_tuning,
+    make_peft_lora,
+    make_peft_shira,
+    make_sparse,
+)
 from deltatest.real_engine import RealRig, fold_folder, real_rig
 
 torch.set_num_threads(1)
@@ -29,6 +36,7 @@ torch.set_num_threads(1)
 NUM_ROWS = 64
 NUM_TOKENS = 16
 RANKS = (1, 2, 3, 8, 16, 24, 33, 64)
+VECTORS = ("dora", "ia3", "norms", "bitfit")
 
 
 @dataclass
@@ -62,6 +70,10 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
         folders[f"sparse{index}"] = make_sparse(
             base.spec, root / f"sparse{index}", num_entries=200 + 1000 * index, seed=30 + index
         )
+    folders["dora"] = make_peft_lora(model, root / "dora", rank=4, use_dora=True, seed=40)
+    folders["ia3"] = make_peft_ia3(model, root / "ia3", std=0.1, seed=41)
+    folders["norms"] = make_peft_ln_tuning(model, root / "norms", std=0.1, seed=42)
+    folders["bitfit"] = make_bitfit(base.spec, root / "bitfit", seed=43)
     adapters = {name: fold_folder(folder, base) for name, folder in folders.items()}
     names = [None, *folders]
     generator = torch.Generator().manual_seed(1)
@@ -97,7 +109,7 @@ def mixed(setting: Setting) -> Result:
 
 def test_all_rows_really_share_steps(mixed: Result) -> None:
     assert mixed.rig.runner.max_step_seqs == NUM_ROWS
-    assert mixed.rig.max_distinct_adapters == len(RANKS) + 4
+    assert mixed.rig.max_distinct_adapters == len(RANKS) + 4 + len(VECTORS)
 
 
 def test_each_row_equals_itself_alone(setting: Setting, mixed: Result) -> None:
@@ -129,10 +141,10 @@ def check_rows(setting: Setting, mixed: Result, name: str | None, oracle: Callab
         assert wanted.argmax(dim=-1).tolist() == tokens
         assert (found - wanted).abs().max() <= 1e-4
         checked += 1
-    assert checked >= 4
+    assert checked >= 3
 
 
-@pytest.mark.parametrize("name", [None, *(f"lora{rank}" for rank in RANKS), "shira0", "shira1"])
+@pytest.mark.parametrize("name", [None, *(f"lora{rank}" for rank in RANKS), "shira0", "shira1", "dora", "ia3", "norms"])
 def test_rows_equal_peft(setting: Setting, mixed: Result, name: str | None) -> None:
     subject: torch.nn.Module = setting.model
     if name is not None:

@@ -8,7 +8,6 @@ the base's fingerprint, so these files cannot be served on another base, with or
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,30 +18,16 @@ from safetensors.torch import save_file
 from deltaserve_store.file_names import SPARSE_CONFIG, SPARSE_TENSORS
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats.module_match import is_head
+from deltaserve_store.formats.own_config import FORMAT_VERSION, check_shared, fields_of
 from deltaserve_store.formats.sparse_entries import check_positions, keys_of, sort_entries
 from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, check_dtype, check_shape, check_values
 from deltaserve_store.formats.tensor_file import TensorFile
-from deltaserve_store.names import NAME
 from deltaserve_store.parsed import ParsedAdapter, SparseDelta
 from deltaserve_store.spec import BaseSpec, LinearSpec
 
 FORMAT = "deltaserve-sparse"
-FORMAT_VERSION = 1
-MAX_STOP_TOKENS = 16
-FINGERPRINT = re.compile(r"[A-Za-z0-9:._-]{1,128}")
 PARTS = ("rows", "cols", "values")
-FIELDS: Mapping[str, str] = {
-    "format": f'"{FORMAT}"',
-    "format_version": str(FORMAT_VERSION),
-    "base_fingerprint": "the fingerprint of the base, as GET /version shows it",
-    "modules": "object: module path to its number of entries (at least 1)",
-    "base_name": "optional: null or a string; descriptive",
-    "method": "optional: null or a string, how the entries were chosen; descriptive",
-    "chat_template": "optional: null or the name of a template that the operator registered",
-    "stop_token_ids": f"optional: at most {MAX_STOP_TOKENS} token ids of the base",
-}
-"""Every field of ``adapter.json`` with what is allowed; others are refused."""
-REQUIRED = ("format", "format_version", "base_fingerprint", "modules")
+FIELDS: Mapping[str, str] = fields_of(FORMAT, "object: module path to its number of entries (at least 1)")
 
 
 def write_sparse_adapter(
@@ -127,47 +112,13 @@ def _is_count(value: Any) -> bool:
 
 def _check_config(config: Mapping[str, Any], base: BaseSpec, findings: Findings) -> dict[str, int]:
     """The ``modules`` object; empty when it cannot be used."""
-
-    def refuse(code: str, field: str) -> None:
-        found = config.get(field, "nothing")
-        findings.add(code, f"{SPARSE_CONFIG}:{field}", found, FIELDS.get(field, "only documented fields"))
-
-    for field in config:
-        if field not in FIELDS:
-            refuse("unknown_field", field)
-    for field in REQUIRED:
-        if field not in config:
-            refuse("missing_field", field)
-    if config.get("format", FORMAT) != FORMAT:
-        refuse("unsupported_kind", "format")
-    version = config.get("format_version", FORMAT_VERSION)
-    if type(version) is not int or version != FORMAT_VERSION:
-        refuse("invalid_value", "format_version")
-    fingerprint = config.get("base_fingerprint", base.fingerprint)
-    if not isinstance(fingerprint, str) or FINGERPRINT.fullmatch(fingerprint) is None:
-        refuse("invalid_value", "base_fingerprint")
-    elif fingerprint != base.fingerprint:
-        findings.add("base_mismatch", f"{SPARSE_CONFIG}:base_fingerprint", fingerprint, base.fingerprint)
-    for field in ("base_name", "method"):
-        value = config.get(field)
-        if value is not None and not (isinstance(value, str) and len(value) <= 1024):
-            refuse("invalid_value", field)
-    template = config.get("chat_template")
-    if template is not None and not (isinstance(template, str) and NAME.fullmatch(template)):
-        refuse("invalid_value", "chat_template")
-    stops = config.get("stop_token_ids")
-    if stops is not None and not (
-        isinstance(stops, list)
-        and len(stops) <= MAX_STOP_TOKENS
-        and all(type(stop) is int and 0 <= stop < base.vocab_size for stop in stops)
-    ):
-        refuse("invalid_value", "stop_token_ids")
-    modules = config.get("modules", {})
+    check_shared(config, FIELDS, FORMAT, base, findings)
+    where, modules = f"{SPARSE_CONFIG}:modules", config.get("modules", {})
     if not isinstance(modules, dict) or not all(_is_count(count) for count in modules.values()):
-        refuse("invalid_value", "modules")
+        findings.add("invalid_value", where, modules, FIELDS["modules"])
         return {}
     if not modules and "modules" in config:
-        refuse("target_not_found", "modules")
+        findings.add("target_not_found", where, modules, FIELDS["modules"])
     return modules
 
 

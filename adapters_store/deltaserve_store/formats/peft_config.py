@@ -1,4 +1,4 @@
-"""``adapter_config.json`` of PEFT, read strictly: what kind it is, and for LoRA and SHiRA what its fields mean."""
+"""``adapter_config.json`` of PEFT, read strictly: which linears it targets, and what LoRA's and SHiRA's fields mean."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deltaserve_store.findings import Findings, refuse
+from deltaserve_store.findings import Findings
 from deltaserve_store.formats.module_match import PatternTable, TargetRules, is_head
 from deltaserve_store.formats.peft_fields import LORA_FIELDS, SHIRA_FIELDS, check_fields
 from deltaserve_store.spec import BaseSpec
-
-SERVED_PEFT_TYPES = ("LORA", "SHIRA")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +44,12 @@ class PeftShiraConfig:
     base_name: str | None
 
 
-def peft_type_of(config: Mapping[str, Any], where: str) -> str:
-    """``LORA`` or ``SHIRA``; every other kind is refused by its name."""
-    kind = config.get("peft_type")
-    if kind is None:
-        raise refuse("missing_field", f"{where}:peft_type", "nothing", " or ".join(SERVED_PEFT_TYPES))
-    if kind not in SERVED_PEFT_TYPES:
-        raise refuse(
-            "unsupported_kind", f"{where}:peft_type", kind, f"{' or '.join(SERVED_PEFT_TYPES)} (others not served yet)"
-        )
-    return str(kind)
-
-
 def parse_lora_config(
     config: Mapping[str, Any], base: BaseSpec, where: str, findings: Findings
 ) -> PeftLoraConfig | None:
     """None when ``findings`` got a reason that leaves the meaning open."""
     check_fields(config, LORA_FIELDS, where, findings)
-    targets = _targets(config, where, findings)
+    targets = targets_of(config, where, findings)
     if findings:
         return None
     lora = PeftLoraConfig(
@@ -76,7 +62,7 @@ def parse_lora_config(
         fan_in_fan_out=config.get("fan_in_fan_out", False),
         base_name=config.get("base_model_name_or_path") or None,
     )
-    _check_orientation(lora.targets.select(base), lora.fan_in_fan_out, base, where, findings)
+    check_orientation(lora.targets.select(base), lora.fan_in_fan_out, base, where, findings)
     return lora
 
 
@@ -85,16 +71,16 @@ def parse_shira_config(
 ) -> PeftShiraConfig | None:
     """None when ``findings`` got a reason that leaves the meaning open."""
     check_fields(config, SHIRA_FIELDS, where, findings)
-    targets = _targets(config, where, findings)
+    targets = targets_of(config, where, findings)
     if findings:
         return None
     shira = PeftShiraConfig(rank=config["r"], targets=targets, base_name=config.get("base_model_name_or_path") or None)
-    _check_orientation(shira.targets.select(base), config.get("fan_in_fan_out", False), base, where, findings)
+    check_orientation(shira.targets.select(base), config.get("fan_in_fan_out", False), base, where, findings)
     return shira
 
 
-def _targets(config: Mapping[str, Any], where: str, findings: Findings) -> TargetRules:
-    """Reads only values that ``check_fields`` accepted; of others it says nothing more."""
+def targets_of(config: Mapping[str, Any], where: str, findings: Findings) -> TargetRules:
+    """Which linears are targeted. Reads only values that ``check_fields`` accepted; of others it says nothing more."""
     modules = config.get("target_modules")
     named = frozenset(item for item in modules if isinstance(item, str)) if isinstance(modules, list) else None
     for module in sorted(named or ()):
@@ -121,7 +107,7 @@ def _targets(config: Mapping[str, Any], where: str, findings: Findings) -> Targe
     )
 
 
-def _check_orientation(
+def check_orientation(
     modules: tuple[str, ...], fan_in_fan_out: bool, base: BaseSpec, where: str, findings: Findings
 ) -> None:
     """PEFT corrects the flag while it wraps the modules, so a saved file that disagrees was not made on this base."""

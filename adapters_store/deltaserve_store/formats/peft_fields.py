@@ -31,29 +31,33 @@ Treatment = Literal["understood", "descriptive", "neutral-only"]
 
 @dataclass(frozen=True, slots=True)
 class FieldRule:
-    """``accepts`` decides over a value that JSON gave; a refusal carries ``code``."""
+    """``accepts`` decides over a value that JSON gave; a refusal carries ``code``.
+
+    ``per_key`` judges the values of an object one by one (patterns), so that a refusal can name the keys at fault.
+    """
 
     treatment: Treatment
     accepts: Callable[[Any], bool]
     allowed: str
     code: str = "invalid_value"
     required: bool = False
+    per_key: Callable[[Any], bool] | None = None
 
 
-def _is_bool(value: Any) -> bool:
+def is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     return value is None or (isinstance(value, str) and len(value) <= MAX_TEXT)
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_rank(value: Any) -> bool:
-    return _is_int(value) and 1 <= value <= MAX_RANK
+    return is_int(value) and 1 <= value <= MAX_RANK
 
 
 def is_alpha(value: Any) -> bool:
@@ -61,7 +65,7 @@ def is_alpha(value: Any) -> bool:
     return number and 0 < value <= MAX_ALPHA
 
 
-def _is_fraction(value: Any) -> bool:
+def is_fraction(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and math.isfinite(value) and 0 <= value <= 1
 
@@ -79,9 +83,9 @@ def _is_targets(value: Any) -> bool:
 
 
 def _is_layers(value: Any) -> bool:
-    if value is None or _is_int(value):
+    if value is None or is_int(value):
         return True
-    return isinstance(value, list) and len(value) <= MAX_TARGETS and all(_is_int(item) for item in value)
+    return isinstance(value, list) and len(value) <= MAX_TARGETS and all(is_int(item) for item in value)
 
 
 def _is_layers_pattern(value: Any) -> bool:
@@ -95,7 +99,7 @@ def _is_layers_pattern(value: Any) -> bool:
     )
 
 
-def _is_pattern(value: Any, accepts: Callable[[Any], bool]) -> bool:
+def is_pattern(value: Any, accepts: Callable[[Any], bool]) -> bool:
     if value is None:
         return True
     return (
@@ -121,96 +125,108 @@ def _is_object(value: Any) -> bool:
     return value is None or isinstance(value, dict)
 
 
-def _one_of(*values: Any) -> Callable[[Any], bool]:
+def one_of(*values: Any) -> Callable[[Any], bool]:
     # 0 == False and 1 == True in Python; the type tells them apart.
     return lambda value: any(type(value) is type(allowed) and value == allowed for allowed in values)
 
 
-def _off(*neutral: Any) -> FieldRule:
+def off(*neutral: Any) -> FieldRule:
     shown = " or ".join("null" if value is None else str(value).lower() for value in neutral)
-    return FieldRule("neutral-only", _one_of(*neutral), f"{shown} (not served yet)", "unsupported_feature")
+    return FieldRule("neutral-only", one_of(*neutral), f"{shown} (not served yet)", "unsupported_feature")
 
 
-_TEXT = FieldRule("descriptive", _is_text, f"null or a string of at most {MAX_TEXT} characters")
-_FLAG = FieldRule("descriptive", _is_bool, "true or false")
+TEXT = FieldRule("descriptive", is_text, f"null or a string of at most {MAX_TEXT} characters")
+FLAG = FieldRule("descriptive", is_bool, "true or false")
 
-_COMMON: dict[str, FieldRule] = {
-    "peft_type": FieldRule("understood", _is_text, "LORA or SHIRA", required=True),
+COMMON_FIELDS: dict[str, FieldRule] = {
+    "peft_type": FieldRule("understood", is_text, "a type listed in docs/adapter-kinds.md", required=True),
     "task_type": FieldRule(
-        "understood", _one_of(None, "CAUSAL_LM"), "null or CAUSAL_LM (other tasks bring a head)", "unsupported_feature"
+        "understood", one_of(None, "CAUSAL_LM"), "null or CAUSAL_LM (other tasks bring a head)", "unsupported_feature"
     ),
-    "base_model_name_or_path": FieldRule("understood", _is_text, f"null or at most {MAX_TEXT} characters"),
+    "base_model_name_or_path": FieldRule("understood", is_text, f"null or at most {MAX_TEXT} characters"),
     "target_modules": FieldRule(
         "understood", _is_targets, "a list of module names or path endings, or all-linear", required=True
     ),
-    "fan_in_fan_out": FieldRule("understood", _is_bool, "true or false, as the base stores its weights"),
-    "modules_to_save": _off(None, []),
+    "fan_in_fan_out": FieldRule("understood", is_bool, "true or false, as the base stores its weights"),
+    "modules_to_save": off(None, []),
     "auto_mapping": FieldRule("descriptive", _is_auto_mapping, "null or base_model_class and parent_library"),
-    "peft_version": _TEXT,
-    "revision": _TEXT,
-    "inference_mode": _FLAG,
+    "peft_version": TEXT,
+    "revision": TEXT,
+    "inference_mode": FLAG,
 }
+
+SELECTION_FIELDS: dict[str, FieldRule] = {
+    "exclude_modules": FieldRule(
+        "understood", lambda value: value is None or _is_names(value), "null or a list of module names"
+    ),
+    "layers_to_transform": FieldRule("understood", _is_layers, "null, an integer or a list of integers"),
+    "layers_pattern": FieldRule("understood", _is_layers_pattern, "null, a module name or a list of them"),
+}
+RANK = FieldRule("understood", is_rank, f"an integer from 1 to {MAX_RANK}", "rank_out_of_range", required=True)
+ALPHA = FieldRule("understood", is_alpha, f"a number above 0, at most {MAX_ALPHA:g}", required=True)
+RANK_PATTERN = FieldRule(
+    "understood",
+    lambda value: is_pattern(value, is_rank),
+    f"module paths to ranks from 1 to {MAX_RANK}",
+    per_key=is_rank,
+)
+ALPHA_PATTERN = FieldRule(
+    "understood", lambda value: is_pattern(value, is_alpha), "module paths to numbers above 0", per_key=is_alpha
+)
+BIAS = FieldRule("understood", one_of("none"), "none (trained biases are not served yet)", "unsupported_feature")
+FRACTION = FieldRule("descriptive", is_fraction, "a number from 0 to 1")
 
 LORA_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
     {
-        **_COMMON,
-        "r": FieldRule("understood", is_rank, f"an integer from 1 to {MAX_RANK}", "rank_out_of_range", required=True),
-        "lora_alpha": FieldRule("understood", is_alpha, f"a number above 0, at most {MAX_ALPHA:g}", required=True),
-        "use_rslora": FieldRule("understood", _is_bool, "true or false"),
-        "rank_pattern": FieldRule(
-            "understood", lambda value: _is_pattern(value, is_rank), f"module paths to ranks from 1 to {MAX_RANK}"
-        ),
-        "alpha_pattern": FieldRule(
-            "understood", lambda value: _is_pattern(value, is_alpha), "module paths to numbers above 0"
-        ),
-        "exclude_modules": FieldRule(
-            "understood", lambda value: value is None or _is_names(value), "null or a list of module names"
-        ),
-        "layers_to_transform": FieldRule("understood", _is_layers, "null, an integer or a list of integers"),
-        "layers_pattern": FieldRule("understood", _is_layers_pattern, "null, a module name or a list of them"),
-        "bias": FieldRule(
-            "understood", _one_of("none"), "none (trained biases are not served yet)", "unsupported_feature"
-        ),
+        **COMMON_FIELDS,
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "use_rslora": FieldRule("understood", is_bool, "true or false"),
+        "rank_pattern": RANK_PATTERN,
+        "alpha_pattern": ALPHA_PATTERN,
+        **SELECTION_FIELDS,
+        "bias": BIAS,
         "init_lora_weights": FieldRule(
             "understood",
-            _one_of(True, False, "gaussian", "orthogonal", "eva"),
-            "true, false, gaussian, orthogonal or eva (others change the base; convert the adapter when saving)",
+            one_of(True, False, "gaussian", "orthogonal", "eva"),
+            "true, false, gaussian, orthogonal or eva (others change the base; save with "
+            "path_initial_model_for_weight_conversion)",
             "unsupported_feature",
         ),
-        "lora_dropout": FieldRule("descriptive", _is_fraction, "a number from 0 to 1"),
+        "lora_dropout": FRACTION,
         "eva_config": FieldRule("descriptive", _is_object, "null or an object"),
-        "megatron_core": _TEXT,
-        "qalora_group_size": FieldRule("descriptive", _is_int, "an integer"),
+        "megatron_core": TEXT,
+        "qalora_group_size": FieldRule("descriptive", is_int, "an integer"),
         "runtime_config": FieldRule("descriptive", _is_object, "null or an object"),
-        "ensure_weight_tying": _FLAG,
-        "use_dora": _off(False),
-        "lora_bias": _off(False),
-        "use_qalora": _off(False),
-        "loftq_config": _off(None, {}),
-        "corda_config": _off(None),
-        "lora_ga_config": _off(None),
-        "velora_config": _off(None),
-        "monteclora_config": _off(None),
-        "kasa_config": _off(None),
-        "arrow_config": _off(None),
-        "use_bdlora": _off(None, False),
-        "megatron_config": _off(None),
-        "layer_replication": _off(None),
-        "trainable_token_indices": _off(None),
-        "target_parameters": _off(None, []),
-        "alora_invocation_tokens": _off(None),
-        "enable_lora": _off(None),
-        "merge_weights": _off(False),
+        "ensure_weight_tying": FLAG,
+        "use_dora": off(False),
+        "lora_bias": off(False),
+        "use_qalora": off(False),
+        "loftq_config": off(None, {}),
+        "corda_config": off(None),
+        "lora_ga_config": off(None),
+        "velora_config": off(None),
+        "monteclora_config": off(None),
+        "kasa_config": off(None),
+        "arrow_config": off(None),
+        "use_bdlora": off(None, False),
+        "megatron_config": off(None),
+        "layer_replication": off(None),
+        "trainable_token_indices": off(None),
+        "target_parameters": off(None, []),
+        "alora_invocation_tokens": off(None),
+        "enable_lora": off(None),
+        "merge_weights": off(False),
     }
 )
 
 SHIRA_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
     {
-        **_COMMON,
-        "r": FieldRule("understood", is_rank, f"an integer from 1 to {MAX_RANK}", "rank_out_of_range", required=True),
-        "mask_type": FieldRule("descriptive", _is_text, "a string"),
-        "random_seed": FieldRule("descriptive", lambda value: value is None or _is_int(value), "null or an integer"),
-        "init_weights": _FLAG,
+        **COMMON_FIELDS,
+        "r": RANK,
+        "mask_type": FieldRule("descriptive", is_text, "a string"),
+        "random_seed": FieldRule("descriptive", lambda value: value is None or is_int(value), "null or an integer"),
+        "init_weights": FLAG,
     }
 )
 
@@ -239,7 +255,7 @@ def check_fields(config: Mapping[str, Any], rules: Mapping[str, FieldRule], wher
 
 def _add_refusal(field: str, value: Any, rule: FieldRule, where: str, findings: Findings) -> None:
     """Patterns name the keys at fault; other fields the value."""
-    accepts = {"rank_pattern": is_rank, "alpha_pattern": is_alpha}.get(field)
+    accepts = rule.per_key
     if accepts is None or not isinstance(value, dict) or len(value) > MAX_PATTERN_KEYS:
         findings.add(rule.code, f"{where}:{field}", value, rule.allowed)
         return
@@ -247,5 +263,5 @@ def _add_refusal(field: str, value: Any, rule: FieldRule, where: str, findings: 
         if not is_pattern_key(key):
             findings.add("regex_target", f"{where}:{field}", key, "a module path; '\\d+' may stand for a number")
         elif not accepts(item):
-            code = "rank_out_of_range" if field == "rank_pattern" else rule.code
+            code = "rank_out_of_range" if accepts is is_rank else rule.code
             findings.add(code, f"{where}:{field}:{key}", item, rule.allowed)

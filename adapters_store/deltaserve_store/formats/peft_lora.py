@@ -6,10 +6,11 @@ PEFT keeps A and B in linear layout and transposes their product (``fan_in_fan_o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from deltaserve_store.findings import Findings
+from deltaserve_store.formats.lora_vectors import LoraVectors, split_config, vector_names
 from deltaserve_store.formats.peft_config import PeftLoraConfig, parse_lora_config
 from deltaserve_store.formats.tensor_checks import (
     FLOAT_DTYPES,
@@ -28,32 +29,36 @@ def parse_peft_lora(
     config: Mapping[str, Any], config_name: str, tensors: TensorFile, base: BaseSpec, findings: Findings
 ) -> ParsedAdapter | None:
     """None when ``findings`` got a reason. Shapes are settled from the header before a tensor is read."""
-    lora = parse_lora_config(config, base, config_name, findings)
-    if lora is None:
+    plain, options = split_config(config, config_name, findings)
+    lora = parse_lora_config(plain, base, config_name, findings)
+    if lora is None or findings:
         _name_strays_without_config(tensors, base, findings)
         return None
     modules = lora.targets.select(base)
-    _check_layout(lora, modules, tensors, base, findings)
+    vectors = LoraVectors(options, modules, base)
+    vectors.check_layout(tensors, findings)
+    _check_layout(lora, modules, tensors, base, findings, others=vectors.sizes)
     if findings:
         return None
+    found = vectors.read(tensors, findings)
     deltas = []
     for module in modules:
         name_a, name_b = _names(module)
         a, b = tensors.read(name_a), tensors.read(name_b)
         check_values(name_a, a, findings)
         check_values(name_b, b, findings)
-        deltas.append(LoraDelta(module, a, b, lora.scaling_of(module)))
+        deltas.append(LoraDelta(module, a, b, lora.scaling_of(module), magnitude=vectors.magnitude(module, found)))
     if findings:
         return None
     return ParsedAdapter(
         kind="lora",
         file_format="peft-lora",
-        deltas=tuple(deltas),
+        deltas=(*deltas, *vectors.deltas(found, {delta.module: delta.scaling for delta in deltas})),
         config=config,
         base_name=lora.base_name,
         base_fingerprint=None,
         rank=max(delta.rank for delta in deltas),
-        num_parameters=sum(delta.a.numel() + delta.b.numel() for delta in deltas),
+        num_parameters=sum(delta.a.numel() + delta.b.numel() for delta in deltas) + sum(vectors.sizes.values()),
     )
 
 
@@ -62,10 +67,16 @@ def _names(module: str) -> tuple[str, str]:
 
 
 def _check_layout(
-    lora: PeftLoraConfig, modules: tuple[str, ...], tensors: TensorFile, base: BaseSpec, findings: Findings
+    lora: PeftLoraConfig,
+    modules: tuple[str, ...],
+    tensors: TensorFile,
+    base: BaseSpec,
+    findings: Findings,
+    *,
+    others: Iterable[str],
 ) -> None:
-    """Exactly A and B of every targeted linear, in the shapes that base and config give."""
-    expected: set[str] = set()
+    """Exactly A and B of every targeted linear, in the shapes that base and config give, and the ``others``."""
+    expected = set(others)
     for module in modules:
         linear, rank = base.linears[module], lora.rank_of(module)
         for name, shape in zip(_names(module), ((rank, linear.in_features), (linear.out_features, rank)), strict=True):
@@ -83,7 +94,7 @@ def _check_layout(
 
 def _name_strays_without_config(tensors: TensorFile, base: BaseSpec, findings: Findings) -> None:
     """With a refused config, name at least the tensors that no LoRA config could account for."""
-    possible = {name for module in base.linears for name in _names(module)}
+    possible = {name for module in base.linears for name in (*_names(module), *vector_names(module))}
     for name in tensors.header.tensors:
         if name not in possible:
             name_stray_tensor(name, base, findings)

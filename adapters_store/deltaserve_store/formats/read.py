@@ -24,10 +24,14 @@ from deltaserve_store.file_names import (
 )
 from deltaserve_store.findings import Findings, refuse
 from deltaserve_store.formats.deltaserve_sparse import parse_deltaserve_sparse
+from deltaserve_store.formats.deltaserve_vectors import FORMAT as VECTORS
+from deltaserve_store.formats.deltaserve_vectors import parse_deltaserve_vectors
 from deltaserve_store.formats.json_file import read_json_object
-from deltaserve_store.formats.peft_config import peft_type_of
+from deltaserve_store.formats.peft_kinds.reader import read_kind
+from deltaserve_store.formats.peft_kinds.table import READERS, peft_type_of
 from deltaserve_store.formats.peft_lora import parse_peft_lora
 from deltaserve_store.formats.peft_shira import parse_peft_shira
+from deltaserve_store.formats.peft_vectors import VECTOR_READERS
 from deltaserve_store.formats.tensor_file import TensorFile
 from deltaserve_store.parsed import ParsedAdapter
 from deltaserve_store.spec import BaseSpec
@@ -36,7 +40,7 @@ MAX_FILES = 256
 
 
 def read_adapter(folder: Path, base: BaseSpec) -> ParsedAdapter:
-    """Checks and reads the adapter in ``folder``: PEFT LoRA, PEFT SHiRA or the project's sparse format.
+    """Checks and reads the adapter in ``folder``: a PEFT type that is served, or the project's sparse format.
 
     Every tensor is accounted for, every config field understood, every value finite, or ``AdapterInvalid`` (its
     subclass ``BaseMismatch`` for another base) is raised with all reasons. Whether a PEFT file's ``base_name`` is a
@@ -98,6 +102,12 @@ def _parse_kind(
         return parse_peft_lora(config, PEFT_CONFIG, tensors, base, findings)
     if kind == "SHIRA":
         return parse_peft_shira(config, PEFT_CONFIG, tensors, base, findings)
+    if kind in READERS:
+        return read_kind(READERS[kind], config, PEFT_CONFIG, tensors, base, findings)
+    if not kind and config.get("format") == VECTORS:
+        return parse_deltaserve_vectors(config, tensors, base, findings)
+    if kind in VECTOR_READERS:
+        return VECTOR_READERS[kind](config, PEFT_CONFIG, tensors, base, findings)
     return parse_deltaserve_sparse(config, tensors, base, findings)
 
 

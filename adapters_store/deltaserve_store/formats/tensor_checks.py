@@ -58,7 +58,9 @@ def name_stray_tensor(name: str, base: BaseSpec, findings: Findings) -> None:
     module = name.removeprefix(PEFT_PREFIX)
     for marker, feature in _FEATURES.items():
         if marker in f"{module}.":
-            findings.add("unsupported_feature", name, feature, "LoRA factors of linears (others not served yet)")
+            findings.add(
+                "unsupported_feature", name, feature, "what the config announces (other features are not served yet)"
+            )
             return
     for suffix in (
         ".lora_A.weight",

@@ -18,6 +18,7 @@ from deltaserve_kernels.checks import Member
 from deltaserve_kernels.cpu import build
 from deltaserve_kernels.errors import DeviceMismatch, DtypeMismatch, OutOfRange, ShapeMismatch
 from deltaserve_kernels.tables import LoraTables, SparseTables
+from deltaserve_kernels.vector_tables import VectorTables
 from deltaserve_kernels.worklist import WorkList
 
 logger = logging.getLogger(__name__)
@@ -125,6 +126,24 @@ def paged_attention(
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_index: Tensor) -> None:
     torch.ops.deltaserve_cpu.write_kv(k, v, k_cache, v_cache, kv_index)
+
+
+def scale_shift(
+    y: Tensor,
+    work: WorkList,
+    tables: VectorTables,
+    members: Sequence[Member],
+    depth: float,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    unit: float,
+) -> None:
+    if not tables.is_on_host:
+        raise DeviceMismatch(f"the tables are on {tables.device}; y is on the CPU")
+    columns = list(chain.from_iterable(members))
+    torch.ops.deltaserve_cpu.scale_shift(
+        y, _prepared(work), tables.pointers, tables.dims, columns, gain, shift, unit, depth
+    )
 
 
 def pack_weight(weight: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ SOURCES = (
     "paged_attention.inc",
     "pointwise_ops.inc",
     "packed_linear.inc",
+    "vector_ops.inc",
     "kernels.inc",
     "vec.inc",
     "vec_avx512.inc",

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm
-from deltaserve_kernels import LoraTables, SparseEntry, SparseTables
+from deltaserve.adapters.vector_entries import vector_entries
+from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm, SparseTerm
+from deltaserve_kernels import LoraTables, SparseEntry, SparseTables, VectorEntries, VectorFamily
+
+NO_VECTORS = VectorEntries()
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,22 +25,26 @@ class StagedAdapter:
 
     lora: tuple[tuple[int, Tensor, Tensor], ...]
     sparse: tuple[tuple[int, SparseEntry], ...]
+    vectors: VectorEntries = NO_VECTORS
 
     @property
     def nbytes(self) -> int:
         """On the host as on the device."""
-        return sum(a.nbytes + b_t.nbytes for _, a, b_t in self.lora) + sum(entry.nbytes for _, entry in self.sparse)
+        lora, sparse = sum(a.nbytes + b_t.nbytes for _, a, b_t in self.lora), sum(e.nbytes for _, e in self.sparse)
+        return lora + sparse + self.vectors.nbytes
 
     def to(self, device: torch.device) -> StagedAdapter:
         lora = tuple((index, a.to(device), b_t.to(device)) for index, a, b_t in self.lora)
-        return StagedAdapter(lora, tuple((index, entry.to(device)) for index, entry in self.sparse))
+        sparse = tuple((index, entry.to(device)) for index, entry in self.sparse)
+        return StagedAdapter(lora, sparse, self.vectors.to(device))
 
 
 class DevicePool:
     """``num_slots`` slots and ``max_bytes`` bytes. For the engine thread; ``convert`` and ``stage`` for any, best for a
     worker.
 
-    ``linears`` are the base's linears in table order.
+    ``linears`` are the base's linears in table order, ``norms`` its norms. Without ``vectors`` adapters that have
+    vector terms are refused.
     """
 
     def __init__(
@@ -49,14 +56,19 @@ class DevicePool:
         num_slots: int,
         max_bytes: int,
         device: torch.device | str = "cpu",
+        vectors: VectorFamily | None = None,
+        norms: Sequence[str] = (),
     ) -> None:
-        if num_slots > min(lora.num_slots, sparse.num_slots):
-            raise ValueError(f"{num_slots} slots asked for; the tables have {lora.num_slots} and {sparse.num_slots}")
+        available = [tables.num_slots for tables in (lora, sparse, vectors) if tables is not None]
+        if num_slots > min(available):
+            raise ValueError(f"{num_slots} slots asked for; the tables have {', '.join(map(str, available))}")
         self.num_slots = num_slots
         self.max_bytes = max_bytes
         self.used_bytes = 0
         self.device = torch.device(device)
         self._linear_index = {name: index for index, name in enumerate(linears)}
+        self._norm_index = {name: index for index, name in enumerate(norms)}
+        self._vectors = vectors
         self._lora = lora
         self._sparse = sparse
         self._free = list(range(num_slots - 1, -1, -1))
@@ -91,9 +103,12 @@ class DevicePool:
                 if isinstance(term, LowRankTerm):
                     a, b_t = (term.a.clone(), term.b_t.clone()) if is_apart else (term.a, term.b_t)
                     lora.append((index, a, b_t))
-                else:
+                elif isinstance(term, SparseTerm):
                     sparse.append((index, self._sparse.scan(term.indptr, term.cols, term.values)))
-        return StagedAdapter(tuple(lora), tuple(sparse))
+        vectors = vector_entries(folded, self._linear_index, self._norm_index, is_apart=is_apart)
+        if self._vectors is None and vectors.nbytes:
+            raise ValueError("this pool has no tables for vector terms")
+        return StagedAdapter(tuple(lora), tuple(sparse), vectors)
 
     def stage(self, converted: StagedAdapter) -> StagedAdapter:
         """Bring the terms to the device; complete when it returns."""
@@ -118,6 +133,8 @@ class DevicePool:
         try:
             self._lora.set_all(slot, staged.lora)
             self._sparse.set_all(slot, staged.sparse)
+            if self._vectors is not None:
+                self._vectors.set_all(slot, staged.vectors)
         except Exception:
             self._clear(slot)
             raise
@@ -132,6 +149,8 @@ class DevicePool:
     def _clear(self, slot: int) -> None:
         self._lora.clear(slot)
         self._sparse.clear(slot)
+        if self._vectors is not None:
+            self._vectors.clear(slot)
 
     def versions(self) -> list[str]:
         """Versions that hold a slot."""

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from torch import Tensor
+
 from deltaserve.admission.base_match import BASE_WAIVER, match_base
 from deltaserve.admission.derived import ProvenFiles
 from deltaserve.admission.evidence import Evidence
@@ -118,7 +120,7 @@ class Admission:
             validate_name(name)
             async with self._one_at_a_time():
                 self._check_expected(tenant, name, expected_version)
-                adapter = await self._worker.run(lambda: read_adapter(staged_folder, self._base.spec))
+                adapter = await self._worker.run(lambda: self._read(staged_folder))
                 version = await self._worker.run(lambda: content_digest(staged_folder))
                 known = self._current(tenant, name)
                 is_same = known is not None and known.version == version and self._is_for_this_base(known)
@@ -246,7 +248,15 @@ class Admission:
                 os.link(stored / name, Path(scratch) / name)
             if content_digest(Path(scratch)) != version:
                 raise AdapterUnavailable(f"The stored files of version {version[:12]} are damaged; upload them again.")
-            return read_adapter(Path(scratch), self._base.spec)
+            return self._read(Path(scratch))
+
+    def _read(self, folder: Path) -> ParsedAdapter:
+        """Checked, and with the base's weights where the adapter multiplies them."""
+        return read_adapter(folder, self._base.spec).on_base(self._weight_of)
+
+    def _weight_of(self, linear: str) -> Tensor:
+        found = self._base.linear(linear)
+        return found.rows(0, found.out_features).cpu()
 
     def _check_chat_template(self, adapter: ParsedAdapter) -> None:
         if adapter.chat_template is None or adapter.chat_template in self._chat_templates:
@@ -263,7 +273,7 @@ class Admission:
 
         def write() -> None:
             scratch.mkdir(mode=0o700)
-            fold(adapter, self._base.spec, self._base.dtype).save(path)
+            fold(adapter, self._base.spec, self._base.dtype, self._base).save(path)
 
         try:
             with typed_failures():

@@ -22,7 +22,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from torch import Tensor
 from deltaserve.admission.evidence import Comparison, Evidence, ProofKey
 from deltaserve.core import BASE_BINDING, Binding, BindingPart, Logits
 from deltaserve.deltas.fold import dense_deltas
+from deltaserve.deltas.vectors import dense_biases, dense_norms
 from deltaserve.errors import Reason
 from deltaserve.model.base import BaseModel
 from deltaserve_store.parsed import ParsedAdapter
@@ -80,6 +81,14 @@ def probe_ids(version: str, spec: BaseSpec, max_model_len: int) -> tuple[int, ..
     return tuple(generator.randrange(spec.num_tokens or spec.vocab_size) for _ in range(count))
 
 
+class Change(NamedTuple):
+    """What folded mode does to the base, as ``BaseModel.folded_logits`` takes it."""
+
+    deltas: Mapping[str, Callable[[], Tensor]] = {}
+    biases: Mapping[str, Callable[[], Tensor]] = {}
+    norms: Mapping[str, tuple[Tensor | None, Tensor | None]] = {}
+
+
 class NonFiniteOutput(Exception):
     """Logits of one of the halves hold NaN or infinity; ``where`` says which."""
 
@@ -112,7 +121,7 @@ class Prover:
         """
         started = time.monotonic()
         ids = probe_ids(version, self._base.spec, self._engine.limits.max_model_len)
-        folded_base = await self._folded(ids, {}, "the base's own logits")
+        folded_base = await self._folded(ids, Change(), "the base's own logits")
         base_error = None
         if self._base.dtype != torch.float32:
             served_base = await self._probe(ids, BASE_BINDING, "the engine's logits of the base")
@@ -146,9 +155,15 @@ class Prover:
         base_error: float | None,
     ) -> Comparison:
         binding = Binding((BindingPart(version, scale_first=scale, scale_last=scale),))
-        deltas = {name: partial(_scaled, make, scale) for name, make in dense_deltas(adapter, self._base.spec).items()}
+        # Every change is linear in the strength: no linear has a scale on both of its sides.
+        weights = dense_deltas(adapter, self._base.spec, self._base)
+        change = Change(
+            {name: partial(_scaled, make, scale) for name, make in weights.items()},
+            {name: partial(_scaled, make, scale) for name, make in dense_biases(adapter, self._base).items()},
+            {name: (_times(w, scale), _times(b, scale)) for name, (w, b) in dense_norms(adapter, self._base).items()},
+        )
         served = await self._probe(ids, binding, "the engine's logits with the adapter")
-        folded = await self._folded(ids, deltas, "the folded weights' logits")
+        folded = await self._folded(ids, change, "the folded weights' logits")
 
         def compare() -> Comparison:
             effect, rms = _distance(folded, folded_base), _rms(folded)
@@ -170,9 +185,9 @@ class Prover:
         logits = await self._engine.probe(ids, binding)
         return await self._in_worker(lambda: _finite(_rows(logits), where))
 
-    async def _folded(self, ids: tuple[int, ...], deltas: Mapping[str, Callable[[], Tensor]], where: str) -> Tensor:
+    async def _folded(self, ids: tuple[int, ...], change: Change, where: str) -> Tensor:
         tokens = torch.tensor(ids, dtype=torch.int64)
-        return await self._in_worker(lambda: _finite(self._base.folded_logits(tokens, deltas).cpu(), where))
+        return await self._in_worker(lambda: _finite(self._base.folded_logits(tokens, *change).cpu(), where))
 
 
 def judge(evidence: Evidence, *, accept_no_effect: bool) -> Judgement:
@@ -208,6 +223,10 @@ def _rows(logits: Logits) -> Tensor:
 
 def _scaled(make: Callable[[], Tensor], scale: float) -> Tensor:
     return make().mul_(scale)
+
+
+def _times(tensor: Tensor | None, scale: float) -> Tensor | None:
+    return None if tensor is None else tensor * scale
 
 
 def _finite(logits: Tensor, where: str) -> Tensor:

@@ -87,7 +87,7 @@ async def engine_logits(runtime: Runtime, adapter: Path, prompts: list[list[int]
     parsed = read_adapter(adapter, runtime.base.spec)
     candidate = "0" * 64  # never published: only this engine, for as long as the probes run
     path = scratch / "candidate.safetensors"
-    fold(parsed, runtime.base.spec, runtime.base.dtype).save(path)
+    fold(parsed, runtime.base.spec, runtime.base.dtype, runtime.base).save(path)
     runtime.engine.register_candidate(candidate, path)
     try:
         answers = [await runtime.engine.probe(tuple(prompt), Binding((BindingPart(candidate),))) for prompt in prompts]

@@ -1,13 +1,14 @@
 """The runtime form of an adapter: per base linear, the terms that are added to its output, in the serving dtype.
 
-Of the delta algebra ``y = W x + b + B (A x) + S x`` a folded adapter holds the low-rank and the sparse terms, each
-with its own scaling already inside (``b_t``, ``values``): loading is then read and copy. Names are the base's linears.
+Of the delta algebra a folded adapter holds the low-rank and the sparse terms, each with its own scaling already inside
+(``b_t``, ``values``), and the vector terms (``vector_terms``): loading is then read and copy. Names are those of the
+base's linears and norms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.deltas.folded_file import FileDamaged, read_tensors, write_tensors
+from deltaserve.deltas.vector_terms import NormTerm, VectorTerm, take_norm, take_vectors
 from deltaserve.errors import AdapterUnavailable
 
 if TYPE_CHECKING:
@@ -63,24 +65,29 @@ class SparseTerm:
         return self.indptr.nbytes + self.cols.nbytes + self.values.nbytes
 
 
-Term = LowRankTerm | SparseTerm
+Term = LowRankTerm | SparseTerm | VectorTerm
+
+
+_FAMILIES: dict[type, str] = {LowRankTerm: "lora", SparseTerm: "sparse", VectorTerm: "vector"}
 
 
 @dataclass(frozen=True, slots=True)
 class FoldedAdapter:
     """All terms of one adapter version for one base and dtype. At most one term of each class per linear.
 
-    ``kinds`` names the term families present, sorted ("lora", "sparse"); ``rank`` is the largest, None without
-    low-rank terms.
+    ``kinds`` names the term families present, sorted ("lora", "sparse", "vector"); ``rank`` is the largest, None
+    without low-rank terms.
     """
 
     terms: Mapping[str, tuple[Term, ...]]
     base_fingerprint: str
     dtype: torch.dtype
+    norms: Mapping[str, NormTerm] = field(default_factory=dict)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        found = {"lora" if isinstance(term, LowRankTerm) else "sparse" for part in self.terms.values() for term in part}
+        found = {_FAMILIES[type(term)] for part in self.terms.values() for term in part}
+        found |= {"vector"} if self.norms else set()
         return tuple(sorted(found))
 
     @property
@@ -90,7 +97,8 @@ class FoldedAdapter:
 
     @property
     def nbytes(self) -> int:
-        return sum(term.nbytes for part in self.terms.values() for term in part)
+        linears = sum(term.nbytes for part in self.terms.values() for term in part)
+        return linears + sum(term.nbytes for term in self.norms.values())
 
     def save(self, path: Path) -> None:
         """Write one safetensors file (``folded_file``), atomically and durably. Raises ``OSError``."""
@@ -100,10 +108,14 @@ class FoldedAdapter:
                 if isinstance(term, LowRankTerm):
                     tensors[f"{linear}:a"] = term.a
                     tensors[f"{linear}:b_t"] = term.b_t
+                elif isinstance(term, VectorTerm):
+                    tensors |= {f"{linear}:{role}": tensor for role, tensor in term.tensors().items()}
                 else:
                     tensors[f"{linear}:indptr"] = term.indptr
                     tensors[f"{linear}:cols"] = term.cols
                     tensors[f"{linear}:values"] = term.values
+        for norm, change in self.norms.items():
+            tensors |= {f"{norm}:{role}": tensor for role, tensor in change.tensors().items()}
         write_tensors(path, tensors, {**_identity(self.base_fingerprint, self.dtype), **_content(self)})
 
     @classmethod
@@ -116,7 +128,12 @@ class FoldedAdapter:
         try:
             tensors, metadata = read_tensors(path, mmap=mmap)
             _require(metadata, _identity(spec.fingerprint, dtype))
-            folded = cls(terms=_terms(tensors, spec, dtype), base_fingerprint=spec.fingerprint, dtype=dtype)
+            grouped = _grouped(tensors)
+            changes = {
+                name: take_norm(name, grouped.pop(name), norm) for name, norm in spec.norms.items() if name in grouped
+            }
+            terms = {linear: _linear_terms(linear, roles, spec, dtype) for linear, roles in grouped.items()}
+            folded = cls(terms=terms, base_fingerprint=spec.fingerprint, dtype=dtype, norms=changes)
             _require(metadata, _content(folded))
         except FileDamaged as error:
             raise FoldedFileInvalid(f"The folded adapter file is damaged: {error}. Fold the version again.") from error
@@ -124,10 +141,10 @@ class FoldedAdapter:
 
 
 def _require(metadata: Mapping[str, str], allowed: Mapping[str, str]) -> None:
-    for field, value in allowed.items():
-        if metadata.get(field) != value:
+    for key, value in allowed.items():
+        if metadata.get(key) != value:
             raise FoldedFileInvalid(
-                f"The folded adapter file has {field} {metadata.get(field)!r}, this server needs {value!r}. "
+                f"The folded adapter file has {key} {metadata.get(key)!r}, this server needs {value!r}. "
                 "Fold the version again."
             )
 
@@ -151,12 +168,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _terms(tensors: dict[str, Tensor], spec: BaseSpec, dtype: torch.dtype) -> dict[str, tuple[Term, ...]]:
+def _grouped(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by linear or norm, then by role."""
     grouped: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         linear, _, role = name.rpartition(":")
         grouped.setdefault(linear, {})[role] = tensor
-    return {linear: _linear_terms(linear, roles, spec, dtype) for linear, roles in grouped.items()}
+    return grouped
 
 
 def _linear_terms(linear: str, roles: dict[str, Tensor], spec: BaseSpec, dtype: torch.dtype) -> tuple[Term, ...]:
@@ -168,6 +186,9 @@ def _linear_terms(linear: str, roles: dict[str, Tensor], spec: BaseSpec, dtype: 
         terms.append(_low_rank(linear, roles.pop("a"), roles.pop("b_t"), known, dtype))
     if "indptr" in roles and "cols" in roles and "values" in roles:
         terms.append(_sparse(linear, roles.pop("indptr"), roles.pop("cols"), roles.pop("values"), known, dtype))
+    vectors = take_vectors(linear, roles, known)
+    if vectors is not None:
+        terms.append(vectors)
     if roles or not terms:
         raise FileDamaged(f"{linear!r} has the unexpected parts {sorted(roles)}")
     return tuple(terms)

@@ -7,7 +7,7 @@ steps that ``DecodeGraphs`` has a graph for are replayed; everything else is lau
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -25,9 +25,12 @@ from deltaserve_kernels import (
     LoraTables,
     PaddedLayout,
     SparseTables,
+    VectorFamily,
+    VectorStep,
     WorkList,
     build_work_list_runs,
     select,
+    split_runs,
     upload,
 )
 
@@ -45,18 +48,22 @@ class ModelRunner:
         lora: LoraTables | None = None,
         sparse: SparseTables | None = None,
         *,
+        vectors: VectorFamily | None = None,
         graphs: DecodeGraphs | None = None,
     ) -> None:
         self.base = base
         self.kv = kv
         self.lora = lora
         self.sparse = sparse
+        self.vectors = vectors
         self.graphs = graphs
         self._is_host = base.device.type == "cpu"
         self._staging = np.empty(0, dtype=np.int64)
         self._runs: list[Run] = []
         self._num_rows = -1
         self._work: WorkList | None = None
+        self._vector_slots: frozenset[int] = frozenset()
+        self._vector_step: VectorStep | None = None
 
     @torch.inference_mode()
     def execute(self, batch: Sequence[ScheduledSequence]) -> Tensor:
@@ -69,7 +76,7 @@ class ModelRunner:
         check_batch(batch, sizes, starts, self.base.max_context)
         if self.base.device.index is not None:  # Triton launches on the calling thread's device
             torch.cuda.set_device(self.base.device)
-        if self.graphs is not None:
+        if self.graphs is not None and not self._slots_with_vectors(part[0] for seq in batch for part in seq.parts):
             logits = self.graphs.run(batch)
             if logits is not None:
                 return logits
@@ -150,6 +157,7 @@ class ModelRunner:
 
         device_copy = upload(torch.from_numpy(staging), self.base.device)
         wide, thin = device_copy[: 3 * num_rows].view(3, num_rows), device_copy[3 * num_rows :].view(torch.int32)
+        work = self._work_list(batch, bounds)  # also sets the vectors' step
         ctx = ForwardContext(
             positions=wide[1],
             cu_seqlens_q=thin[: num_sequences + 1],
@@ -157,9 +165,10 @@ class ModelRunner:
             block_tables=thin[2 * num_sequences + 1 : rows_at].view(num_sequences, width),
             kv_index=wide[2],
             kv=self.kv,
-            work=self._work_list(batch, bounds),
+            work=work,
             lora=self.lora,
             sparse=self.sparse,
+            vectors=self._vector_step,
             kv_regimes=self._regimes(batch, owner),
             is_decode=num_rows == num_sequences,
         )
@@ -204,13 +213,27 @@ class ModelRunner:
                 active = tuple((slot, first, last) for slot, first, last, since in seq.parts if since <= begin)
                 if active:
                     runs.append((row + begin, end - begin, active))
+        slots = self._slots_with_vectors(slot for _, _, parts in runs for slot, _, _ in parts)
         if not runs:
+            self._vector_step = None
             return None
         num_rows = int(bounds[-1])
-        if runs != self._runs or num_rows != self._num_rows or self._work is None:
+        is_same = runs == self._runs and num_rows == self._num_rows
+        if not is_same or self._work is None:
             self._work = build_work_list_runs(runs, num_rows, self.base.device)
             self._runs, self._num_rows = runs, num_rows
+        if not slots or self.vectors is None:
+            self._vector_step = None
+        elif not is_same or slots != self._vector_slots or self._vector_step is None:
+            self._vector_step = split_runs(runs, num_rows, self.vectors, self.base.device)
+            self._vector_slots = slots
         return self._work
+
+    def _slots_with_vectors(self, slots: Iterable[int]) -> frozenset[int]:
+        """Those that hold vector terms: a slot may hold another adapter than it did in an equal step before."""
+        if self.vectors is None or self.vectors.is_empty:
+            return frozenset()
+        return frozenset(filter(self.vectors.has_slot, slots))
 
     def _regimes(self, batch: Sequence[ScheduledSequence], owner: Any) -> Tensor | None:
         if not self.base.has_kv_regimes:

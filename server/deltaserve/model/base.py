@@ -16,23 +16,25 @@ from deltaserve.model import checkpoint, identity
 from deltaserve.model.attention import ATTENTION_NAME, attach_spec
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, use
 from deltaserve.model.folded import widen_in_folded_mode
-from deltaserve.model.fuse import fuse
+from deltaserve.model.fuse import fuse, make_tunable
 from deltaserve.model.head import cut_before_head, find_decoder
 from deltaserve.model.kv_cache import KVLayout
 from deltaserve.model.linear import BaseLinear
+from deltaserve.model.norms import TunableNorm, find_norms, watch
 from deltaserve.model.packing import find_linears, pack, wrap_head
 from deltaserve.model.rope import check_rope, choose_longrope_per_row
 from deltaserve.model.support import find_layers
 from deltaserve.model.trace import Trace, trace
 from deltaserve.model.verify import probe_sequences, reference_logits, verify
-from deltaserve_store.spec import BaseSpec, LinearSpec
+from deltaserve_store.spec import BaseSpec, LinearSpec, NormSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_FOLDED_TOKENS = 64
 
 
 class BaseModel:
-    """A loaded base. ``linears[i]`` is the name of the linear that tables call i; the head is not among them.
+    """A loaded base. ``linears[i]`` is the name of the linear that tables call i, ``norms[i]`` that of a norm; the head
+    is not among them.
 
     Passes on different threads do not disturb each other: all state of a pass is in its context.
     """
@@ -41,6 +43,7 @@ class BaseModel:
         self,
         model: PreTrainedModel,
         linears: Mapping[str, BaseLinear],
+        norms: Mapping[str, TunableNorm],
         spec: BaseSpec,
         kv_layout: KVLayout,
         *,
@@ -55,10 +58,12 @@ class BaseModel:
         self.max_context = max_context
         self.eos_token_ids = eos_token_ids
         self.linears = tuple(linears)
+        self.norms = tuple(norms)
         self.dtype = kv_layout.dtype
         self.device = model.device
         self._model = model
         self._linears = dict(linears)
+        self._norms = dict(norms)
         self._longrope_limit = longrope_limit
         self._decoder = cut_before_head(model)
 
@@ -83,6 +88,11 @@ class BaseModel:
     def linear(self, name: str) -> BaseLinear:
         """The base weights behind a name of ``linears``; raises KeyError."""
         return self._linears[name]
+
+    def norm(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias [H] of a norm of ``norms``, as stored; raises KeyError."""
+        norm = self._norms[name]
+        return norm.weight, norm.bias
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Names of the linears that share an input, group after group in order of execution."""
@@ -113,19 +123,29 @@ class BaseModel:
         return output.logits[0].float() if out is None else out.copy_(output.logits[0])
 
     @torch.inference_mode()
-    def folded_logits(self, ids: Tensor, deltas: Mapping[str, Callable[[], Tensor]]) -> Tensor:
+    def folded_logits(
+        self,
+        ids: Tensor,
+        deltas: Mapping[str, Callable[[], Tensor]],
+        biases: Mapping[str, Callable[[], Tensor]] | None = None,
+        norms: Mapping[str, tuple[Tensor | None, Tensor | None]] | None = None,
+    ) -> Tensor:
         """The proof's half: ``ids`` int64 [T <= 64] -> float32 [T, vocab] with every linear at ``W + dW`` in fp32.
 
         ``deltas`` maps names of ``linears`` to functions that make the fp32 [out, in] difference; one exists at a time.
+        ``biases`` and ``norms``: as in ``FoldedContext``.
         """
         if not 1 <= len(ids) <= MAX_FOLDED_TOKENS:
             raise ValueError(f"{len(ids)} ids; folded mode takes 1 to {MAX_FOLDED_TOKENS}")
-        unknown = sorted(set(deltas) - set(self._linears))
+        biases, norms = biases or {}, norms or {}
+        unknown = sorted({*deltas, *biases} - set(self._linears)) + sorted(set(norms) - set(self._norms))
         if unknown:
             raise ValueError(f"the base has no linear {unknown[0]!r} to fold a delta into")
         ids = ids.to(self.device)
         regime = self.kv_regime(len(ids))
-        ctx = FoldedContext(deltas=deltas, kv_regimes=torch.full_like(ids, regime) if regime else None)
+        ctx = FoldedContext(
+            deltas=deltas, biases=biases, norms=norms, kv_regimes=torch.full_like(ids, regime) if regime else None
+        )
         hidden = self._decode(ids, torch.arange(len(ids), device=self.device), ctx)
         return self.logits(hidden, ctx)
 
@@ -170,13 +190,14 @@ def load_base(
     max_context = _max_context(config)
     probes = probe_sequences(config.vocab_size, max_context, device)
     references = reference_logits(model, probes)
-    linears, seen = _take_over(model, probes[0], longrope_limit)
+    linears, norms, seen = _take_over(model, probes[0], longrope_limit)
     kv_heads, head_dim = _uniform(seen)
     spec = BaseSpec(
         fingerprint=identity.fingerprint(folder, raw, weights, cache_dir),
         names=tuple(dict.fromkeys([*extra_names, *hub_id, *identity.known_names(folder, raw)])),
         model_type=config.model_type,
         linears={name: _linear_spec(linear) for name, linear in linears.items()},
+        norms={name: NormSpec(name, norm.size, norm.bias is not None) for name, norm in norms.items()},
         vocab_size=config.vocab_size,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -186,6 +207,7 @@ def load_base(
     base = BaseModel(
         model,
         linears,
+        norms,
         spec,
         KVLayout(config.num_hidden_layers, kv_heads, head_dim, dtype),
         longrope_limit=longrope_limit,
@@ -199,10 +221,12 @@ def load_base(
 
 def _take_over(
     model: PreTrainedModel, probe: Tensor, longrope_limit: int | None
-) -> tuple[dict[str, BaseLinear], Trace]:
+) -> tuple[dict[str, BaseLinear], dict[str, TunableNorm], Trace]:
     """Trace the unmodified model, then put our linears, attention and rope in their places."""
     prefix, layers = find_layers(model, find_decoder(model), model.config.num_hidden_layers)
-    seen = trace(model, find_linears(prefix, layers), probe)
+    with watch(model) as calls:
+        seen = trace(model, find_linears(prefix, layers), probe)
+    norms = find_norms(model, calls, prefix, len(layers))
     linears = pack(model, prefix, len(layers), seen.groups())
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -215,7 +239,8 @@ def _take_over(
         choose_longrope_per_row(model, longrope_limit)
     widen_in_folded_mode(model)
     fuse(model)
-    return linears, seen
+    make_tunable(norms.values())
+    return linears, norms, seen
 
 
 def _uniform(seen: Trace) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from deltaserve.model.kv_cache import KVCache
-    from deltaserve_kernels import LoraTables, SparseTables, WorkList
+    from deltaserve_kernels import LoraTables, SparseTables, VectorStep, WorkList
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class ForwardContext(PassContext):
     ``positions`` int64 [T]; ``cu_seqlens_q`` int32 [S+1], row ranges of the sequences; ``kv_lens`` int32 [S], positions
     valid after this step; ``block_tables`` int32 [S, B]; ``kv_index`` int64 [T] = block * 16 + offset, where each row's
     K and V go. ``work`` groups rows by binding; None or empty means base only. ``is_decode``: every sequence has one
-    row, which spares a launch.
+    row, which spares a launch. ``vectors``: rows of ``work`` that have vector terms, None when no row has.
     """
 
     positions: Tensor
@@ -51,6 +51,7 @@ class ForwardContext(PassContext):
     work: WorkList | None = None
     lora: LoraTables | None = None
     sparse: SparseTables | None = None
+    vectors: VectorStep | None = None
     is_decode: bool = False
     # Results of a projection group waiting for its other members: linear index -> (input rows, output slice).
     pending: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -61,9 +62,13 @@ class FoldedContext(PassContext):
     """A proof's pass over one short sequence: fp32 activations, dense causal attention, no KV cache.
 
     ``deltas`` maps a linear's name to a function giving its fp32 ``[out, in]`` difference; called once per pass.
+    ``biases`` maps it to one giving the difference of its bias, ``[out]``. ``norms`` maps a norm's name to the
+    differences of its weight and bias, ``[H]`` each or None.
     """
 
     deltas: Mapping[str, Callable[[], Tensor]]
+    biases: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    norms: Mapping[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
 
 
 _local = threading.local()

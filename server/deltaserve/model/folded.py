@@ -37,16 +37,16 @@ class _Widened:
             return self.step(*args, **kwargs)
         if isinstance(self.module, nn.Embedding):
             return self._lookup(*args, **kwargs)
-        return _copy(self.module, {}).forward(*args, **kwargs)
+        return copy_with(self.module, {}).forward(*args, **kwargs)
 
     def _lookup(self, ids: Tensor) -> Any:
         """An embedding of a few ids: widen only their rows, and look up row i for the i-th id."""
         rows = self.module.weight[ids.flatten()].float()  # type: ignore[index]
         places = torch.arange(len(rows), device=ids.device).view(ids.shape)
-        return _copy(self.module, {"weight": rows}).forward(places)
+        return copy_with(self.module, {"weight": rows}).forward(places)
 
 
-def _copy(module: nn.Module, replaced: dict[str, Tensor]) -> nn.Module:
+def copy_with(module: nn.Module, replaced: dict[str, Tensor]) -> nn.Module:
     """A shallow copy with its own parameters and buffers in fp32; children are shared."""
     twin = module.__class__.__new__(module.__class__)
     twin.__dict__.update(module.__dict__)

@@ -8,7 +8,7 @@ uses the operator. That forward serves steps alone; folded mode and anything els
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from deltaserve.model.attention import AttentionSpec, attend_paged, dense_attention
 from deltaserve.model.context import FoldedContext, ForwardContext, current_or_none, use
 from deltaserve.model.linear import BaseLinear
+from deltaserve.model.norms import TunableForward, TunableNorm
 from deltaserve_kernels import cpu, select
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,16 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 _PROBE_ROWS = 3
 _TOLERANCE = 1e-5  # relative, fp32
+
+
+def make_tunable(norms: Iterable[TunableNorm]) -> None:
+    """Let steps and folded passes change the norms. Call it last: it goes around the forward a module has by now."""
+    for norm in norms:
+        forward: Any = norm.module.forward
+        if isinstance(forward, _FusedNorm):
+            forward.tunable, forward.otherwise = norm, TunableForward(norm, forward.otherwise)
+        else:
+            norm.module.__dict__["forward"] = TunableForward(norm, forward)
 
 
 def fuse(model: nn.Module) -> None:
@@ -120,11 +131,16 @@ class _FusedNorm:
         self.otherwise = module.forward
         self.weight: Tensor = module.weight.data  # type: ignore[assignment]
         self.eps, self.offset = eps, offset
+        self.tunable: TunableNorm | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not isinstance(current_or_none(), ForwardContext) or x.dtype is not self.weight.dtype:
+        ctx = current_or_none()
+        if not isinstance(ctx, ForwardContext) or x.dtype is not self.weight.dtype:
             return self.otherwise(x)
-        return cpu.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps, self.offset).view(x.shape)
+        y = cpu.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps, self.offset).view(x.shape)
+        if ctx.vectors is not None and self.tunable is not None:
+            self.tunable.adjust(y, x, ctx.vectors)
+        return y
 
 
 # ---------------------------------------------------------------- gated MLPs

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, current
+from deltaserve.model.vectors import apply_with_vectors
 from deltaserve.model.weight import BaseWeight
 from deltaserve_kernels import sparse_linear
 
@@ -43,6 +44,8 @@ class ProjectionGroup:
         work = ctx.work
         if work is None or work.is_empty:
             return self.weight.matmul(rows, self.bias)
+        if ctx.vectors is not None:
+            return apply_with_vectors(self, rows, ctx, ctx.vectors)
         lora, sparse = ctx.lora, ctx.sparse
         if lora is not None and work.concerns(lora, self.members):
             y = self.weight.matmul_lora(rows, self.bias, work, lora, self.members, self.depth)
@@ -133,7 +136,9 @@ class BaseLinear(nn.Module):
             pieces.append(F.linear(x, weight))
         y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
         bias = self.bias
-        return y if bias is None else y + bias.float()
+        y = y if bias is None else y + bias.float()
+        make_bias = ctx.biases.get(self.name) if isinstance(ctx, FoldedContext) else None
+        return y if make_bias is None else y + make_bias().to(y)
 
     def extra_repr(self) -> str:
         return f"{self.name}, in_features={self.in_features}, out_features={self.out_features}"

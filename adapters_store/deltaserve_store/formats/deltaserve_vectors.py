@@ -1,0 +1,158 @@
+"""The project's own format of vectors: ``adapter.json`` and ``adapter.safetensors``. See ``docs/adapter-format.md``.
+
+Per linear ``<module>.bias`` and ``.out_scale`` [out] and ``.in_scale`` [in]: ``y = out_scale * W (in_scale * x) + b +
+bias``; per norm ``<norm>.gain`` and ``.shift`` [H], added to the norm's weight and bias. BitFit (Zaken et al.,
+arXiv:2106.10199) is ``bias`` and ``shift`` alone. The JSON carries the base's fingerprint and, per module, what it has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import save_file
+
+from deltaserve_store.file_names import SPARSE_CONFIG, SPARSE_TENSORS
+from deltaserve_store.findings import Findings
+from deltaserve_store.formats.module_match import is_head
+from deltaserve_store.formats.own_config import FORMAT_VERSION, check_shared, fields_of, is_one_of
+from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, check_dtype, check_shape, check_values
+from deltaserve_store.formats.tensor_file import TensorFile
+from deltaserve_store.parsed import ParsedAdapter
+from deltaserve_store.spec import BaseSpec
+from deltaserve_store.vector_deltas import NormDelta, VectorDelta
+
+FORMAT: Final = "deltaserve-vectors"
+LINEAR_PARTS = ("bias", "out_scale", "in_scale")
+NORM_PARTS = ("gain", "shift")
+FIELDS: Mapping[str, str] = fields_of(
+    FORMAT,
+    f"object: path of a linear to some of {', '.join(LINEAR_PARTS)}, of a norm to some of {', '.join(NORM_PARTS)}",
+)
+
+
+def write_vector_adapter(
+    folder: Path,
+    deltas: Iterable[VectorDelta | NormDelta],
+    base_fingerprint: str,
+    *,
+    base_name: str | None = None,
+    method: str | None = None,
+    chat_template: str | None = None,
+    stop_token_ids: Sequence[int] = (),
+) -> None:
+    """Writes both files into ``folder`` (made if missing).
+
+    Raises ``ValueError`` for two deltas of one module, for one that this format has no words for (``new_bias``,
+    ``scales_bias``, ``replaces``), or when there is nothing to write.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    modules: dict[str, list[str]] = {}
+    for delta in deltas:
+        parts = LINEAR_PARTS if isinstance(delta, VectorDelta) else NORM_PARTS
+        if isinstance(delta, VectorDelta):
+            is_foreign = delta.new_bias is not None or delta.scales_bias
+        else:
+            is_foreign = delta.replaces
+        if is_foreign or delta.module in modules:
+            raise ValueError(f"{delta.module}: given twice, or not a change that this format can say")
+        given = {part: vector for part in parts if (vector := getattr(delta, part)) is not None}
+        tensors |= {f"{delta.module}.{part}": vector.contiguous() for part, vector in given.items()}
+        if given:
+            modules[delta.module] = list(given)
+    if not modules:
+        raise ValueError("no delta has a vector; there is nothing to write")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / SPARSE_TENSORS)
+    config: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base_fingerprint": base_fingerprint,
+        "base_name": base_name,
+        "method": method,
+        "modules": modules,
+        "chat_template": chat_template,
+        "stop_token_ids": list(stop_token_ids),
+    }
+    (folder / SPARSE_CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def parse_deltaserve_vectors(
+    config: Mapping[str, Any], tensors: TensorFile, base: BaseSpec, findings: Findings
+) -> ParsedAdapter | None:
+    """None when ``findings`` got a reason."""
+    check_shared(config, FIELDS, FORMAT, base, findings)
+    modules = config.get("modules", {})
+    if not isinstance(modules, dict):
+        findings.add("invalid_value", f"{SPARSE_CONFIG}:modules", modules, FIELDS["modules"])
+        modules = {}
+    elif not modules and "modules" in config:
+        findings.add("target_not_found", f"{SPARSE_CONFIG}:modules", modules, FIELDS["modules"])
+    sizes: dict[str, int] = {}
+    for module, parts in modules.items():
+        sizes |= _sizes(module, parts, base, findings)
+    _check_layout(sizes, tensors, findings)
+    if findings:
+        return None
+    found = {name: tensors.read(name) for name in sizes}
+    for name, values in found.items():
+        check_values(name, values, findings)
+    if findings:
+        return None
+    deltas: list[VectorDelta | NormDelta] = []
+    for module in [name for name in (*base.linears, *base.norms) if name in modules]:
+        given: dict[str, Any] = {part: found[f"{module}.{part}"] for part in modules[module]}
+        deltas.append(VectorDelta(module, **given) if module in base.linears else NormDelta(module, **given))
+    return ParsedAdapter(
+        kind="vector",
+        file_format=FORMAT,
+        deltas=tuple(deltas),
+        config=config,
+        base_name=config.get("base_name"),
+        base_fingerprint=config["base_fingerprint"],
+        rank=None,
+        num_parameters=sum(sizes.values()),
+        chat_template=config.get("chat_template"),
+        stop_token_ids=tuple(config.get("stop_token_ids") or ()),
+    )
+
+
+def _sizes(module: str, parts: Any, base: BaseSpec, findings: Findings) -> dict[str, int]:
+    """The vectors of one module by tensor name; empty when it cannot have them."""
+    where = f"{SPARSE_CONFIG}:modules:{module}"
+    linear, norm = base.linears.get(module), base.norms.get(module)
+    if is_head(module):
+        findings.add("unsupported_target", where, module, "linears and norms of the decoder")
+    elif linear is None and norm is None:
+        findings.add("unknown_module", where, module, "names of linears and norms of the base")
+    elif not is_one_of(parts, LINEAR_PARTS if linear is not None else NORM_PARTS):
+        findings.add("invalid_value", where, parts, FIELDS["modules"])
+    elif linear is not None and {"in_scale", "out_scale"} <= set(parts):
+        # Its strength would not be linear, and a sum of such changes has no form of its own.
+        findings.add("unsupported_feature", where, "scales on both sides of one linear", "a scale on one side")
+    elif linear is not None:
+        of_part = {"bias": linear.out_features, "out_scale": linear.out_features, "in_scale": linear.in_features}
+        return {f"{module}.{part}": of_part[part] for part in parts}
+    elif norm is not None and "shift" in parts and not norm.has_bias:
+        findings.add("unsupported_feature", where, "a shift of a norm that has no bias", "a gain")
+    elif norm is not None:
+        return {f"{module}.{part}": norm.size for part in parts}
+    return {}
+
+
+def _check_layout(sizes: Mapping[str, int], tensors: TensorFile, findings: Findings) -> None:
+    for name, size in sizes.items():
+        info = tensors.header.tensors.get(name)
+        if info is None:
+            findings.add("missing_tensor", name, "nothing", f"[{size}] by {SPARSE_CONFIG}")
+            continue
+        check_dtype(info, FLOAT_DTYPES, findings)
+        check_shape(info, (size,), "by the base", findings)
+    for name in tensors.header.tensors:
+        if name not in sizes:
+            findings.add(
+                "unexpected_tensor", name, "a tensor of no listed module", f"vectors listed in {SPARSE_CONFIG}"
+            )

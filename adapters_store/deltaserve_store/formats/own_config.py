@@ -1,0 +1,87 @@
+"""``adapter.json`` of the project's own formats: the fields that all of them share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from deltaserve_store.file_names import SPARSE_CONFIG
+from deltaserve_store.findings import Findings
+from deltaserve_store.names import NAME
+from deltaserve_store.spec import BaseSpec
+
+FORMAT_VERSION = 1
+MAX_STOP_TOKENS = 16
+FINGERPRINT = re.compile(r"[A-Za-z0-9:._-]{1,128}")
+REQUIRED = ("format", "format_version", "base_fingerprint", "modules")
+
+
+def fields_of(format_name: str, modules: str) -> dict[str, str]:
+    """Every field of ``adapter.json`` with what is allowed; others are refused."""
+    return {
+        "format": f'"{format_name}"',
+        "format_version": str(FORMAT_VERSION),
+        "base_fingerprint": "the fingerprint of the base, as GET /version shows it",
+        "modules": modules,
+        "base_name": "optional: null or a string; descriptive",
+        "method": "optional: null or a string, how the adapter was made; descriptive",
+        "chat_template": "optional: null or the name of a template that the operator registered",
+        "stop_token_ids": f"optional: at most {MAX_STOP_TOKENS} token ids of the base",
+    }
+
+
+def check_shared(
+    config: Mapping[str, Any], fields: Mapping[str, str], format_name: str, base: BaseSpec, findings: Findings
+) -> None:
+    """Everything but ``modules``."""
+
+    def refuse(code: str, field: str) -> None:
+        found = config.get(field, "nothing")
+        findings.add(code, f"{SPARSE_CONFIG}:{field}", found, fields.get(field, "only documented fields"))
+
+    for field in config:
+        if field not in fields:
+            refuse("unknown_field", field)
+    for field in REQUIRED:
+        if field not in config:
+            refuse("missing_field", field)
+    if config.get("format", format_name) != format_name:
+        refuse("unsupported_kind", "format")
+    version = config.get("format_version", FORMAT_VERSION)
+    if type(version) is not int or version != FORMAT_VERSION:
+        refuse("invalid_value", "format_version")
+    fingerprint = config.get("base_fingerprint", base.fingerprint)
+    if not isinstance(fingerprint, str) or FINGERPRINT.fullmatch(fingerprint) is None:
+        refuse("invalid_value", "base_fingerprint")
+    elif fingerprint != base.fingerprint:
+        findings.add("base_mismatch", f"{SPARSE_CONFIG}:base_fingerprint", fingerprint, base.fingerprint)
+    for field in ("base_name", "method"):
+        value = config.get(field)
+        if value is not None and not (isinstance(value, str) and len(value) <= 1024):
+            refuse("invalid_value", field)
+    template = config.get("chat_template")
+    if template is not None and not (isinstance(template, str) and NAME.fullmatch(template)):
+        refuse("invalid_value", "chat_template")
+    if not _are_stops(config.get("stop_token_ids"), base.vocab_size):
+        refuse("invalid_value", "stop_token_ids")
+
+
+def _are_stops(stops: Any, vocab_size: int) -> bool:
+    if stops is None:
+        return True
+    return (
+        isinstance(stops, list)
+        and len(stops) <= MAX_STOP_TOKENS
+        and all(type(stop) is int and 0 <= stop < vocab_size for stop in stops)
+    )
+
+
+def is_one_of(values: Any, allowed: Collection[str]) -> bool:
+    """Whether this is a list of some of the allowed words, each once, and at least one."""
+    return (
+        isinstance(values, list)
+        and bool(values)
+        and all(isinstance(value, str) and value in allowed for value in values)
+        and len(set(values)) == len(values)
+    )

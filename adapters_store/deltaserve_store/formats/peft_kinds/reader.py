@@ -1,0 +1,203 @@
+"""What a reader of one PEFT type says about itself, and the one walk that every such file takes.
+
+A reader lists the config fields it knows, the tensors it expects for each targeted linear, and how they become a delta.
+Conversion happens here, before folding: the server runs the terms it always runs. Each converted delta also carries
+its method's own formula (``LoraDelta.dense``), and the admission proof compares the served term with that.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from deltaserve_store.findings import Findings
+from deltaserve_store.formats.peft_config import check_orientation, targets_of
+from deltaserve_store.formats.peft_fields import MAX_RANK, FieldRule, check_fields
+from deltaserve_store.formats.tensor_checks import (
+    FLOAT_DTYPES,
+    PEFT_PREFIX,
+    check_dtype,
+    check_shape,
+    check_values,
+    name_stray_tensor,
+)
+from deltaserve_store.formats.tensor_file import TensorFile
+from deltaserve_store.parsed import Kind, LoraDelta, ParsedAdapter, SparseDelta, WeightDelta
+from deltaserve_store.spec import BaseSpec, LinearSpec
+
+INDEX_DTYPES = ("I32", "I64")
+Delta = LoraDelta | SparseDelta | WeightDelta
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRule:
+    """One expected tensor: its exact shape, and the dtypes it may have. Floats must be finite."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = FLOAT_DTYPES
+
+
+class PeftReader(ABC):
+    """Reads one adapter of one PEFT type; made once per file, after the config's fields were accepted.
+
+    ``linears`` are the targeted linears of the base, in its order; ``where`` is the config file's name.
+    """
+
+    peft_type: ClassVar[str]
+    title: ClassVar[str]
+    source: ClassVar[str]
+    """The tensors of the file, for the documentation."""
+    delta: ClassVar[str]
+    """The formula of one linear's delta, for the documentation."""
+    term: ClassVar[str] = "low rank, rank r"
+    """The term it becomes and its size, for the documentation."""
+    limits: ClassVar[str]
+    """What is refused of this type, for the documentation."""
+    kind: ClassVar[Kind] = "lora"
+    fields: ClassVar[Mapping[str, FieldRule]]
+
+    def __init__(self, config: Mapping[str, Any], linears: tuple[LinearSpec, ...], where: str) -> None:
+        self.config = config
+        self.linears = linears
+        self.where = where
+
+    def check(self, findings: Findings) -> None:
+        """Constraints between config and base that no single field shows (divisibility, ...)."""
+        del findings
+
+    def rank(self, linear: LinearSpec) -> int | None:
+        """The rank of the term that this linear gets; None where the term has none."""
+        del linear
+        return None
+
+    def shared_layout(self) -> Mapping[str, TensorRule]:
+        """Tensors that belong to no linear, by their full name."""
+        return {}
+
+    @abstractmethod
+    def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
+        """Tensors of one linear, by what follows ``base_model.model.<module>.`` in their names."""
+
+    def begin(self, shared: Mapping[str, Tensor], findings: Findings) -> None:
+        """Takes the shared tensors, all checked, before the first ``convert``."""
+        del shared, findings
+
+    @abstractmethod
+    def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> Delta:
+        """The delta of one linear from its checked tensors, in ``[out, in]`` orientation."""
+
+
+def read_kind(
+    reader_type: type[PeftReader],
+    config: Mapping[str, Any],
+    where: str,
+    tensors: TensorFile,
+    base: BaseSpec,
+    findings: Findings,
+) -> ParsedAdapter | None:
+    """None when ``findings`` got a reason. Shapes are settled from the header before a tensor is read."""
+    check_fields(config, reader_type.fields, where, findings)
+    targets = targets_of(config, where, findings)
+    if findings:
+        return None
+    modules = targets.select(base)
+    if "fan_in_fan_out" in reader_type.fields or not modules:
+        check_orientation(modules, config.get("fan_in_fan_out", False), base, where, findings)
+    else:
+        for module in modules:
+            if base.linears[module].transposed:
+                allowed = f"linears stored as [out, in]: PEFT's {reader_type.title} has no others"
+                findings.add("unsupported_target", f"{where}:target_modules", module, allowed)
+    reader = reader_type(config, tuple(base.linears[module] for module in modules), where)
+    if not findings:
+        reader.check(findings)
+        _check_ranks(reader, findings)
+    if not findings:
+        _check_layout(reader, tensors, base, findings)
+    if findings:
+        return None
+    deltas = tuple(_deltas(reader, tensors, findings))
+    if findings:
+        return None
+    return ParsedAdapter(
+        kind=reader.kind,
+        file_format=f"peft-{reader.peft_type.lower()}",
+        deltas=tuple(delta for delta in deltas if not isinstance(delta, WeightDelta)),
+        config=config,
+        base_name=config.get("base_model_name_or_path") or None,
+        base_fingerprint=None,
+        rank=max((delta.rank for delta in deltas if not isinstance(delta, SparseDelta)), default=None),
+        num_parameters=sum(_count(info.shape) for info in tensors.header.tensors.values()),
+        weight_deltas=tuple(delta for delta in deltas if isinstance(delta, WeightDelta)),
+    )
+
+
+def _check_ranks(reader: PeftReader, findings: Findings) -> None:
+    for linear in reader.linears:
+        rank = reader.rank(linear)
+        if rank is not None and not 1 <= rank <= MAX_RANK:
+            allowed = f"an exact rank from 1 to {MAX_RANK}; beyond that the delta is as good as dense"
+            findings.add("rank_out_of_range", linear.name, f"exact rank {rank}", allowed)
+
+
+def _names(reader: PeftReader, linear: LinearSpec) -> Mapping[str, tuple[str, TensorRule]]:
+    """Suffix -> (full name, rule)."""
+    return {suffix: (f"{PEFT_PREFIX}{linear.name}.{suffix}", rule) for suffix, rule in reader.layout(linear).items()}
+
+
+def _check_layout(reader: PeftReader, tensors: TensorFile, base: BaseSpec, findings: Findings) -> None:
+    """Exactly the expected tensors, in the shapes that base and config give."""
+    expected = dict(reader.shared_layout())
+    for linear in reader.linears:
+        expected.update(_names(reader, linear).values())
+    for name, rule in expected.items():
+        info = tensors.header.tensors.get(name)
+        if info is None:
+            findings.add("missing_tensor", name, "nothing", f"{list(rule.shape)}, by config and base")
+            continue
+        check_dtype(info, rule.dtypes, findings)
+        check_shape(info, rule.shape, "by config and base", findings)
+    for name in tensors.header.tensors:
+        if name in expected:
+            continue
+        if _is_at_a_linear(name, base) or not name.startswith(PEFT_PREFIX):
+            findings.add("unexpected_tensor", name, "a tensor the config does not account for", "only those it implies")
+        else:
+            name_stray_tensor(name, base, findings)
+
+
+def _is_at_a_linear(name: str, base: BaseSpec) -> bool:
+    """Whether the name is a linear of the base followed by something."""
+    module = name.removeprefix(PEFT_PREFIX)
+    return any(module[:end] in base.linears for end, letter in enumerate(module) if letter == ".")
+
+
+def _read(name: str, tensors: TensorFile, findings: Findings) -> Tensor:
+    values = tensors.read(name)
+    if values.is_floating_point() and values.numel():
+        check_values(name, values, findings)
+    return values
+
+
+def _deltas(reader: PeftReader, tensors: TensorFile, findings: Findings) -> Iterator[Delta]:
+    reader.begin({name: _read(name, tensors, findings) for name in reader.shared_layout()}, findings)
+    for linear in reader.linears:
+        parts = {suffix: _read(name, tensors, findings) for suffix, (name, _) in _names(reader, linear).items()}
+        if not findings:  # values that are not finite would only make a second finding of the same fault
+            yield convert_one(reader, linear, parts, findings)
+
+
+def convert_one(reader: PeftReader, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> Delta:
+    """The one place where conversions happen; tests break it to see that the proof notices."""
+    return reader.convert(linear, parts, findings)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,91 @@
+"""Every PEFT type by name: the readers of those that are served, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from deltaserve_store.findings import refuse
+from deltaserve_store.formats.peft_kinds.adalora import AdaLora
+from deltaserve_store.formats.peft_kinds.blocks import GraLora, Miss
+from deltaserve_store.formats.peft_kinds.delora import DeLora
+from deltaserve_store.formats.peft_kinds.hra import Hra
+from deltaserve_store.formats.peft_kinds.products import LoHa, LoKr
+from deltaserve_store.formats.peft_kinds.reader import PeftReader
+from deltaserve_store.formats.peft_kinds.seeded import TinyLora, UniLora
+from deltaserve_store.formats.peft_kinds.supertuning import SuperTuning
+from deltaserve_store.formats.peft_kinds.vblora import VbLora
+from deltaserve_store.formats.peft_kinds.vera import Vera
+from deltaserve_store.formats.peft_vectors import VECTOR_READERS
+
+_ALL: tuple[type[PeftReader], ...] = (
+    AdaLora,
+    Vera,
+    LoHa,
+    LoKr,
+    Miss,
+    GraLora,
+    DeLora,
+    VbLora,
+    UniLora,
+    TinyLora,
+    Hra,
+    SuperTuning,
+)
+READERS: Mapping[str, type[PeftReader]] = MappingProxyType({reader.peft_type: reader for reader in _ALL})
+"""Types that are converted. ``LORA`` and ``SHIRA`` have readers of their own: they need no conversion."""
+
+SERVED_PEFT_TYPES = ("LORA", "SHIRA", *sorted(VECTOR_READERS), *sorted(READERS))
+
+_AS_LORA = "its delta has full rank; export it with PEFT's save_as_lora, which states the error, and upload the LoRA"
+_PROMPT = "virtual tokens are not served yet"
+_ROTATION = "rotations of the base path are not served yet"
+_NOT_YET = "not served yet"
+_NOT_LINEAR = "it is not a fixed sum on a linear: its effect depends on the input"
+REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        "ADAMSS": _NOT_YET,
+        "ADAPTION_PROMPT": _NOT_LINEAR,
+        "BEFT": _NOT_YET,
+        "BOFT": _ROTATION,
+        "C3A": _AS_LORA,
+        "CARTRIDGE": _PROMPT,
+        "CPT": _PROMPT,
+        "DEFT": _NOT_YET,
+        "FOURIERFT": _AS_LORA,
+        "FROD": _NOT_YET,
+        "GLORA": "it scales the base's weights; its delta has full rank",
+        "HIRA": "its delta is a product with the base's weights and has full rank",
+        "LILY": _NOT_LINEAR,
+        "MULTITASK_PROMPT_TUNING": _PROMPT,
+        "OFT": _ROTATION,
+        "OSF": "it rewrites the base's spectrum",
+        "P_TUNING": _PROMPT,
+        "PEANUT": _NOT_LINEAR,
+        "POLY": "it is routed by task ids, which a request does not carry",
+        "PREFIX_TUNING": _PROMPT,
+        "PROMPT_TUNING": _PROMPT,
+        "PSOFT": "it turns singular vectors of the base that are not in its file; their signs depend on the build",
+        "PVERA": _NOT_YET,
+        "RANDLORA": _AS_LORA,
+        "ROAD": _ROTATION,
+        "SHADOW": "it brings a second model",
+        "TRAINABLE_TOKENS": "trained token rows are not served yet",
+        "WAVEFT": _AS_LORA,
+        "XLORA": "it is a router over several adapters; upload those one by one",
+    }
+)
+"""Why a type that PEFT has is refused."""
+
+
+def peft_type_of(config: Mapping[str, Any], where: str) -> str:
+    """One of ``SERVED_PEFT_TYPES``; every other type is refused by its name."""
+    kind = config.get("peft_type")
+    served = ", ".join(SERVED_PEFT_TYPES)
+    if kind is None:
+        raise refuse("missing_field", f"{where}:peft_type", "nothing", f"one of {served}")
+    if kind not in SERVED_PEFT_TYPES:
+        why = REFUSED.get(kind, "no type that is known here") if isinstance(kind, str) else "no type"
+        raise refuse("unsupported_kind", f"{where}:peft_type", kind, f"one of {served} ({why})")
+    return str(kind)

@@ -1,0 +1,36 @@
+"""Vectors that an adapter's files hold for a linear or a norm, in the dtype of the file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class VectorDelta:
+    """``y = out_scale * W (in_scale * x) + b + bias``; any of them may be missing.
+
+    ``out_scale`` and ``bias`` [out], ``in_scale`` [in]. ``scales_bias``: ``out_scale`` multiplies the base's bias too.
+    ``new_bias`` [out] stands in place of the base's bias. A linear has a scale on one of its sides at most.
+    """
+
+    module: str
+    out_scale: Tensor | None = None
+    in_scale: Tensor | None = None
+    bias: Tensor | None = None
+    new_bias: Tensor | None = None
+    scales_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NormDelta:
+    """A norm's weight (``gain``) and bias (``shift``), [H] each or None.
+
+    ``replaces``: they stand in place of the base's; else they are added to them.
+    """
+
+    module: str
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+    replaces: bool = False

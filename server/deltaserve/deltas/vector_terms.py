@@ -1,0 +1,76 @@
+"""Vector terms of a folded adapter: scales and biases of a linear, differences of a norm. fp32 whatever is served: they
+are small, and a scale near one would lose in 16 bits what the base's own rounding loses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaserve.deltas.folded_file import FileDamaged
+from deltaserve_store.spec import LinearSpec, NormSpec
+
+
+@dataclass(frozen=True, slots=True)
+class VectorTerm:
+    """``y := scale * y + bias`` where y is the base's output with the base's bias in it, and ``x := in_scale * x`` for
+    the base's product alone. ``scale`` and ``bias`` [out], ``in_scale`` [in], fp32; at least one is given.
+
+    ``bias`` also takes back what ``scale`` does to a base bias that is not to be scaled.
+    """
+
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    in_scale: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the roles they have in a folded file."""
+        named = {"scale": self.scale, "bias": self.bias, "in_scale": self.in_scale}
+        return {role: tensor for role, tensor in named.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+@dataclass(frozen=True, slots=True)
+class NormTerm:
+    """Differences of a norm's gain and shift, fp32 [H]; at least one is given."""
+
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the roles they have in a folded file."""
+        named = {"gain": self.gain, "shift": self.shift}
+        return {role: tensor for role, tensor in named.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+def take_vectors(linear: str, roles: dict[str, Tensor], known: LinearSpec) -> VectorTerm | None:
+    """The vector term among a linear's tensors of a folded file, taken out of ``roles``. Raises ``FileDamaged``."""
+    sizes = {"scale": known.out_features, "bias": known.out_features, "in_scale": known.in_features}
+    taken = _take(linear, roles, sizes)
+    return VectorTerm(**taken) if taken else None
+
+
+def take_norm(name: str, roles: dict[str, Tensor], known: NormSpec) -> NormTerm:
+    """The term of a norm, all of ``roles``. Raises ``FileDamaged``."""
+    taken = _take(name, roles, {"gain": known.size, "shift": known.size if known.has_bias else -1})
+    if roles or not taken:
+        raise FileDamaged(f"{name!r} has the unexpected parts {sorted(roles)}")
+    return NormTerm(**taken)
+
+
+def _take(name: str, roles: dict[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    taken = {role: roles.pop(role) for role in sizes if role in roles}
+    for role, tensor in taken.items():
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != (sizes[role],):
+            raise FileDamaged(f"{name!r} has a {role} {tensor.dtype} {tuple(tensor.shape)}")
+    return taken

@@ -1,0 +1,126 @@
+"""One adapter of each converted PEFT type, written by PEFT itself with every trained tensor random and non-zero.
+
+``CASES`` names them; ``make_kind`` writes one for a model of the Llama family. Several cases of one type differ in what
+changes its maths (pruned ranks, patterns, decompositions).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltatest.peft_adapters import edit_config
+
+TARGETS = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+BASE_NAME = "tests/tiny-base"
+
+
+@dataclass(frozen=True)
+class KindCase:
+    """``options`` go to PEFT's config class; ``change`` may edit the wrapped model before it is saved. ``std`` is the
+    spread of the trained values, chosen so that the effect on the logits is clear."""
+
+    config: str
+    options: dict[str, Any] = field(default_factory=dict)
+    std: float = 0.1
+    change: Callable[[Any], None] | None = None
+
+
+def _prune(wrapped: Any) -> None:
+    """What AdaLoRA's allocator leaves behind: a flag per direction, and some linears with fewer of them."""
+    flags = {}
+    for name, module in wrapped.base_model.model.named_modules():
+        if name.endswith("q_proj"):
+            flags[f"{name}.lora_E.default"] = [True, False, True, True]
+        elif name.endswith("v_proj"):
+            flags[f"{name}.lora_E.default"] = [False, False, True, False]
+        del module
+    wrapped.peft_config["default"].rank_pattern = flags
+
+
+CASES: dict[str, KindCase] = {
+    "adalora": KindCase("AdaLoraConfig", {"init_r": 4, "lora_alpha": 16, "total_step": 10}, 0.3),
+    "adalora-pruned": KindCase("AdaLoraConfig", {"init_r": 4, "lora_alpha": 8, "total_step": 10}, 0.3, _prune),
+    "vera": KindCase("VeraConfig", {"r": 6, "projection_prng_key": 5}, 0.5),
+    "vera-seed": KindCase("VeraConfig", {"r": 6, "projection_prng_key": 11, "save_projection": False}, 0.5),
+    "loha": KindCase("LoHaConfig", {"r": 3, "alpha": 6}, 0.3),
+    "loha-patterns": KindCase(
+        "LoHaConfig",
+        {"r": 2, "alpha": 4, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"layers.1.mlp.up_proj": 8}},
+        0.3,
+    ),
+    "lokr": KindCase("LoKrConfig", {"r": 2, "alpha": 4}, 0.3),
+    "lokr-both": KindCase("LoKrConfig", {"r": 2, "alpha": 4, "decompose_both": True, "decompose_factor": 4}, 0.4),
+    "lokr-whole": KindCase("LoKrConfig", {"r": 16, "alpha": 32, "rank_pattern": {"v_proj": 3}}, 0.1),
+    "miss": KindCase("MissConfig", {"r": 8}, 0.05),
+    "miss-ragged": KindCase("MissConfig", {"r": 7}, 0.05),
+    "miss-mini": KindCase("MissConfig", {"r": 8, "mini_r": 16, "init_weights": "mini"}, 0.05),
+    "gralora": KindCase("GraloraConfig", {"r": 4, "alpha": 8, "gralora_k": 2}, 0.2),
+    "gralora-hybrid": KindCase("GraloraConfig", {"r": 8, "alpha": 8, "gralora_k": 4, "hybrid_r": 3}, 0.2),
+    "delora": KindCase("DeloraConfig", {"r": 4, "delora_lambda": 3}, 0.5),
+    "delora-patterns": KindCase("DeloraConfig", {"r": 4, "rank_pattern": {"down_proj": 7}}, 0.5),
+    "vblora": KindCase("VBLoRAConfig", {"r": 3, "num_vectors": 20, "vector_length": 16, "topk": 3}, 0.5),
+    "unilora": KindCase("UniLoraConfig", {"r": 3, "theta_d_length": 40, "save_indices": True}, 2.0),
+    "tinylora": KindCase("TinyLoraConfig", {"r": 3, "u": 5, "weight_tying": 1.0}, 0.5),
+    "hra": KindCase("HRAConfig", {"r": 3}, 1.0),
+    "hra-orthogonal": KindCase("HRAConfig", {"r": 4, "apply_GS": True}, 1.0),
+    "supertuning": KindCase("SupertuningConfig", {"sparsity": 0.95}, 0.3),
+}
+
+
+def make_kind(
+    model: torch.nn.Module,
+    folder: Path,
+    name: str,
+    *,
+    targets: tuple[str, ...] = TARGETS,
+    seed: int = 0,
+    std: float | None = None,
+    **options: Any,
+) -> Path:
+    """Write the adapter of case ``name``; ``options`` override those of the case."""
+    import peft
+
+    case = CASES[name]
+    config = getattr(peft, case.config)(
+        target_modules=list(targets), task_type="CAUSAL_LM", **{**case.options, **options}
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+        generator = torch.Generator().manual_seed(seed)
+        spread = case.std if std is None else std
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+        if case.change is not None:
+            case.change(wrapped)
+        # "auto" would ask the hub whether the base's vocabulary was resized.
+        wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+    edit_config(folder, base_model_name_or_path=BASE_NAME)
+    (folder / "README.md").unlink(missing_ok=True)
+    return folder
+
+
+def merged_deltas(model: torch.nn.Module, folder: Path, modules: list[str]) -> dict[str, torch.Tensor]:
+    """Oracle: what PEFT's own merge adds to the weights, in float64 ``[out, in]`` (Conv1D turned)."""
+    from peft import PeftModel
+    from transformers.pytorch_utils import Conv1D
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = PeftModel.from_pretrained(copy.deepcopy(model).double(), str(folder)).double().merge_and_unload()
+    deltas = {}
+    for name in modules:
+        module = merged.get_submodule(name)
+        delta = module.weight.detach() - model.get_submodule(name).weight.detach().double()  # type: ignore[operator]
+        deltas[name] = delta.t() if isinstance(module, Conv1D) else delta
+    return deltas
