@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "deltaserve.config": {"deltaserve.errors"},
     "deltaserve.metrics": {"deltaserve.core"},
     "deltaserve.logs": EVERYWHERE,
+    "deltaserve.openmp": set(),
     "deltaserve.text": EVERYWHERE,
     "deltaserve.remote": EVERYWHERE,
     "deltaserve.api": EVERYWHERE
