@@ -107,7 +107,7 @@ class VectorStep:
 
     def rows_with(self, tables: VectorTables, index: int) -> Tensor | None:
         """Which of 0..R have an entry for this linear or norm, int64; None: all. Told by their own bindings alone."""
-        has = tuple([any([tables.get(index, slot) is not None for slot in slots]) for slots in self.slots])  # noqa: C419
+        has = tuple(any(tables.get(index, slot) is not None for slot in slots) for slots in self.slots)
         if all(has):
             return None
         known = self._chosen.get(has)

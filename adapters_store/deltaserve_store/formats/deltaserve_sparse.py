@@ -7,18 +7,16 @@ the base's fingerprint, so these files cannot be served on another base, with or
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from deltaserve_store.file_names import SPARSE_CONFIG, SPARSE_TENSORS
+from deltaserve_store.file_names import SPARSE_CONFIG
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats.module_match import is_head
-from deltaserve_store.formats.own_config import FORMAT_VERSION, check_shared, fields_of
+from deltaserve_store.formats.own_config import check_shared, fields_of, write_files
 from deltaserve_store.formats.sparse_entries import check_positions, keys_of, sort_entries
 from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, check_dtype, check_shape, check_values
 from deltaserve_store.formats.tensor_file import TensorFile
@@ -62,19 +60,17 @@ def write_sparse_adapter(
         modules[delta.module] = delta.num_entries
     if not modules:
         raise ValueError("no delta has an entry; there is nothing to write")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / SPARSE_TENSORS)
-    config: dict[str, Any] = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "base_fingerprint": base_fingerprint,
-        "base_name": base_name,
-        "method": method,
-        "modules": modules,
-        "chat_template": chat_template,
-        "stop_token_ids": list(stop_token_ids),
-    }
-    (folder / SPARSE_CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_files(
+        folder,
+        FORMAT,
+        tensors,
+        modules,
+        base_fingerprint,
+        base_name=base_name,
+        method=method,
+        chat_template=chat_template,
+        stop_token_ids=stop_token_ids,
+    )
 
 
 def parse_deltaserve_sparse(

@@ -1,12 +1,17 @@
-"""``adapter.json`` of the project's own formats: the fields that all of them share."""
+"""The files of the project's own formats: how they are written, and the fields of ``adapter.json`` that all share."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from deltaserve_store.file_names import SPARSE_CONFIG
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deltaserve_store.file_names import SPARSE_CONFIG, SPARSE_TENSORS
 from deltaserve_store.findings import Findings
 from deltaserve_store.names import NAME
 from deltaserve_store.spec import BaseSpec
@@ -29,6 +34,34 @@ def fields_of(format_name: str, modules: str) -> dict[str, str]:
         "chat_template": "optional: null or the name of a template that the operator registered",
         "stop_token_ids": f"optional: at most {MAX_STOP_TOKENS} token ids of the base",
     }
+
+
+def write_files(
+    folder: Path,
+    format_name: str,
+    tensors: Mapping[str, Tensor],
+    modules: Mapping[str, Any],
+    base_fingerprint: str,
+    *,
+    base_name: str | None,
+    method: str | None,
+    chat_template: str | None,
+    stop_token_ids: Sequence[int],
+) -> None:
+    """``adapter.safetensors`` and ``adapter.json`` into ``folder``, made if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), folder / SPARSE_TENSORS)
+    config: dict[str, Any] = {
+        "format": format_name,
+        "format_version": FORMAT_VERSION,
+        "base_fingerprint": base_fingerprint,
+        "base_name": base_name,
+        "method": method,
+        "modules": dict(modules),
+        "chat_template": chat_template,
+        "stop_token_ids": list(stop_token_ids),
+    }
+    (folder / SPARSE_CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_shared(
