@@ -26,7 +26,15 @@ from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.engine.sampler import Sampler
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve_kernels import use_backend
-from deltaserve_kernels.triton_ops import attention_kernels, guard, lora_programs, sparse_kernels, tile_kernels
+from deltaserve_kernels.triton_ops import (
+    attention_kernels,
+    guard,
+    lora_programs,
+    pointwise_kernels,
+    rotary,
+    sparse_kernels,
+    tile_kernels,
+)
 from deltatest.graph_rig import GraphRig
 from deltatest.tape import Tape
 from deltatest.tiny_models import save_random, tiny_config
@@ -38,7 +46,8 @@ SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8,
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
 KERNELS = (
     lora_programs.shrink, lora_programs.expand, sparse_kernels.sparse, tile_kernels.build_tiles,
-    attention_kernels.decode, attention_kernels.combine, attention_kernels.prefill, attention_kernels.store_kv,
+    attention_kernels.decode, attention_kernels.combine, attention_kernels.prefill, rotary.rotate_and_store,
+    pointwise_kernels.rms_norm_rows, pointwise_kernels.gated_rows,
 )  # fmt: skip
 
 
@@ -150,6 +159,7 @@ def sampling_sequences(count: int) -> list:  # type: ignore[type-arg]
             versions=(),
             priority=(0.0, i),
             arrival_seconds=0.0,
+            stop_token_ids=frozenset(),
         )
         for i in range(count)
     ]

@@ -239,7 +239,10 @@ class FusedAttention:
         """The proof rotated whole heads: where the base rotates a part of them, it says nothing. ``turn``: cos, sin."""
         if turn is None or not self.operators.are_selected():
             return False
-        return turn[0].dtype is hidden_states.dtype and turn[0].shape[-1] == self.head_dim
+        return all(
+            angles.dtype is hidden_states.dtype and angles.shape[-1] == self.head_dim and angles.stride(-1) == 1
+            for angles in turn
+        )
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         ctx = current_or_none()
