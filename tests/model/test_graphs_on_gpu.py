@@ -55,7 +55,12 @@ KERNELS = (
 def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     folder = save_random(tiny_config("llama", **(SIZES if ON_GPU else SMALL)), tmp_path_factory.mktemp("base"))
     dtype = torch.bfloat16 if ON_GPU else torch.float32
-    return load_base(folder, dtype=dtype, device=DEVICE, cache_dir=folder / "cache")
+    # What is fused is decided at load; on the host verifying a base in the interpreter would take minutes.
+    before = use_backend("triton" if ON_GPU else "auto")
+    try:
+        return load_base(folder, dtype=dtype, device=DEVICE, cache_dir=folder / "cache")
+    finally:
+        use_backend(before)
 
 
 @pytest.fixture(autouse=True)
