@@ -27,6 +27,8 @@ from deltaserve_kernels.triton_ops import (
     lora_programs,
     members,
     norm_kernels,
+    pointwise,
+    pointwise_kernels,
     rotary,
     row_items,
     sparse,
@@ -38,13 +40,13 @@ from deltaserve_kernels.triton_ops import (
 BF16, FP32 = "*bf16", "*fp32"
 TYPES = {
     **dict.fromkeys(
-        ("x", "x_t", "y", "q", "k", "v", "out", "k_cache", "v_cache", "sinks", "weight", "cos", "sin"), BF16
+        ("x", "x_t", "y", "q", "k", "v", "out", "both", "k_cache", "v_cache", "sinks", "weight", "cos", "sin"), BF16
     ),
     **dict.fromkeys(("h", "part_scale", "part_acc", "part_max", "part_sum"), FP32),
     **dict.fromkeys(("pointers", "vectors", "kv_index"), "*i64"),
     **dict.fromkeys(("tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "part_slot", "records"), "*i32"),
     **dict.fromkeys(("ranks", "sizes", "row_item", "counters", "block_tables", "cu_seqlens_q", "kv_lens"), "*i32"),
-    **dict.fromkeys(("depth", "scale", "softcap", "eps"), "fp32"),
+    **dict.fromkeys(("depth", "scale", "softcap", "eps", "offset"), "fp32"),
 }
 
 
@@ -115,6 +117,17 @@ def sparse_of(form: sparse.SparseForm, in_features: int) -> dict[str, Any]:
     }
 
 
+ROTATION = {
+    "HEADS": 32,
+    "KV_HEADS": 8,
+    "TILE_HEADS": rotary.TILE_HEADS,
+    "D": 128,
+    "HALF": 64,
+    "BLOCK_D": 128,
+    "BLOCK_HALF": 64,
+    "BLOCK_REST": 1,
+}
+
 SPECS = {
     "shrink": Spec(lora_programs.shrink, shrink_of(lora.DECODE, 4096)),
     "expand": Spec(lora_programs.expand, expand_of(lora.DECODE, 14336)),
@@ -131,19 +144,25 @@ SPECS = {
     # Narrow: angles, one number a thread.
     "rotate_and_store": Spec(
         rotary.rotate_and_store,
-        {
-            "HEADS": 32,
-            "KV_HEADS": 8,
-            "TILE_HEADS": rotary.TILE_HEADS,
-            "D": 128,
-            "HALF": 64,
-            "BLOCK_D": 128,
-            "BLOCK_HALF": 64,
-            "BLOCK_REST": 1,
-        },
+        {**ROTATION, "SECOND": 0},
         narrow=4,
         wide=6,
         num_warps=2,
+    ),
+    "rotate_and_store_two_halves": Spec(
+        rotary.rotate_and_store, {**ROTATION, "SECOND": 64}, narrow=8, wide=6, num_warps=2
+    ),
+    "rms_norm_rows": Spec(
+        pointwise_kernels.rms_norm_rows,
+        {"SIZE": 4096, "BLOCK": 4096},
+        wide=2 * 2,
+        num_warps=pointwise.norm_warps(4096),
+    ),
+    "gated_rows": Spec(
+        pointwise_kernels.gated_rows, {"SIZE": 14336, "IS_GELU": False, "BLOCK": pointwise.GATED_BLOCK}, wide=2
+    ),
+    "gated_rows_gelu": Spec(
+        pointwise_kernels.gated_rows, {"SIZE": 14336, "IS_GELU": True, "BLOCK": pointwise.GATED_BLOCK}, wide=2
     ),
     "rms_norm": Spec(norm_kernels.rms_norm, {"SIZE": 4096, "BLOCK": 4096}, wide=3, num_warps=4),
     "prefill_shrink": Spec(
@@ -261,7 +280,7 @@ def test_one_launch_asks_for_b_and_y_before_it_waits(name: str, arch: int) -> No
 
 
 def test_y_is_stored_wide() -> None:
-    for name in ("expand", "fused", "prefill_expand", "prefill", "store_kv"):
+    for name in ("expand", "fused", "prefill_expand", "prefill", "store_kv", "rms_norm_rows", "gated_rows"):
         assert compiled(name, 90).stores.get(128, 0) >= 1, name
         assert compiled(name, 90).stores.get(16, 0) == 0, name
 
