@@ -51,8 +51,12 @@ class LoraForm:
         if self.fold:
             return 1
         if self.by_row:
-            return -(-in_features // self.block_k)
+            return -(-in_features // (self.block_k * self.stretch(in_features)))
         return min(self.max_splits, 1 << max(0, (in_features // self.split_k).bit_length() - 1))
+
+    def stretch(self, in_features: int) -> int:
+        """``by_row``: twice the columns and half the ranks at once where K is long, for fewer planes to add."""
+        return 2 if in_features > 2 * self.block_k else 1
 
     def chunk(self, in_features: int) -> int:
         """Columns of one split, whole blocks of K."""
@@ -120,9 +124,11 @@ def _launch(
     }  # fmt: skip
     write: dict[str, Any] = {"SPLITS": splits, "BLOCK_N": form.block_n, "VECTORS": vectors is not None, **group.place}
     if form.by_row:
-        lora_rows.shrink_rows[(num_members * form.rank_programs, splits, tiles.capacity)](
+        stretch = form.stretch(in_features)
+        programs = form.rank_programs * stretch
+        lora_rows.shrink_rows[(num_members * programs, splits, tiles.capacity)](
             x, x.stride(0), *planes, *lists, tables.num_slots, *group.linears, depth, K=in_features,
-            CHUNK=form.block_k, GROUP=form.rank_tile, PROGRAMS=form.rank_programs,
+            CHUNK=form.block_k * stretch, GROUP=form.rank_tile // stretch, PROGRAMS=programs,
             num_warps=form.num_warps, **early(x.device),
         )  # fmt: skip
         lora_rows.expand_rows[(tiles.capacity, tiles_n)](

@@ -31,10 +31,10 @@ class SparseForm:
             adapters
     """
 
-    tile_rows: int = 16
+    tile_rows: int = 2
     wide: bool = False
     staged: bool = True
-    step: int = 8
+    step: int = 4
     bucket: int | None = None
     num_warps: int = 4
 
@@ -48,7 +48,7 @@ class SparseForm:
 
 
 DECODE = SparseForm()
-PREFILL = SparseForm(wide=True, tile_rows=64, bucket=2048, num_warps=8)
+PREFILL = SparseForm(wide=True, tile_rows=32, bucket=2048)
 MAX_STAGE = 16384  # columns: 32 KB of 16 bits, of the 48 KB that a decode kernel may take
 _TRANSPOSE_K = 128
 

@@ -91,6 +91,8 @@ def sparse(
     mask = n < pick(member, WIDTH0, WIDTH1, WIDTH2)
     for i in range(num_rows):
         row = tl.load(rows + first + i).to(tl.int64)
+        out = y + row * y_stride + pick(member, COLUMN0, COLUMN1, COLUMN2) + n
+        before = tl.load(out, mask=mask, other=0.0)
         x_row = x + row * x_stride
         if STAGE > 0:
             k = tl.arange(0, STAGE)
@@ -116,6 +118,4 @@ def sparse(
             count += end - begin
             slot = tl.load(part_slot + part + 1, mask=part + 1 < part_end, other=0)
         if count > 0:
-            out = y + row * y_stride + pick(member, COLUMN0, COLUMN1, COLUMN2) + n
-            before = tl.load(out, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out, (before + total).to(y.dtype.element_ty), mask=mask)
+            tl.store(out, (before.to(tl.float32) + total).to(y.dtype.element_ty), mask=mask)

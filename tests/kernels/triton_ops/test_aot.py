@@ -134,8 +134,8 @@ SPECS = {
     # Narrow: nothing; h, and a row of x or y, are one number or eight a thread. B's tile of 16 ranks: sixteen loads.
     "shrink_rows": Spec(
         lora_rows.shrink_rows,
-        {"K": 14336, "CHUNK": lora.DECODE.block_k, "GROUP": lora.DECODE.rank_tile, "PROGRAMS": 4},
-        wide=4 * 4 + 4 * 2,
+        {"K": 14336, "CHUNK": 2 * lora.DECODE.block_k, "GROUP": lora.DECODE.rank_tile // 2, "PROGRAMS": 8},
+        wide=2 * 8 + 8,
         num_warps=lora.DECODE.num_warps,
     ),
     "expand_rows": Spec(
@@ -234,12 +234,12 @@ SPECS = {
         narrow=4,
         wide=4,
     ),
-    "transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 64}),
+    "transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 32}),
     "sparse_wide": Spec(
         sparse_wide.sparse_wide,
         of_kernel(sparse_wide.sparse_wide, sparse_of(sparse.PREFILL, 14336)),
         narrow=1,
-        wide=4 * 8 + 8,
+        wide=4 * 4 + 4,
         num_warps=sparse.PREFILL.num_warps,
     ),
     # A few numbers an item: nothing to read wide.

@@ -151,14 +151,12 @@ def test_sparse_equals_the_definition(num_rows: int, form: sparse.SparseForm, sc
     close(out, expected, 2e-3)
 
 
-def test_how_sparse_reads_x_does_not_change_a_bit(scattered: SparseTables) -> None:
+def test_where_sparse_reads_x_from_does_not_change_a_bit(scattered: SparseTables) -> None:
     step = step_of(40, 7, slots=2)
-    expected = step.y.clone()
+    expected, out = step.y.clone(), step.y.clone()
     sparse.sparse_linear(expected, step.x, step.work, scattered, MEMBERS, 0.3, sparse.DECODE)
-    for name in ("gathered", "staged"):
-        out = step.y.clone()
-        sparse.sparse_linear(out, step.x, step.work, scattered, MEMBERS, 0.3, SPARSE_FORMS[name])
-        assert torch.equal(out, expected), name
+    sparse.sparse_linear(out, step.x, step.work, scattered, MEMBERS, 0.3, SPARSE_FORMS["gathered"])
+    assert torch.equal(out, expected)
 
 
 def test_one_launch_equals_two_to_the_bit_under_stress(low_rank: LoraTables) -> None:
