@@ -51,19 +51,15 @@ class LoraForm:
         if self.fold:
             return 1
         if self.by_row:
-            return -(-in_features // (self.block_k * self.stretch(in_features)))
+            return -(-in_features // self.block_k)
         return min(self.max_splits, 1 << max(0, (in_features // self.split_k).bit_length() - 1))
-
-    def stretch(self, in_features: int) -> int:
-        """``by_row``: twice the columns and half the ranks at once where K is long, for fewer planes to add."""
-        return 2 if in_features > 2 * self.block_k else 1
 
     def chunk(self, in_features: int) -> int:
         """Columns of one split, whole blocks of K."""
         return -(-in_features // (self.splits(in_features) * self.block_k)) * self.block_k
 
 
-DECODE = LoraForm(by_row=True, block_k=4096, rank_tile=4, block_n=512, b_warps=2)
+DECODE = LoraForm(by_row=True, tile_rows=4, block_k=4096, rank_tile=4, block_n=512, b_warps=2)
 PRODUCTS = LoraForm()
 ONE_LAUNCH = LoraForm(one_launch=True)
 PREFILL = LoraForm(fold=True, tile_rows=64, block_k=128, num_stages=4)
@@ -124,11 +120,9 @@ def _launch(
     }  # fmt: skip
     write: dict[str, Any] = {"SPLITS": splits, "BLOCK_N": form.block_n, "VECTORS": vectors is not None, **group.place}
     if form.by_row:
-        stretch = form.stretch(in_features)
-        programs = form.rank_programs * stretch
-        lora_rows.shrink_rows[(num_members * programs, splits, tiles.capacity)](
+        lora_rows.shrink_rows[(num_members * form.rank_programs, splits, tiles.capacity)](
             x, x.stride(0), *planes, *lists, tables.num_slots, *group.linears, depth, K=in_features,
-            CHUNK=form.block_k * stretch, GROUP=form.rank_tile // stretch, PROGRAMS=programs,
+            CHUNK=form.block_k, GROUP=form.rank_tile, PROGRAMS=form.rank_programs,
             num_warps=form.num_warps, **early(x.device),
         )  # fmt: skip
         lora_rows.expand_rows[(tiles.capacity, tiles_n)](

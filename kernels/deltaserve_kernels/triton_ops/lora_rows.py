@@ -1,10 +1,9 @@
-"""Low-rank kernels for few rows an adapter (decode): some rows at a time, plain multiply-adds, no products.
+"""Low-rank kernels for few rows an adapter (decode): rows one after another, plain multiply-adds, no matrix products.
 
 A matrix product has 16 rows at least, so with one row an adapter fifteen sixteenths of it are padding, and its operands
 travel through shared memory. Here an adapter's numbers go from memory into registers and are used there: a thread holds
-eight columns of B (or of A) for all ranks of a tile, so that B's sum over ranks crosses no thread, and A's only at its
-end. An adapter is read once however many of its rows a tile has; several rows are under way at once, each summed as if
-it were alone.
+eight columns of B (or of A) for all ranks of a tile, so that B's sum over ranks crosses no thread, and A's one warp
+shuffle at the end. An adapter is read once however many of its rows a tile has.
 
 Shapes, planes and pointer tables as in ``lora_kernels``; K is cut into chunks of a fixed size, a plane each.
 """
@@ -29,15 +28,9 @@ from deltaserve_kernels.triton_ops.lora_programs import VARYING, place
 
 
 @triton.jit
-def load_x(x, x_stride, rows, position, live, k, K: tl.constexpr):
-    row = tl.load(rows + position, mask=live, other=0).to(tl.int64)
-    return tl.load(x + row * x_stride + k, mask=live & (k < K), other=0.0)
-
-
-@triton.jit
-def store_h(out, plane_stride, i, a_tile, x_row, r, rank, live):
-    sums = tl.sum(a_tile.to(tl.float32) * x_row.to(tl.float32)[None, :], 1)
-    tl.store(out + i * plane_stride + r, sums, mask=live & (r < rank))
+def load_x(x, x_stride, rows, position, k, K: tl.constexpr):
+    row = tl.load(rows + position).to(tl.int64)
+    return tl.load(x + row * x_stride + k, mask=k < K, other=0.0)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -69,35 +62,22 @@ def shrink_rows(
                 a_tile = tl.load(
                     a + r[:, None] * K + k[None, :], mask=(r < rank)[:, None] & (k < K)[None, :], other=0.0
                 )
-                for i in range(0, num_rows, 2):
-                    has_second = i + 1 < num_rows
-                    x0 = load_x(x, x_stride, rows, first + i, True, k, K)
-                    x1 = load_x(x, x_stride, rows, first + i + 1, has_second, k, K)
-                    store_h(out, plane_stride, i, a_tile, x0, r, rank, True)
-                    store_h(out, plane_stride, i + 1, a_tile, x1, r, rank, has_second)
+                x_row = load_x(x, x_stride, rows, first, k, K)
+                for i in range(num_rows):
+                    # The next row is asked for before this one is used; after the last one, that one again.
+                    x_next = load_x(x, x_stride, rows, first + tl.minimum(i + 1, num_rows - 1), k, K)
+                    sums = tl.sum(a_tile.to(tl.float32) * x_row.to(tl.float32)[None, :], 1)
+                    tl.store(out + i * plane_stride + r, sums, mask=r < rank)
+                    x_row = x_next
 
 
 @triton.jit
-def load_h(h, split_stride, mask, SPLITS: tl.constexpr):
-    """Entries of one shrunk row at ``h``, planes added in order."""
-    total = tl.load(h, mask=mask, other=0.0, cache_modifier=".cg")
+def load_h(h, split_stride, r, rank, SPLITS: tl.constexpr):
+    """One shrunk row's entries r, planes added in order."""
+    total = tl.load(h + r, mask=r < rank, other=0.0, cache_modifier=".cg")
     for split in tl.static_range(1, SPLITS):
-        total += tl.load(h + split * split_stride, mask=mask, other=0.0, cache_modifier=".cg")
+        total += tl.load(h + split * split_stride + r, mask=r < rank, other=0.0, cache_modifier=".cg")
     return total
-
-
-@triton.jit
-def add_ranks(acc, b_tile, h, split_stride, mask, scale, SPLITS: tl.constexpr):
-    """``acc + scale * h @ b_tile`` for one row."""
-    return acc + tl.sum(b_tile.to(tl.float32) * (load_h(h, split_stride, mask, SPLITS) * scale)[:, None], 0)
-
-
-@triton.jit
-def store_y(out, before, acc, factor, shift, mask, VECTORS: tl.constexpr):
-    acc = before.to(tl.float32) + acc
-    if VECTORS:
-        acc = acc * factor + shift
-    tl.store(out, acc.to(before.dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -135,22 +115,11 @@ def expand_rows(
         several = (part_end - part_begin > 1) | (first_rank > RANK_TILE)
         if EARLY:
             gdc_wait()
-        factor = n
-        shift = n
-        if VECTORS:
-            factor, shift = load_vectors(
-                vectors, part_slot, part_scale, part_begin, part_end, linear, num_slots, n, width, depth
-            )  # fmt: skip
-        for i in range(0, num_rows, 2):
-            # Two rows at once, the second perhaps not there: to have both under way costs less than to ask.
-            inside = n < width
-            has_second = i + 1 < num_rows
-            out0 = y + tl.load(rows + first + i).to(tl.int64) * y_stride + column + n
-            out1 = y + tl.load(rows + first + i + 1, mask=has_second, other=0).to(tl.int64) * y_stride + column + n
-            before0 = tl.load(out0, mask=inside, other=0.0)
-            before1 = tl.load(out1, mask=inside & has_second, other=0.0)
-            acc0 = tl.zeros((BLOCK_N,), dtype=tl.float32)
-            acc1 = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        for i in range(num_rows):
+            row = tl.load(rows + first + i).to(tl.int64)
+            out = y + row * y_stride + column + n
+            before = tl.load(out, mask=n < width, other=0.0).to(tl.float32)
+            acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
             for part in range(part_begin, part_end):
                 slot = first_slot
                 if part > part_begin:
@@ -163,12 +132,14 @@ def expand_rows(
                 for rank_begin in range(0, rank, RANK_TILE):
                     if (rank_begin > 0) | (part > part_begin) | (several & (i > 0)):
                         b_tile = load_b(b, rank_begin, rank, width, n, RANK_TILE)
-                    r = rank_begin + r0
-                    at = source + r
-                    acc0 = add_ranks(acc0, b_tile, at, split_stride, r < rank, scale, SPLITS)
-                    second = (r < rank) & has_second
-                    acc1 = add_ranks(acc1, b_tile, at + plane_stride, split_stride, second, scale, SPLITS)
-            store_y(out0, before0, acc0, factor, shift, inside, VECTORS)
-            store_y(out1, before1, acc1, factor, shift, inside & has_second, VECTORS)
+                    weights = load_h(source, split_stride, rank_begin + r0, rank, SPLITS) * scale
+                    acc += tl.sum(b_tile.to(tl.float32) * weights[:, None], 0)
+            acc += before
+            if VECTORS:
+                factor, shift = load_vectors(
+                    vectors, part_slot, part_scale, part_begin, part_end, linear, num_slots, n, width, depth
+                )  # fmt: skip
+                acc = acc * factor + shift
+            tl.store(out, acc.to(y.dtype.element_ty), mask=n < width)
     elif EARLY:
         gdc_wait()  # see ``early``

@@ -134,8 +134,8 @@ SPECS = {
     # Narrow: nothing; h, and a row of x or y, are one number or eight a thread. B's tile of 16 ranks: sixteen loads.
     "shrink_rows": Spec(
         lora_rows.shrink_rows,
-        {"K": 14336, "CHUNK": 2 * lora.DECODE.block_k, "GROUP": lora.DECODE.rank_tile // 2, "PROGRAMS": 8},
-        wide=2 * 8 + 8,
+        {"K": 14336, "CHUNK": lora.DECODE.block_k, "GROUP": lora.DECODE.rank_tile, "PROGRAMS": 4},
+        wide=4 * 4 + 4 * 2,
         num_warps=lora.DECODE.num_warps,
     ),
     "expand_rows": Spec(
