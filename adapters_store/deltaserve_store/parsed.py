@@ -22,7 +22,8 @@ class LoraDelta:
     The orientation is that of ``W [out, in]`` also where the base stores its weight transposed. ``magnitude [out]``:
     the rows of the sum are brought to these norms (DoRA); the base's bias is not. ``dense`` is given where ``a`` and
     ``b`` were converted from another parametrisation: it makes the same delta, float32 ``[out, in]``, by that method's
-    own formula from the file's tensors, so that the conversion can be proven like everything else.
+    own formula from the file's tensors, so that the conversion can be proven like everything else. ``is_exact`` False:
+    the two factors are the nearest term of their rank to ``dense``, not that delta itself.
     """
 
     module: str
@@ -31,6 +32,7 @@ class LoraDelta:
     scaling: float
     magnitude: Tensor | None = None
     dense: Callable[[], Tensor] | None = field(default=None, repr=False)
+    is_exact: bool = True
 
     @property
     def rank(self) -> int:
@@ -41,13 +43,14 @@ class LoraDelta:
 class SparseDelta:
     """``W[rows[i], cols[i]] += values[i]``: ``rows`` and ``cols`` int32 ``[k]``, ``values [k]`` in the file's dtype.
 
-    Positions are unique and sorted by row, then column, in the ``[out, in]`` orientation.
+    Positions are unique and sorted by row, then column, in the ``[out, in]`` orientation. ``dense``: see ``LoraDelta``.
     """
 
     module: str
     rows: Tensor
     cols: Tensor
     values: Tensor
+    dense: Callable[[], Tensor] | None = field(default=None, repr=False)
 
     @property
     def num_entries(self) -> int:
@@ -78,6 +81,26 @@ class WeightDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class EntrywiseDelta:
+    """A delta that multiplies the base weight entry by entry: ``dW = W o (left @ right)`` with ``left [out, r]`` and
+    ``right [r, in]`` float32. ``term(delta)`` makes it a ``LoraDelta`` once the weight is there, given the product and
+    ``dense``; ``rank`` is what that term will have at most. ``dense(W)`` is as in ``WeightDelta``.
+    """
+
+    module: str
+    left: Tensor
+    right: Tensor
+    rank: int
+    term: Callable[[Tensor, Callable[[], Tensor]], LoraDelta] = field(repr=False)
+    dense: Callable[[Tensor], Tensor] = field(repr=False)
+
+    def on(self, weight_of: Callable[[str], Tensor]) -> LoraDelta:
+        """As ``WeightDelta.on``."""
+        product = weight_of(self.module) * (self.left @ self.right)
+        return self.term(product, lambda: self.dense(weight_of(self.module)))
+
+
+@dataclass(frozen=True, slots=True)
 class ParsedAdapter:
     """Every tensor of the files is in ``deltas`` or ``weight_deltas``, every field of the config is in ``config`` and
     understood.
@@ -98,7 +121,12 @@ class ParsedAdapter:
     chat_template: str | None = None
     stop_token_ids: tuple[int, ...] = ()
     skipped: tuple[str, ...] = field(default=())
-    weight_deltas: tuple[WeightDelta, ...] = ()
+    weight_deltas: tuple[WeightDelta | EntrywiseDelta, ...] = ()
+
+    @property
+    def lossy_deltas(self) -> tuple[LoraDelta, ...]:
+        """Those whose term is not their method's delta but the nearest of its rank."""
+        return tuple(delta for delta in self.deltas if isinstance(delta, LoraDelta) and not delta.is_exact)
 
     def on_base(self, weight_of: Callable[[str], Tensor]) -> ParsedAdapter:
         """The same adapter with its ``weight_deltas`` turned into low-rank ``deltas``; see ``WeightDelta.on``."""

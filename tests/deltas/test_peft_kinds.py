@@ -96,7 +96,7 @@ def resident(base: BaseModel, adapters: list[FoldedAdapter]) -> PagedDriver:
                     lora.set(index, slot, term.a, term.b_t)
                 else:
                     sparse.set(index, slot, term.indptr, term.cols, term.values)
-    return PagedDriver(base, lora=lora, sparse=sparse)
+    return PagedDriver(base, num_blocks=256, lora=lora, sparse=sparse)
 
 
 def test_all_kinds_in_one_batch_equal_peft_and_folded_weights(

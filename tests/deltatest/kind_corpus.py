@@ -45,6 +45,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "tinylora": {"r": 2, "u": 3, "weight_tying": 1.0},
     "hra": {"r": 2, "apply_GS": False},
     "supertuning": {"sparsity": 0.9},
+    "fourierft": {"n_frequency": 3},
+    "waveft": {"n_frequency": 5},
+    "c3a": {"block_size": 8},
+    "randlora": {"r": 3, "randlora_alpha": 6},
+    "hira": {"r": 2},
 }
 
 
@@ -65,7 +70,11 @@ def write_good_kind(folder: Path, kind: str) -> Path:
     for linear in linears:
         rules.update({f"{PREFIX}{linear.name}.{suffix}": rule for suffix, rule in reader.layout(linear).items()})
     generator = torch.Generator().manual_seed(0)
-    save_file({name: _random(rule, generator) for name, rule in rules.items()}, folder / TENSORS)
+    tensors = {name: _random(rule, generator) for name, rule in rules.items()}
+    for name in tensors:  # a copy that PEFT keeps beside a linear
+        shared = f"base_model.{name.rpartition('.')[2]}"
+        tensors[name] = tensors.get(shared, tensors[name]).clone()
+    save_file(tensors, folder / TENSORS)
     (folder / CONFIG).write_text(json.dumps(config))
     return folder
 
@@ -101,7 +110,8 @@ def _damage(kind: str) -> Iterator[BadAdapter]:
         def case(what: str, code: str, value: Any, name: str = name, short: str = short) -> BadAdapter:
             return BadAdapter(f"{short} {what}", kind, edit_tensors({name: value}), ((code, name),))
 
-        yield case("missing", "missing_tensor", None)
+        if not rule.optional:
+            yield case("missing", "missing_tensor", None)
         yield case("of another shape", "shape_mismatch", lambda old, shape=longer: torch.ones(shape, dtype=old.dtype))
         yield case("of one more dimension", "shape_mismatch", lambda old: old.reshape(1, -1, 1)[:, :, :])
         if "F32" in rule.dtypes:
@@ -199,7 +209,6 @@ _VERA = (
 
 _PRODUCTS = (
     _reasons("loha", "another r", edit_config(r=3), ("shape_mismatch", f"{V0_TENSOR}.hada_w1_a")),
-    _reasons("loha", "an exact rank of 1089", edit_config(r=33), ("rank_out_of_range", V0)),
     BadAdapter(
         "a pattern of rank 0",
         "loha",
@@ -315,10 +324,63 @@ _SPREAD = (
     ),
 )
 
+_LAMBDA, _KERNEL = f"{V0_TENSOR}.randlora_lambda", f"{V0_TENSOR}.c3a_kernel"
+_SPECTRA = (
+    *(
+        case
+        for kind in ("fourierft", "waveft")
+        for case in (
+            _config(kind, "n_frequency", ..., "missing_field"),
+            _config(kind, "n_frequency", 0, "invalid_value"),
+            _config(kind, "random_loc_seed", None, "invalid_value"),
+            _config(kind, "scaling", 0, "invalid_value"),
+            _reasons(
+                kind, "another number", edit_config(n_frequency=4), ("shape_mismatch", f"{V0_TENSOR}.{kind}_spectrum")
+            ),
+            _reasons(
+                kind,
+                "more coefficients than entries",
+                edit_config(n_frequency=129),
+                ("invalid_value", f"{CONFIG}:n_frequency"),
+            ),
+            BadAdapter(
+                "a pattern of 0",
+                kind,
+                edit_config(n_frequency_pattern={"q_proj": 0}),
+                (("invalid_value", f"{CONFIG}:n_frequency_pattern:q_proj"),),
+            ),
+        )
+    ),
+    _config("waveft", "wavelet_family", "sym4", "unsupported_feature"),
+    _reasons(
+        "waveft",
+        "shares by size",
+        edit_config(proportional_parameters=True),
+        ("shape_mismatch", f"{V0_TENSOR}.waveft_spectrum"),
+    ),
+    _config("c3a", "block_size", ..., "missing_field"),
+    _config("c3a", "fan_in_fan_out", False, "unknown_field"),
+    _reasons("c3a", "a block of 3", edit_config(block_size=3), ("invalid_value", f"{CONFIG}:block_size")),
+    _reasons("c3a", "another block", edit_config(block_size=4), ("shape_mismatch", _KERNEL)),
+    _config("randlora", "save_projection", False, "seed_not_usable"),
+    _config("randlora", "randlora_alpha", ..., "missing_field"),
+    _reasons("randlora", "another r", edit_config(r=4), ("shape_mismatch", _LAMBDA)),
+    BadAdapter(
+        "a basis of its own",
+        "randlora",
+        edit_tensors({f"{V0_TENSOR}.randlora_A": lambda old: old + 1}),
+        (("invalid_value", f"{V0_TENSOR}.randlora_A"),),
+    ),
+    _config("hira", "bias", "none", "unknown_field"),
+    _reasons("hira", "another r", edit_config(r=3), ("shape_mismatch", f"{V0_TENSOR}.hira_A")),
+)
+
 KIND_CORPUS: tuple[BadAdapter, ...] = (
     *(case for kind in CONFIGS for case in _damage(kind)),
     *_ADALORA,
     *_VERA,
     *_PRODUCTS,
     *_BLOCKS,
+    *_SPREAD,
+    *_SPECTRA,
 )

@@ -76,12 +76,18 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
 
 
 def dense_delta(
-    adapter: ParsedAdapter | FoldedAdapter, linear: str, spec: BaseSpec, base: BaseWeights | None = None
+    adapter: ParsedAdapter | FoldedAdapter,
+    linear: str,
+    spec: BaseSpec,
+    base: BaseWeights | None = None,
+    *,
+    as_served: bool = False,
 ) -> Tensor:
     """The delta of one linear as a float32 matrix ``[out, in]``: what the runtime must be equivalent to.
 
     From a ``ParsedAdapter`` it is computed from the file's own tensors, independently of ``fold``; zeros where the
-    adapter leaves the linear alone. Of a folded adapter, low-rank and sparse terms only.
+    adapter leaves the linear alone. Of a folded adapter, low-rank and sparse terms only. ``as_served``: where a delta
+    was converted with loss, what its factors multiply to instead of the method's own formula.
     """
     shape = spec.linears[linear]
     dense = torch.zeros(shape.out_features, shape.in_features)
@@ -100,21 +106,29 @@ def dense_delta(
             continue
         if isinstance(delta, LoraDelta):
             # A converted delta is checked against its own method's formula, not against the conversion.
-            dense += delta.dense() if delta.dense is not None else delta.scaling * (delta.b.float() @ delta.a.float())
+            own = delta.dense if delta.is_exact or not as_served else None
+            dense += own() if own is not None else delta.scaling * (delta.b.float() @ delta.a.float())
         elif isinstance(delta, SparseDelta):
+            if delta.dense is not None:
+                dense += delta.dense()
+                continue
             dense.index_put_((delta.rows.long(), delta.cols.long()), delta.values.float(), accumulate=True)
     return dense
 
 
 def dense_deltas(
-    adapter: ParsedAdapter | FoldedAdapter, spec: BaseSpec, base: BaseWeights | None = None
+    adapter: ParsedAdapter | FoldedAdapter,
+    spec: BaseSpec,
+    base: BaseWeights | None = None,
+    *,
+    as_served: bool = False,
 ) -> Mapping[str, Callable[[], Tensor]]:
     """Lazy ``dense_delta`` of every linear the adapter changes: one dense matrix lives at a time."""
     if isinstance(adapter, FoldedAdapter):
         names = list(adapter.terms)
     else:
         names = [delta.module for delta in adapter.deltas if not isinstance(delta, NormDelta)]
-    return {name: partial(dense_delta, adapter, name, spec, base) for name in names}
+    return {name: partial(dense_delta, adapter, name, spec, base, as_served=as_served) for name in names}
 
 
 def _misfit(delta: LoraDelta | SparseDelta, linear: LinearSpec) -> Reason | None:
