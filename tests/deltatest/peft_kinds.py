@@ -71,7 +71,7 @@ CASES: dict[str, KindCase] = {
     "hra": KindCase("HRAConfig", {"r": 3}, 1.0),
     "hra-orthogonal": KindCase("HRAConfig", {"r": 4, "apply_GS": True}, 1.0),
     "supertuning": KindCase("SupertuningConfig", {"sparsity": 0.95}, 0.3),
-    "fourierft": KindCase("FourierFTConfig", {"n_frequency": 8, "random_loc_seed": 3}, 6.0),
+    "fourierft": KindCase("FourierFTConfig", {"n_frequency": 8, "random_loc_seed": 3}, 4.0),
     "fourierft-many": KindCase("FourierFTConfig", {"n_frequency": 300, "scaling": 300.0}, 0.4),
     "waveft": KindCase("WaveFTConfig", {"n_frequency": 40, "n_frequency_pattern": {"q_proj": 70}}, 0.02),
     "waveft-long": KindCase("WaveFTConfig", {"n_frequency": 12, "wavelet_family": "db2"}, 0.03),
@@ -82,7 +82,7 @@ CASES: dict[str, KindCase] = {
     ),
     "waveft-entries": KindCase("WaveFTConfig", {"n_frequency": 60, "use_idwt": False}, 0.02),
     "c3a": KindCase("C3AConfig", {"block_size": 8, "block_size_pattern": {"q_proj": 16}}, 2.0),
-    "randlora": KindCase("RandLoraConfig", {"r": 6, "randlora_alpha": 12}, 0.2),
+    "randlora": KindCase("RandLoraConfig", {"r": 6, "randlora_alpha": 12}, 0.17),
     "hira": KindCase("HiraConfig", {"r": 4, "rank_pattern": {"v_proj": 2}}, 0.7),
 }
 

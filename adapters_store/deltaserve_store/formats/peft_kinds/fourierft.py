@@ -86,11 +86,11 @@ class FourierFt(PeftReader):
 
         def factors() -> tuple[Tensor, Tensor]:
             if _num_distinct(rows, shape[0]) <= _num_distinct(cols, shape[1]):
-                return _waves(spectrum, rows, cols, shape)
-            left, right = _waves(spectrum, cols, rows, (shape[1], shape[0]))
+                return _waves(spectrum * scaling, rows, cols, shape)
+            left, right = _waves(spectrum * scaling, cols, rows, (shape[1], shape[0]))
             return right.t().contiguous(), left.t().contiguous()
 
-        return from_factors(linear, self._bound(linear), factors, scaling, self.conversion, dense)
+        return from_factors(linear, self._bound(linear), factors, 1.0, self.conversion, dense)
 
 
 def _num_distinct(frequencies: Tensor, period: int) -> int:
@@ -104,15 +104,19 @@ def _angles(positions: Tensor, frequencies: Tensor, period: int) -> Tensor:
 
 
 def _waves(spectrum: Tensor, rows: Tensor, cols: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """``(right [2 k, in], left [out, 2 k])`` float32 of the sum of waves, grouped by the k distinct row frequencies."""
+    """``(right [2 k, in], left [out, 2 k])`` float32 of the sum of waves, grouped by the k distinct row frequencies.
+
+    Both sides carry the root of the transform's ``1 / (out * in)``, which alone would leave the range of narrow dtypes.
+    """
     mirrored = (shape[0] - rows) % shape[0]
     folded, group = torch.minimum(rows, mirrored).unique(return_inverse=True)
     sign = torch.where(rows <= mirrored, 1.0, -1.0).double()
     by_row = _angles(torch.arange(shape[0]), folded, shape[0])
     by_col = _angles(torch.arange(shape[1]), cols, shape[1])
-    values = spectrum.double() / (shape[0] * shape[1])
+    root = math.sqrt(shape[0] * shape[1])
+    values = spectrum.double() / root
     even = torch.zeros(len(folded), shape[1], dtype=torch.float64)
     even.index_add_(0, group, values[:, None] * by_col.cos())
     odd = torch.zeros_like(even).index_add_(0, group, (-sign * values)[:, None] * by_col.sin())
-    left = torch.cat([by_row.cos(), by_row.sin()]).t()
+    left = torch.cat([by_row.cos(), by_row.sin()]).t() / root
     return torch.cat([even, odd]).float(), left.float().contiguous()

@@ -8,6 +8,7 @@ costs in logits is measured by the proof, which refuses above a limit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -80,11 +81,16 @@ def from_factors(
 
 
 def whole(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """``(a, b)`` with ``b @ a`` equal to ``delta`` to the bit: itself, and the identity of its narrower side."""
+    """``(a, b)`` with ``b @ a`` equal to ``delta`` to the bit: itself, and the identity of its narrower side.
+
+    A power of two moves half of a small delta's size to the identity, so that narrow dtypes keep all of its digits.
+    """
     out_features, in_features = delta.shape
+    largest = float(delta.abs().max())
+    share = 2.0 ** round(math.log2(largest) / 2) if largest > 0 else 1.0
     if out_features <= in_features:
-        return delta.contiguous(), torch.eye(out_features)
-    return torch.eye(in_features), delta.contiguous()
+        return (delta / share).contiguous(), torch.eye(out_features) * share
+    return torch.eye(in_features) * share, (delta / share).contiguous()
 
 
 def best(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, bool]:
