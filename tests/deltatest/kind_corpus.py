@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from deltaserve_store.formats.peft_kinds.reader import TensorRule
 from deltaserve_store.formats.peft_kinds.table import READERS
@@ -179,11 +179,21 @@ _ADALORA = (
         edit_config(rank_pattern={"model.layers.9.self_attn.v_proj.lora_E": [True, True, False]}),
         (("target_not_found", f"{CONFIG}:rank_pattern:model.layers.9.self_attn.v_proj.lora_E"),),
     ),
-    BadAdapter(
-        "no direction left",
+    _reasons(
         "adalora",
+        "tensors of a linear without a direction left",
         edit_config(rank_pattern={f"{V0}.lora_E": [False, False, False]}),
-        (("rank_out_of_range", V0),),
+        ("shape_mismatch", f"{V0_TENSOR}.lora_A"),
+    ),
+    BadAdapter(
+        "no direction left anywhere",
+        "adalora",
+        edit_config(
+            rank_pattern={
+                f"model.layers.{layer}.self_attn.{name}.lora_E": [False] * 3 for layer in range(2) for name in TARGETED
+            }
+        ),
+        (("rank_out_of_range", f"{CONFIG}:rank_pattern"),),
     ),
 )
 
@@ -249,7 +259,29 @@ _BLOCKS = (
     ),
 )
 
+_CUT = f"{V0_TENSOR}.vblora_logits_B"
+
+
+def _cut_vblora(index: int = 0, weight: float = 0.5) -> Callable[[Path], None]:
+    """Every matrix of logits by the best two of its six vectors; one index and one part of them are chosen."""
+
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / TENSORS)
+        for name in [name for name in tensors if "vblora_logits" in name]:
+            shape = tensors.pop(name).shape[:-1]
+            indices = torch.arange(2, dtype=torch.uint8).expand(*shape, 2).contiguous()
+            weights = torch.full((*shape, 1), 0.5)
+            if name == _CUT:
+                indices[0, 0, 0], weights[0, 0, 0] = index, weight
+            tensors |= {f"{name}_topk_indices": indices, f"{name}_topk_weights": weights}
+        save_file(tensors, folder / TENSORS)
+        edit_config(save_only_topk_weights=True)(folder)
+
+    return spoil
+
+
 _INDICES = f"{V0_TENSOR}.unilora_indices_B"
+_LORA_A = f"{V0_TENSOR}.supertuning_lora_A"
 _POSITIONS = f"{V0_TENSOR}.supertuning_indices"
 _SPREAD = (
     _reasons("delora", "another r", edit_config(r=4), ("shape_mismatch", f"{V0_TENSOR}.delora_A")),
@@ -259,7 +291,19 @@ _SPREAD = (
         edit_config(rank_pattern={"v_proj": 2}),
         ("shape_mismatch", f"{V0_TENSOR}.delora_B"),
     ),
-    _config("vblora", "save_only_topk_weights", True, "unsupported_feature"),
+    _config("vblora", "save_only_topk_weights", "yes", "invalid_value"),
+    _reasons(
+        "vblora",
+        "whole logits where the config says the best alone",
+        edit_config(save_only_topk_weights=True),
+        ("missing_tensor", f"{V0_TENSOR}.vblora_logits_A_topk_indices"),
+        ("unexpected_tensor", f"{V0_TENSOR}.vblora_logits_A"),
+    ),
+    BadAdapter(
+        "a vector beyond the bank", "vblora", _cut_vblora(index=6), (("index_out_of_range", f"{_CUT}_topk_indices"),)
+    ),
+    BadAdapter("parts that exceed 1", "vblora", _cut_vblora(weight=1.5), (("invalid_value", f"{_CUT}_topk_weights"),)),
+    BadAdapter("a part below 0", "vblora", _cut_vblora(weight=-0.5), (("invalid_value", f"{_CUT}_topk_weights"),)),
     _config("vblora", "topk", 7, "invalid_value"),
     _config("vblora", "vector_length", ..., "missing_field"),
     _reasons(
@@ -300,7 +344,14 @@ _SPREAD = (
         (("invalid_value", f"{V0_TENSOR}.hra_u"),),
     ),
     _config("supertuning", "save_precomputed_indices", False, "seed_not_usable"),
-    _config("supertuning", "r", 4, "unsupported_feature"),
+    _config("supertuning", "r", 0, "rank_out_of_range"),
+    _config("supertuning", "lora_alpha", 8, "invalid_value"),
+    _reasons(
+        "supertuning",
+        "without its LoRA",
+        edit_config(r=4),
+        ("missing_tensor", f"{V0_TENSOR}.supertuning_lora_A.weight"),
+    ),
     _config("supertuning", "sparsity", 1.0, "invalid_value"),
     _reasons("supertuning", "another share", edit_config(sparsity=0.8), ("shape_mismatch", _POSITIONS)),
     _reasons("supertuning", "a share of nothing", edit_config(sparsity=0.999), ("invalid_value", f"{CONFIG}:sparsity")),

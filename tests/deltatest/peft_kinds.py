@@ -40,6 +40,8 @@ def _prune(wrapped: Any) -> None:
             flags[f"{name}.lora_E.default"] = [True, False, True, True]
         elif name.endswith("v_proj"):
             flags[f"{name}.lora_E.default"] = [False, False, True, False]
+        elif name.endswith("1.mlp.up_proj"):
+            flags[f"{name}.lora_E.default"] = [False] * 4
         del module
     wrapped.peft_config["default"].rank_pattern = flags
 
@@ -67,10 +69,16 @@ CASES: dict[str, KindCase] = {
     "delora-patterns": KindCase("DeloraConfig", {"r": 4, "rank_pattern": {"down_proj": 7}}, 0.5),
     "vblora": KindCase("VBLoRAConfig", {"r": 3, "num_vectors": 20, "vector_length": 16, "topk": 3}, 0.5),
     "unilora": KindCase("UniLoraConfig", {"r": 3, "theta_d_length": 40, "save_indices": True}, 2.0),
+    "vblora-cut": KindCase(
+        "VBLoRAConfig",
+        {"r": 3, "num_vectors": 20, "vector_length": 16, "topk": 3, "save_only_topk_weights": True},
+        0.5,
+    ),
     "tinylora": KindCase("TinyLoraConfig", {"r": 3, "u": 5, "weight_tying": 1.0}, 0.5),
     "hra": KindCase("HRAConfig", {"r": 3}, 1.0),
     "hra-orthogonal": KindCase("HRAConfig", {"r": 4, "apply_GS": True}, 1.0),
     "supertuning": KindCase("SupertuningConfig", {"sparsity": 0.95}, 0.3),
+    "supertuning-supra": KindCase("SupertuningConfig", {"sparsity": 0.97, "r": 3, "lora_alpha": 9.0}, 0.2),
     "fourierft": KindCase("FourierFTConfig", {"n_frequency": 8, "random_loc_seed": 3}, 4.0),
     "fourierft-many": KindCase("FourierFTConfig", {"n_frequency": 300, "scaling": 300.0}, 0.4),
     "waveft": KindCase("WaveFTConfig", {"n_frequency": 40, "n_frequency_pattern": {"q_proj": 70}}, 0.02),

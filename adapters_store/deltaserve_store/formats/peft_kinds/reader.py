@@ -98,8 +98,14 @@ class PeftReader(ABC):
         del shared, findings
 
     @abstractmethod
-    def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> Delta:
-        """The delta of one linear from its checked tensors, in ``[out, in]`` orientation."""
+    def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> Delta | tuple[Delta, ...]:
+        """The delta of one linear from its checked tensors, in ``[out, in]`` orientation; a tuple where a linear has
+        two (one of low rank and one sparse) or none."""
+
+    def is_left_alone(self, linear: LinearSpec) -> bool:
+        """Whether training has taken the linear's delta away: ``rank`` may be 0 then."""
+        del linear
+        return False
 
 
 def read_kind(
@@ -151,7 +157,7 @@ def read_kind(
 def _check_ranks(reader: PeftReader, findings: Findings) -> None:
     for linear in reader.linears:
         rank = reader.rank(linear)
-        if rank is not None and not 1 <= rank <= MAX_RANK:
+        if rank is not None and not 1 <= rank <= MAX_RANK and not reader.is_left_alone(linear):
             allowed = f"an exact rank from 1 to {MAX_RANK}; beyond that the delta is as good as dense"
             findings.add("rank_out_of_range", linear.name, f"exact rank {rank}", allowed)
 
@@ -203,10 +209,13 @@ def _deltas(reader: PeftReader, tensors: TensorFile, findings: Findings) -> Iter
         held = {suffix: name for suffix, name in names.items() if name in tensors.header.tensors}
         parts = {suffix: _read(name, tensors, findings) for suffix, name in held.items()}
         if not findings:  # values that are not finite would only make a second finding of the same fault
-            yield convert_one(reader, linear, parts, findings)
+            made = convert_one(reader, linear, parts, findings)
+            yield from made if isinstance(made, tuple) else (made,)
 
 
-def convert_one(reader: PeftReader, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> Delta:
+def convert_one(
+    reader: PeftReader, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings
+) -> Delta | tuple[Delta, ...]:
     """The one place where conversions happen; tests break it to see that the proof notices."""
     return reader.convert(linear, parts, findings)
 
