@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
@@ -101,6 +102,36 @@ class EntrywiseDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class ResidualDelta:
+    """A LoRA that was trained on ``W - W_0``: on the base itself the delta is ``scaling * b @ a - W_0``.
+
+    ``part(W)`` gives the factors of ``W_0``, right ``[r, in]`` and left ``[out, r]``; ``dense(W)`` is as in
+    ``WeightDelta``.
+    """
+
+    module: str
+    a: Tensor
+    b: Tensor
+    scaling: float
+    part: Callable[[Tensor], tuple[Tensor, Tensor]] = field(repr=False)
+    dense: Callable[[Tensor], Tensor] = field(repr=False)
+
+    @property
+    def rank(self) -> int:
+        return 2 * int(self.a.shape[0])
+
+    def on(self, weight_of: Callable[[str], Tensor]) -> LoraDelta:
+        """As ``WeightDelta.on``. Raises ``AdapterInvalid`` where the base leaves open what ``W_0`` is."""
+        right, left = self.part(weight_of(self.module))
+        a, b = torch.cat([self.a.float(), right]), torch.cat([self.scaling * self.b.float(), -left], dim=1)
+        return LoraDelta(self.module, a, b, 1.0, dense=lambda: self.dense(weight_of(self.module)))
+
+
+BaseDelta = WeightDelta | EntrywiseDelta | ResidualDelta
+"""Deltas that need the base's weights."""
+
+
+@dataclass(frozen=True, slots=True)
 class ParsedAdapter:
     """Every tensor of the files is in ``deltas`` or ``weight_deltas``, every field of the config is in ``config`` and
     understood.
@@ -121,7 +152,7 @@ class ParsedAdapter:
     chat_template: str | None = None
     stop_token_ids: tuple[int, ...] = ()
     skipped: tuple[str, ...] = field(default=())
-    weight_deltas: tuple[WeightDelta | EntrywiseDelta, ...] = ()
+    weight_deltas: tuple[BaseDelta, ...] = ()
 
     @property
     def lossy_deltas(self) -> tuple[LoraDelta, ...]:

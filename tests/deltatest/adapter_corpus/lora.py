@@ -62,7 +62,23 @@ FIELDS = (
     config_case("task_type", "SEQ_CLS", "unsupported_feature"),
     *(
         config_case("init_lora_weights", init, "unsupported_feature")
-        for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
+        for init in ("pissa_niter_4", "PISSA", "corda", "loftq", "lora_ga")
+    ),
+    BadAdapter(
+        "DoRA on what is left of the base",
+        "lora",
+        edit_config(init_lora_weights="pissa", use_dora=True),
+        (("unsupported_feature", f"{CONFIG}:use_dora"),),
+        is_exact=False,
+    ),
+    BadAdapter(
+        "OLoRA of a turned base",
+        "lora",
+        edit_config(init_lora_weights="olora", fan_in_fan_out=True),
+        (
+            ("unsupported_feature", f"{CONFIG}:init_lora_weights"),
+            ("fan_in_fan_out_mismatch", f"{CONFIG}:fan_in_fan_out"),
+        ),
     ),
     config_case("auto_map", {"AutoModel": "evil.Model"}, "unknown_field"),
     config_case("auto_mapping", {"base_model_class": "os;system"}, "invalid_value"),

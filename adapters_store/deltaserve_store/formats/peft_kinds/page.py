@@ -85,11 +85,17 @@ best 256 directions miss 64 % of the delta's norm and the best 1024 still 11 %.
 _INITIAL = """
 ## LoRA that changes the base at its start
 
-PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base before they train. A file of such a training fits only that
-changed base, and is refused (`unsupported_feature`) as long as its `init_lora_weights` names the method. PEFT can save
-PiSSA, OLoRA and CorDA as a plain LoRA of twice the rank: give `save_pretrained` the option
-`path_initial_model_for_weight_conversion` with the folder of the adapter as it was before training. The result says
-`init_lora_weights: true` and is served as any LoRA.
+PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base before they train: they take a part `W_0` out of a weight, and
+the file holds what was trained beside the rest. On the base itself that is `alpha / r · B A - W_0`, of rank 2 r.
+
+- `pissa` and `olora`: `W_0` follows from the base's own weight (the nearest matrix of rank r; the part of the weight in
+  the span of its first r columns, times `alpha / r`), and is computed when the adapter is read, as PEFT does when it
+  loads such a file. It costs a decomposition of each targeted weight. Where the base leaves `W_0` open (singular values
+  that hardly differ), the file is refused (`seed_not_usable`); so is DoRA on top (`unsupported_feature`).
+- `pissa_niter_n` draws random numbers, CorDA and LoRA-GA look at data, LoftQ quantises: `unsupported_feature`. PEFT can
+  save PiSSA, OLoRA and CorDA as a plain LoRA of twice the rank: give `save_pretrained` the option
+  `path_initial_model_for_weight_conversion` with the folder of the adapter as it was before training. The result says
+  `init_lora_weights: true` and is served as any LoRA.
 
 ## Refused by name
 
