@@ -30,10 +30,19 @@ def kinds(hf_model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {name: make_kind(hf_model, root / name, name, seed=index) for index, name in enumerate(CASES)}
 
 
+def _one_of_each() -> list[str]:
+    """The first case of every type: the others differ in their conversion, not in what happens to a folded adapter."""
+    first: dict[str, str] = {}
+    for name, case in CASES.items():
+        first.setdefault(case.config, name)
+    return list(first.values())
+
+
 def test_every_kind_lives_through_upload_serving_eviction_and_reload(
     base: BaseModel, hf_model: Any, kinds: dict[str, Path], tmp_path: Path
 ) -> None:
     """Two slots for all kinds: every wave of requests evicts what the wave before has loaded, and answers the same."""
+    kinds = {name: kinds[name] for name in _one_of_each()}
 
     async def ask_all() -> list[list[int]]:
         jobs = [runtime.generate(name, PROMPT, 12) for name in ("tiny", *kinds)]

@@ -68,12 +68,12 @@ CASES: dict[str, KindCase] = {
     "delora": KindCase("DeloraConfig", {"r": 4, "delora_lambda": 3}, 0.5),
     "delora-patterns": KindCase("DeloraConfig", {"r": 4, "rank_pattern": {"down_proj": 7}}, 0.5),
     "vblora": KindCase("VBLoRAConfig", {"r": 3, "num_vectors": 20, "vector_length": 16, "topk": 3}, 0.5),
-    "unilora": KindCase("UniLoraConfig", {"r": 3, "theta_d_length": 40, "save_indices": True}, 2.0),
     "vblora-cut": KindCase(
         "VBLoRAConfig",
         {"r": 3, "num_vectors": 20, "vector_length": 16, "topk": 3, "save_only_topk_weights": True},
         0.5,
     ),
+    "unilora": KindCase("UniLoraConfig", {"r": 3, "theta_d_length": 40, "save_indices": True}, 2.0),
     "tinylora": KindCase("TinyLoraConfig", {"r": 3, "u": 5, "weight_tying": 1.0}, 0.5),
     "hra": KindCase("HRAConfig", {"r": 3}, 1.0),
     "hra-orthogonal": KindCase("HRAConfig", {"r": 4, "apply_GS": True}, 1.0),
