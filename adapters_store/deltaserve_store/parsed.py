@@ -82,23 +82,24 @@ class WeightDelta:
 
 
 @dataclass(frozen=True, slots=True)
-class EntrywiseDelta:
-    """A delta that multiplies the base weight entry by entry: ``dW = W o (left @ right)`` with ``left [out, r]`` and
-    ``right [r, in]`` float32. ``term(delta)`` makes it a ``LoraDelta`` once the weight is there, given the product and
-    ``dense``; ``rank`` is what that term will have at most. ``dense(W)`` is as in ``WeightDelta``.
+class FunctionDelta:
+    """A delta that is another function of the base weight.
+
+    ``made(W, *parts)`` computes from W and tensors of the file what ``term`` makes a ``LoraDelta`` of, given ``dense``
+    too; ``rank`` is the largest that this may have. ``dense(W)`` is as in ``WeightDelta``.
     """
 
     module: str
-    left: Tensor
-    right: Tensor
+    parts: tuple[Tensor, ...]
     rank: int
+    made: Callable[..., Tensor] = field(repr=False)
     term: Callable[[Tensor, Callable[[], Tensor]], LoraDelta] = field(repr=False)
     dense: Callable[[Tensor], Tensor] = field(repr=False)
 
     def on(self, weight_of: Callable[[str], Tensor]) -> LoraDelta:
         """As ``WeightDelta.on``."""
-        product = weight_of(self.module) * (self.left @ self.right)
-        return self.term(product, lambda: self.dense(weight_of(self.module)))
+        made = self.made(weight_of(self.module), *self.parts)
+        return self.term(made, lambda: self.dense(weight_of(self.module)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ class ResidualDelta:
         return LoraDelta(self.module, a, b, 1.0, dense=lambda: self.dense(weight_of(self.module)))
 
 
-BaseDelta = WeightDelta | EntrywiseDelta | ResidualDelta
+BaseDelta = WeightDelta | FunctionDelta | ResidualDelta
 """Deltas that need the base's weights."""
 
 

@@ -28,6 +28,7 @@ LOSSY = {
     "c3a": {},
     "randlora": {},
     "hira": {},
+    "miss-bat": {},
     "loha": {"r": 6},
     "lokr-whole": {},
 }

@@ -50,6 +50,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "c3a": {"block_size": 8},
     "randlora": {"r": 3, "randlora_alpha": 6},
     "hira": {"r": 2},
+    "deft": {"r": 2, "decomposition_method": "qr"},
 }
 
 
@@ -234,7 +235,11 @@ _PRODUCTS = (
 )
 
 _BLOCKS = (
-    _config("miss", "init_weights", "bat", "unsupported_feature"),
+    _config("miss", "init_weights", "bone", "unsupported_feature"),
+    _reasons(
+        "miss", "one block for all", edit_config(init_weights="bat"), ("shape_mismatch", f"{V0_TENSOR}.miss_block")
+    ),
+    _reasons("miss", "blocks of 3", edit_config(init_weights="bat", r=3), ("invalid_value", f"{CONFIG}:r")),
     _reasons("miss", "another r", edit_config(r=5), ("shape_mismatch", f"{V0_TENSOR}.miss_block")),
     _reasons("miss", "more rows than inputs", edit_config(r=17), ("rank_out_of_range", f"{CONFIG}:r")),
     _reasons(
@@ -421,6 +426,15 @@ _SPECTRA = (
         "randlora",
         edit_tensors({f"{V0_TENSOR}.randlora_A": lambda old: old + 1}),
         (("invalid_value", f"{V0_TENSOR}.randlora_A"),),
+    ),
+    _config("deft", "decomposition_method", "svd", "invalid_value"),
+    _reasons("deft", "another r", edit_config(r=3), ("shape_mismatch", f"{V0_TENSOR}.deft_P")),
+    _reasons("deft", "R of a removal", edit_config(para=True), ("unexpected_tensor", f"{V0_TENSOR}.deft_R")),
+    BadAdapter(
+        "columns that depend on each other",
+        "deft",
+        edit_tensors({f"{V0_TENSOR}.deft_P": lambda old: old[:, :1].repeat(1, 2)}),
+        (("invalid_value", f"{V0_TENSOR}.deft_P"),),
     ),
     _config("hira", "bias", "none", "unknown_field"),
     _reasons("hira", "another r", edit_config(r=3), ("shape_mismatch", f"{V0_TENSOR}.hira_A")),

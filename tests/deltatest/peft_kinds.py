@@ -46,6 +46,7 @@ def _prune(wrapped: Any) -> None:
     wrapped.peft_config["default"].rank_pattern = flags
 
 
+# Tests take a case's seed from its place: new ones go to the end.
 CASES: dict[str, KindCase] = {
     "adalora": KindCase("AdaLoraConfig", {"init_r": 4, "lora_alpha": 16, "total_step": 10}, 0.3),
     "adalora-pruned": KindCase("AdaLoraConfig", {"init_r": 4, "lora_alpha": 8, "total_step": 10}, 0.3, _prune),
@@ -68,17 +69,11 @@ CASES: dict[str, KindCase] = {
     "delora": KindCase("DeloraConfig", {"r": 4, "delora_lambda": 3}, 0.5),
     "delora-patterns": KindCase("DeloraConfig", {"r": 4, "rank_pattern": {"down_proj": 7}}, 0.5),
     "vblora": KindCase("VBLoRAConfig", {"r": 3, "num_vectors": 20, "vector_length": 16, "topk": 3}, 0.5),
-    "vblora-cut": KindCase(
-        "VBLoRAConfig",
-        {"r": 3, "num_vectors": 20, "vector_length": 16, "topk": 3, "save_only_topk_weights": True},
-        0.5,
-    ),
     "unilora": KindCase("UniLoraConfig", {"r": 3, "theta_d_length": 40, "save_indices": True}, 2.0),
     "tinylora": KindCase("TinyLoraConfig", {"r": 3, "u": 5, "weight_tying": 1.0}, 0.5),
     "hra": KindCase("HRAConfig", {"r": 3}, 1.0),
     "hra-orthogonal": KindCase("HRAConfig", {"r": 4, "apply_GS": True}, 1.0),
     "supertuning": KindCase("SupertuningConfig", {"sparsity": 0.95}, 0.3),
-    "supertuning-supra": KindCase("SupertuningConfig", {"sparsity": 0.97, "r": 3, "lora_alpha": 9.0}, 0.2),
     "fourierft": KindCase("FourierFTConfig", {"n_frequency": 8, "random_loc_seed": 3}, 4.0),
     "fourierft-many": KindCase("FourierFTConfig", {"n_frequency": 300, "scaling": 300.0}, 0.4),
     "waveft": KindCase("WaveFTConfig", {"n_frequency": 40, "n_frequency_pattern": {"q_proj": 70}}, 0.02),
@@ -92,6 +87,16 @@ CASES: dict[str, KindCase] = {
     "c3a": KindCase("C3AConfig", {"block_size": 8, "block_size_pattern": {"q_proj": 16}}, 2.0),
     "randlora": KindCase("RandLoraConfig", {"r": 6, "randlora_alpha": 12}, 0.17),
     "hira": KindCase("HiraConfig", {"r": 4, "rank_pattern": {"v_proj": 2}}, 0.7),
+    "vblora-cut": KindCase(
+        "VBLoRAConfig",
+        {"r": 3, "num_vectors": 20, "vector_length": 16, "topk": 3, "save_only_topk_weights": True},
+        0.5,
+    ),
+    "supertuning-supra": KindCase("SupertuningConfig", {"sparsity": 0.97, "r": 3, "lora_alpha": 9.0}, 0.2),
+    "miss-bat": KindCase("MissConfig", {"r": 8, "init_weights": "bat"}, 0.03),
+    "deft": KindCase("DeftConfig", {"r": 3}, 0.2),
+    "deft-qr": KindCase("DeftConfig", {"r": 4, "decomposition_method": "qr", "alpha": 6}, 0.12),
+    "deft-para": KindCase("DeftConfig", {"r": 2, "decomposition_method": "qr", "para": True}, 0.3),
 }
 
 

@@ -30,6 +30,8 @@ from deltaserve_store.formats.peft_kinds.reader import PeftReader, TensorRule
 from deltaserve_store.parsed import LoraDelta
 from deltaserve_store.spec import LinearSpec
 
+_VECTORS_AT_ONCE = 256
+
 
 def _is_size(value: object) -> bool:
     return is_int(value) and isinstance(value, int) and 1 <= value <= 1 << 20
@@ -85,9 +87,11 @@ class C3a(PeftReader):
         delta = kernel[:, :, turn].permute(0, 2, 1, 3).reshape(linear.out_features, linear.in_features)
 
         def dense() -> Tensor:
-            """PEFT's product in the Fourier basis, on every unit vector."""
-            unit = torch.eye(linear.in_features).view(linear.in_features, -1, block)
-            product = torch.einsum("xnb,mnb->xmb", torch.fft.ifft(unit), torch.fft.fft(kernel))
-            return torch.fft.fft(product).real.flatten(1).t() / linear.in_features
+            """PEFT's product in the Fourier basis, on every unit vector, some at a time."""
+            spectrum, columns = torch.fft.fft(kernel), []
+            for unit in torch.eye(linear.in_features).view(linear.in_features, -1, block).split(_VECTORS_AT_ONCE):
+                product = torch.einsum("xnb,mnb->xmb", torch.fft.ifft(unit), spectrum)
+                columns.append(torch.fft.fft(product).real.flatten(1))
+            return torch.cat(columns).t() / linear.in_features
 
         return converted(linear, delta / linear.in_features, self.conversion, dense)

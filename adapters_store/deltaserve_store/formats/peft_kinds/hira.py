@@ -24,7 +24,7 @@ from deltaserve_store.formats.peft_fields import (
 )
 from deltaserve_store.formats.peft_kinds.low_rank import converted
 from deltaserve_store.formats.peft_kinds.reader import PeftReader, TensorRule
-from deltaserve_store.parsed import EntrywiseDelta, LoraDelta
+from deltaserve_store.parsed import FunctionDelta, LoraDelta
 from deltaserve_store.spec import LinearSpec
 
 
@@ -57,7 +57,7 @@ class Hira(PeftReader):
             "hira_B": TensorRule((linear.out_features, rank)),
         }
 
-    def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> EntrywiseDelta:
+    def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> FunctionDelta:
         a, b = parts["hira_A"].float(), parts["hira_B"].float()
 
         def term(product: Tensor, dense: Callable[[], Tensor]) -> LoraDelta:
@@ -70,4 +70,8 @@ class Hira(PeftReader):
                 total.addcmul_(weight * column[:, None], row[None])
             return total
 
-        return EntrywiseDelta(linear.name, b, a, self.rank(linear), term, dense)
+        return FunctionDelta(linear.name, (b, a), self.rank(linear), _product, term, dense)
+
+
+def _product(weight: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    return weight * (b @ a)

@@ -58,8 +58,8 @@ _OWN = (
 _HIGH_RANK = f"""
 ## Deltas of high rank
 
-LoHa, LoKr, FourierFT, WaveFT, C3A, RandLoRA and HiRA make deltas whose rank may be that of the whole matrix. What is
-exact stays exact:
+LoHa, LoKr, FourierFT, WaveFT, C3A, RandLoRA, HiRA and MiSS "bat" make deltas whose rank may be that of the whole
+matrix. What is exact stays exact:
 
 - A matrix `[out, in]` has rank min(in, out) at most. Up to {DEFAULT_LIMITS.exact_rank} it is served as a low-rank term
   with an identity on its narrower side: as large as the delta and the identity, and equal to it.
@@ -69,7 +69,7 @@ exact stays exact:
 - WaveFT adds a patch of L x L entries for each coefficient (L is the filter's length, 2 for `db1`): a sparse term,
   exact, as long as the patches fill a quarter of the matrix at most.
 - C3A is diagonal in the Fourier basis of its blocks, and RandLoRA a sum of low-rank products whose ranks add up: both
-  have full rank. HiRA multiplies the base's weights entry by entry and has their rank.
+  have full rank. HiRA and MiSS "bat" multiply the base's weights, entry by entry or tile by tile, and have their rank.
 
 Where the exact rank exceeds {DEFAULT_LIMITS.exact_rank}, the nearest term of rank {DEFAULT_LIMITS.rank} (`serve
 --conversion-rank`, up to {MAX_RANK}) takes the delta's place, and what that costs is measured and stated: the door

@@ -27,11 +27,11 @@ from deltaserve_store.formats.tensor_checks import (
     name_stray_tensor,
 )
 from deltaserve_store.formats.tensor_file import TensorFile
-from deltaserve_store.parsed import EntrywiseDelta, Kind, LoraDelta, ParsedAdapter, SparseDelta, WeightDelta
+from deltaserve_store.parsed import FunctionDelta, Kind, LoraDelta, ParsedAdapter, SparseDelta, WeightDelta
 from deltaserve_store.spec import BaseSpec, LinearSpec
 
 INDEX_DTYPES = ("I32", "I64")
-Delta = LoraDelta | SparseDelta | WeightDelta | EntrywiseDelta
+Delta = LoraDelta | SparseDelta | WeightDelta | FunctionDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +144,13 @@ def read_kind(
     return ParsedAdapter(
         kind="sparse" if all(isinstance(delta, SparseDelta) for delta in deltas) else reader.kind,
         file_format=f"peft-{reader.peft_type.lower()}",
-        deltas=tuple(delta for delta in deltas if not isinstance(delta, WeightDelta | EntrywiseDelta)),
+        deltas=tuple(delta for delta in deltas if not isinstance(delta, WeightDelta | FunctionDelta)),
         config=config,
         base_name=config.get("base_model_name_or_path") or None,
         base_fingerprint=None,
         rank=max((delta.rank for delta in deltas if not isinstance(delta, SparseDelta)), default=None),
         num_parameters=sum(_count(info.shape) for info in tensors.header.tensors.values()),
-        weight_deltas=tuple(delta for delta in deltas if isinstance(delta, WeightDelta | EntrywiseDelta)),
+        weight_deltas=tuple(delta for delta in deltas if isinstance(delta, WeightDelta | FunctionDelta)),
     )
 
 

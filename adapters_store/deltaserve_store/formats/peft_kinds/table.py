@@ -10,6 +10,7 @@ from deltaserve_store.findings import refuse
 from deltaserve_store.formats.peft_kinds.adalora import AdaLora
 from deltaserve_store.formats.peft_kinds.blocks import GraLora, Miss
 from deltaserve_store.formats.peft_kinds.c3a import C3a
+from deltaserve_store.formats.peft_kinds.deft import Deft
 from deltaserve_store.formats.peft_kinds.delora import DeLora
 from deltaserve_store.formats.peft_kinds.fourierft import FourierFt
 from deltaserve_store.formats.peft_kinds.hira import Hira
@@ -42,6 +43,7 @@ _ALL: tuple[type[PeftReader], ...] = (
     C3a,
     RandLora,
     Hira,
+    Deft,
 )
 READERS: Mapping[str, type[PeftReader]] = MappingProxyType({reader.peft_type: reader for reader in _ALL})
 """Types that are converted. ``LORA`` and ``SHIRA`` have readers of their own: they need no conversion."""
@@ -60,7 +62,6 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "BOFT": _ROTATION,
         "CARTRIDGE": _PROMPT,
         "CPT": _PROMPT,
-        "DEFT": _NOT_YET,
         "FROD": _NOT_YET,
         "GLORA": "it scales the base's weights; its delta has full rank",
         "LILY": _NOT_LINEAR,
