@@ -17,7 +17,7 @@ from deltaserve.model.base import BaseModel, load_base
 from deltaserve_kernels import LoraTables, SparseTables
 from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.formats import read_adapter
-from deltaserve_store.formats.peft_kinds import vera
+from deltaserve_store.formats.peft_kinds import positions, vera
 from deltaserve_store.formats.peft_kinds.products import split
 from deltaserve_store.formats.peft_kinds.table import READERS
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter
@@ -146,6 +146,24 @@ def test_a_seed_is_refused_where_the_generator_draws_other_numbers(
         ("seed_not_usable", "adapter_config.json:projection_prng_key")
     ]
     read(shelf["vera"], base)
+
+
+@pytest.mark.parametrize("name", ["fourierft", "waveft"])
+def test_positions_are_refused_where_the_generator_draws_others(
+    name: str, base: BaseModel, shelf: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And the seed is applied, not only accepted."""
+    other = Path(shutil.copytree(shelf[name], tmp_path / "other"))
+    edit_config(other, random_loc_seed=12)
+    one, two = (read(folder, base) for folder in (shelf[name], other))
+    module = one.deltas[0].module
+    assert not torch.equal(dense_delta(one, module, base.spec), dense_delta(two, module, base.spec))
+    monkeypatch.setattr(positions, "_KNOWN_DRAW", (0, 0, 0))
+    with pytest.raises(AdapterInvalid) as raised:
+        read(shelf[name], base)
+    assert [(reason.code, reason.where) for reason in raised.value.reasons] == [
+        ("seed_not_usable", "adapter_config.json:random_loc_seed")
+    ]
 
 
 def test_another_seed_is_another_adapter(base: BaseModel, shelf: dict[str, Path], tmp_path: Path) -> None:
