@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
@@ -22,7 +23,8 @@ class LoraDelta:
     The orientation is that of ``W [out, in]`` also where the base stores its weight transposed. ``magnitude [out]``:
     the rows of the sum are brought to these norms (DoRA); the base's bias is not. ``dense`` is given where ``a`` and
     ``b`` were converted from another parametrisation: it makes the same delta, float32 ``[out, in]``, by that method's
-    own formula from the file's tensors, so that the conversion can be proven like everything else.
+    own formula from the file's tensors, so that the conversion can be proven like everything else. ``is_exact`` False:
+    the two factors are the nearest term of their rank to ``dense``, not that delta itself.
     """
 
     module: str
@@ -31,6 +33,7 @@ class LoraDelta:
     scaling: float
     magnitude: Tensor | None = None
     dense: Callable[[], Tensor] | None = field(default=None, repr=False)
+    is_exact: bool = True
 
     @property
     def rank(self) -> int:
@@ -41,13 +44,14 @@ class LoraDelta:
 class SparseDelta:
     """``W[rows[i], cols[i]] += values[i]``: ``rows`` and ``cols`` int32 ``[k]``, ``values [k]`` in the file's dtype.
 
-    Positions are unique and sorted by row, then column, in the ``[out, in]`` orientation.
+    Positions are unique and sorted by row, then column, in the ``[out, in]`` orientation. ``dense``: see ``LoraDelta``.
     """
 
     module: str
     rows: Tensor
     cols: Tensor
     values: Tensor
+    dense: Callable[[], Tensor] | None = field(default=None, repr=False)
 
     @property
     def num_entries(self) -> int:
@@ -78,6 +82,57 @@ class WeightDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class FunctionDelta:
+    """A delta that is another function of the base weight.
+
+    ``made(W, *parts)`` computes from W and tensors of the file what ``term`` makes a ``LoraDelta`` of, given ``dense``
+    too; ``rank`` is the largest that this may have. ``dense(W)`` is as in ``WeightDelta``.
+    """
+
+    module: str
+    parts: tuple[Tensor, ...]
+    rank: int
+    made: Callable[..., Tensor] = field(repr=False)
+    term: Callable[[Tensor, Callable[[], Tensor]], LoraDelta] = field(repr=False)
+    dense: Callable[[Tensor], Tensor] = field(repr=False)
+
+    def on(self, weight_of: Callable[[str], Tensor]) -> LoraDelta:
+        """As ``WeightDelta.on``."""
+        made = self.made(weight_of(self.module), *self.parts)
+        return self.term(made, lambda: self.dense(weight_of(self.module)))
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualDelta:
+    """A LoRA that was trained on ``W - W_0``: on the base itself the delta is ``scaling * b @ a - W_0``.
+
+    ``part(W)`` gives the factors of ``W_0``, right ``[r, in]`` and left ``[out, r]``; ``dense(W)`` is as in
+    ``WeightDelta``.
+    """
+
+    module: str
+    a: Tensor
+    b: Tensor
+    scaling: float
+    part: Callable[[Tensor], tuple[Tensor, Tensor]] = field(repr=False)
+    dense: Callable[[Tensor], Tensor] = field(repr=False)
+
+    @property
+    def rank(self) -> int:
+        return 2 * int(self.a.shape[0])
+
+    def on(self, weight_of: Callable[[str], Tensor]) -> LoraDelta:
+        """As ``WeightDelta.on``. Raises ``AdapterInvalid`` where the base leaves open what ``W_0`` is."""
+        right, left = self.part(weight_of(self.module))
+        a, b = torch.cat([self.a.float(), right]), torch.cat([self.scaling * self.b.float(), -left], dim=1)
+        return LoraDelta(self.module, a, b, 1.0, dense=lambda: self.dense(weight_of(self.module)))
+
+
+BaseDelta = WeightDelta | FunctionDelta | ResidualDelta
+"""Deltas that need the base's weights."""
+
+
+@dataclass(frozen=True, slots=True)
 class ParsedAdapter:
     """Every tensor of the files is in ``deltas`` or ``weight_deltas``, every field of the config is in ``config`` and
     understood.
@@ -98,7 +153,12 @@ class ParsedAdapter:
     chat_template: str | None = None
     stop_token_ids: tuple[int, ...] = ()
     skipped: tuple[str, ...] = field(default=())
-    weight_deltas: tuple[WeightDelta, ...] = ()
+    weight_deltas: tuple[BaseDelta, ...] = ()
+
+    @property
+    def lossy_deltas(self) -> tuple[LoraDelta, ...]:
+        """Those whose term is not their method's delta but the nearest of its rank."""
+        return tuple(delta for delta in self.deltas if isinstance(delta, LoraDelta) and not delta.is_exact)
 
     def on_base(self, weight_of: Callable[[str], Tensor]) -> ParsedAdapter:
         """The same adapter with its ``weight_deltas`` turned into low-rank ``deltas``; see ``WeightDelta.on``."""

@@ -71,7 +71,8 @@ class ServeConfig:
     ``base_names`` are further names under which adapters may know the base. ``chat_templates`` maps operator-chosen
     names to template files. ``preload`` lists adapter names made resident before the server reports ready.
     ``operators``: which implementation runs adapters and attention; auto is the fastest one proven on the device.
-    ``cuda_graphs``: replay decode steps, where the device and the operators can (CUDA, triton).
+    ``cuda_graphs``: replay decode steps, where the device and the operators can (CUDA, triton). ``conversion_rank``: of
+    the best terms for deltas of a rank above 1024; ``conversion_error``: what those may change, a share of the effect.
     """
 
     model: str | None = None
@@ -90,6 +91,8 @@ class ServeConfig:
     preload: tuple[str, ...] = ()
     demo_adapters: bool = True
     api_keys: Path | None = None
+    conversion_rank: int = 256
+    conversion_error: float = 0.05
     store_quota_bytes: int | None = None
     max_upload_bytes: int = 2 * GIB
     max_body_bytes: int = 2 * MIB
@@ -121,6 +124,10 @@ class ServeConfig:
                 raise ConfigError(f"{flag} is {getattr(self, name)}; it must be a number greater than 0.")
         if not 0 <= self.drain_seconds < math.inf:
             raise ConfigError(f"--drain-seconds is {self.drain_seconds}; it must be a number of at least 0.")
+        if not 1 <= self.conversion_rank <= 1024:
+            raise ConfigError(f"--conversion-rank is {self.conversion_rank}; it must be between 1 and 1024.")
+        if not 0 <= self.conversion_error <= 1:
+            raise ConfigError(f"--conversion-error is {self.conversion_error}; it must be between 0 and 1.")
         if self.store_quota_bytes is not None and self.store_quota_bytes < 1:
             raise ConfigError(f"--store-quota is {self.store_quota_bytes}; it must be at least 1 byte.")
 

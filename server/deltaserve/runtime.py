@@ -49,6 +49,7 @@ from deltaserve_kernels import (
     source_digest,
     use_backend,
 )
+from deltaserve_store.formats.peft_kinds.low_rank import ConversionLimits
 from deltaserve_store.names import DEFAULT_TENANT
 from deltaserve_store.store import AdapterStore
 
@@ -106,7 +107,14 @@ class Runtime:
         engine = build_engine(config, base, proven, metrics)
         store.set_base_names(names)
         admission = Admission(
-            base, store, engine, proven, base_names=(*names, *base.spec.names), chat_templates=tuple(templates)
+            base,
+            store,
+            engine,
+            proven,
+            base_names=(*names, *base.spec.names),
+            chat_templates=tuple(templates),
+            conversion_limits=ConversionLimits(rank=config.conversion_rank),
+            conversion_error=config.conversion_error,
         )
         engine.on_prepare = admission.prepare
         return cls(config, base, names, tokenizer, store, engine, admission, metrics)

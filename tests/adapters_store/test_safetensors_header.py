@@ -151,10 +151,21 @@ def test_a_claimed_size_allocates_nothing(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10
 
 
+def test_tensors_without_items_are_read(tmp_path: Path) -> None:
+    """Wherever they lie among the others."""
+    written = {"a": torch.ones(0, 4), "b": torch.ones(2, 3), "c": torch.ones(5, 0, dtype=torch.uint8)}
+    save_file(written, tmp_path / "some.safetensors")
+    with TensorFile(tmp_path / "some.safetensors", max_bytes=MAX_BYTES) as tensors:
+        for name, tensor in written.items():
+            assert torch.equal(tensors.read(name), tensor)
+            assert tensors.read(name).dtype == tensor.dtype
+
+
 def test_stricter_than_the_reference(tmp_path: Path) -> None:
     """Names and zero sizes that the reference reader lets through; were this to change, the checks stay."""
     save_file({"../../etc/passwd": torch.ones(2)}, tmp_path / "name.safetensors")
-    save_file({"a": torch.ones(0, 4)}, tmp_path / "empty.safetensors")
+    header = json.dumps({"a": {"dtype": "F32", "shape": [0, 1 << 40], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "empty.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     for path, code in (
         (tmp_path / "name.safetensors", "bad_tensor_name"),
         (tmp_path / "empty.safetensors", "bad_shape"),

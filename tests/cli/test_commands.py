@@ -51,6 +51,8 @@ def test_a_key_is_printed_once_and_kept_as_a_digest(tmp_path: Path, capsys: pyte
         (["serve", "--host", "0.0.0.0"], "deltaserve keys add"),
         (["serve", "--dtype", "int8"], "float32, bfloat16, float16"),
         (["serve", "--operators", "magic"], "auto, reference, cpu, triton"),
+        (["serve", "--conversion-rank", "2000"], "between 1 and 1024"),
+        (["serve", "--conversion-error", "-0.1"], "between 0 and 1"),
         (["serve", "--load-format", "gguf"], "auto or dummy"),
         (["serve", "--kv-cache-bytes", "lots"], "512MB"),
         (["serve", "--max-num-seqs", "0"], "at least 1"),

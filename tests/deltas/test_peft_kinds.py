@@ -17,7 +17,7 @@ from deltaserve.model.base import BaseModel, load_base
 from deltaserve_kernels import LoraTables, SparseTables
 from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.formats import read_adapter
-from deltaserve_store.formats.peft_kinds import vera
+from deltaserve_store.formats.peft_kinds import positions, vera
 from deltaserve_store.formats.peft_kinds.products import split
 from deltaserve_store.formats.peft_kinds.table import READERS
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter
@@ -78,7 +78,7 @@ def test_the_formula_for_the_proof_is_not_the_conversion(name: str, base: BaseMo
     """A conversion that goes wrong must be seen at the door: the oracle may not be made of its results."""
     adapter = read(shelf[name], base)
     for delta in adapter.deltas:
-        if isinstance(delta, LoraDelta):
+        if isinstance(delta, LoraDelta) and not name.startswith("supertuning"):  # that one is a LoRA as it is
             before = dense_delta(adapter, delta.module, base.spec)
             delta.a.add_(1.0)
             assert delta.dense is not None
@@ -96,7 +96,7 @@ def resident(base: BaseModel, adapters: list[FoldedAdapter]) -> PagedDriver:
                     lora.set(index, slot, term.a, term.b_t)
                 else:
                     sparse.set(index, slot, term.indptr, term.cols, term.values)
-    return PagedDriver(base, lora=lora, sparse=sparse)
+    return PagedDriver(base, num_blocks=256, lora=lora, sparse=sparse)
 
 
 def test_all_kinds_in_one_batch_equal_peft_and_folded_weights(
@@ -146,6 +146,24 @@ def test_a_seed_is_refused_where_the_generator_draws_other_numbers(
         ("seed_not_usable", "adapter_config.json:projection_prng_key")
     ]
     read(shelf["vera"], base)
+
+
+@pytest.mark.parametrize("name", ["fourierft", "waveft"])
+def test_positions_are_refused_where_the_generator_draws_others(
+    name: str, base: BaseModel, shelf: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And the seed is applied, not only accepted."""
+    other = Path(shutil.copytree(shelf[name], tmp_path / "other"))
+    edit_config(other, random_loc_seed=12)
+    one, two = (read(folder, base) for folder in (shelf[name], other))
+    module = one.deltas[0].module
+    assert not torch.equal(dense_delta(one, module, base.spec), dense_delta(two, module, base.spec))
+    monkeypatch.setattr(positions, "_KNOWN_DRAW", (0, 0, 0))
+    with pytest.raises(AdapterInvalid) as raised:
+        read(shelf[name], base)
+    assert [(reason.code, reason.where) for reason in raised.value.reasons] == [
+        ("seed_not_usable", "adapter_config.json:random_loc_seed")
+    ]
 
 
 def test_another_seed_is_another_adapter(base: BaseModel, shelf: dict[str, Path], tmp_path: Path) -> None:

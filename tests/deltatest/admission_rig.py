@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from deltaserve.admission.conversion import DEFAULT_ERROR_SHARE
 from deltaserve.admission.derived import ProvenFiles
 from deltaserve.admission.door import Admission, AdmissionResult
 from deltaserve.model.base import BaseModel
+from deltaserve_store.formats.peft_kinds.low_rank import DEFAULT_LIMITS, ConversionLimits
 from deltaserve_store.staging import Staging
 from deltaserve_store.store import AdapterStore
 from deltatest.probe_engine import SerialEngine
@@ -52,6 +54,8 @@ def open_rig(
     base_names: tuple[str, ...] = (BASE_NAME,),
     chat_templates: tuple[str, ...] = (),
     max_waiting: int = 32,
+    conversion_limits: ConversionLimits = DEFAULT_LIMITS,
+    conversion_error: float = DEFAULT_ERROR_SHARE,
     **store_options: Any,
 ) -> Rig:
     store = AdapterStore.open(path, base_names=("tiny",), **store_options)
@@ -71,6 +75,8 @@ def open_rig(
         base_names=base_names,
         chat_templates=chat_templates,
         max_waiting=max_waiting,
+        conversion_limits=conversion_limits,
+        conversion_error=conversion_error,
     )
     return Rig(base, store, engine, proven, admission)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from deltaserve_store.formats.peft_kinds.reader import TensorRule
 from deltaserve_store.formats.peft_kinds.table import READERS
@@ -45,6 +45,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "tinylora": {"r": 2, "u": 3, "weight_tying": 1.0},
     "hra": {"r": 2, "apply_GS": False},
     "supertuning": {"sparsity": 0.9},
+    "fourierft": {"n_frequency": 3},
+    "waveft": {"n_frequency": 5},
+    "c3a": {"block_size": 8},
+    "randlora": {"r": 3, "randlora_alpha": 6},
+    "hira": {"r": 2},
+    "deft": {"r": 2, "decomposition_method": "qr"},
 }
 
 
@@ -65,7 +71,11 @@ def write_good_kind(folder: Path, kind: str) -> Path:
     for linear in linears:
         rules.update({f"{PREFIX}{linear.name}.{suffix}": rule for suffix, rule in reader.layout(linear).items()})
     generator = torch.Generator().manual_seed(0)
-    save_file({name: _random(rule, generator) for name, rule in rules.items()}, folder / TENSORS)
+    tensors = {name: _random(rule, generator) for name, rule in rules.items()}
+    for name in tensors:  # a copy that PEFT keeps beside a linear
+        shared = f"base_model.{name.rpartition('.')[2]}"
+        tensors[name] = tensors.get(shared, tensors[name]).clone()
+    save_file(tensors, folder / TENSORS)
     (folder / CONFIG).write_text(json.dumps(config))
     return folder
 
@@ -101,7 +111,8 @@ def _damage(kind: str) -> Iterator[BadAdapter]:
         def case(what: str, code: str, value: Any, name: str = name, short: str = short) -> BadAdapter:
             return BadAdapter(f"{short} {what}", kind, edit_tensors({name: value}), ((code, name),))
 
-        yield case("missing", "missing_tensor", None)
+        if not rule.optional:
+            yield case("missing", "missing_tensor", None)
         yield case("of another shape", "shape_mismatch", lambda old, shape=longer: torch.ones(shape, dtype=old.dtype))
         yield case("of one more dimension", "shape_mismatch", lambda old: old.reshape(1, -1, 1)[:, :, :])
         if "F32" in rule.dtypes:
@@ -169,11 +180,21 @@ _ADALORA = (
         edit_config(rank_pattern={"model.layers.9.self_attn.v_proj.lora_E": [True, True, False]}),
         (("target_not_found", f"{CONFIG}:rank_pattern:model.layers.9.self_attn.v_proj.lora_E"),),
     ),
-    BadAdapter(
-        "no direction left",
+    _reasons(
         "adalora",
+        "tensors of a linear without a direction left",
         edit_config(rank_pattern={f"{V0}.lora_E": [False, False, False]}),
-        (("rank_out_of_range", V0),),
+        ("shape_mismatch", f"{V0_TENSOR}.lora_A"),
+    ),
+    BadAdapter(
+        "no direction left anywhere",
+        "adalora",
+        edit_config(
+            rank_pattern={
+                f"model.layers.{layer}.self_attn.{name}.lora_E": [False] * 3 for layer in range(2) for name in TARGETED
+            }
+        ),
+        (("rank_out_of_range", f"{CONFIG}:rank_pattern"),),
     ),
 )
 
@@ -199,7 +220,6 @@ _VERA = (
 
 _PRODUCTS = (
     _reasons("loha", "another r", edit_config(r=3), ("shape_mismatch", f"{V0_TENSOR}.hada_w1_a")),
-    _reasons("loha", "an exact rank of 1089", edit_config(r=33), ("rank_out_of_range", V0)),
     BadAdapter(
         "a pattern of rank 0",
         "loha",
@@ -215,7 +235,11 @@ _PRODUCTS = (
 )
 
 _BLOCKS = (
-    _config("miss", "init_weights", "bat", "unsupported_feature"),
+    _config("miss", "init_weights", "bone", "unsupported_feature"),
+    _reasons(
+        "miss", "one block for all", edit_config(init_weights="bat"), ("shape_mismatch", f"{V0_TENSOR}.miss_block")
+    ),
+    _reasons("miss", "blocks of 3", edit_config(init_weights="bat", r=3), ("invalid_value", f"{CONFIG}:r")),
     _reasons("miss", "another r", edit_config(r=5), ("shape_mismatch", f"{V0_TENSOR}.miss_block")),
     _reasons("miss", "more rows than inputs", edit_config(r=17), ("rank_out_of_range", f"{CONFIG}:r")),
     _reasons(
@@ -240,7 +264,29 @@ _BLOCKS = (
     ),
 )
 
+_CUT = f"{V0_TENSOR}.vblora_logits_B"
+
+
+def _cut_vblora(index: int = 0, weight: float = 0.5) -> Callable[[Path], None]:
+    """Every matrix of logits by the best two of its six vectors; one index and one part of them are chosen."""
+
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / TENSORS)
+        for name in [name for name in tensors if "vblora_logits" in name]:
+            shape = tensors.pop(name).shape[:-1]
+            indices = torch.arange(2, dtype=torch.uint8).expand(*shape, 2).contiguous()
+            weights = torch.full((*shape, 1), 0.5)
+            if name == _CUT:
+                indices[0, 0, 0], weights[0, 0, 0] = index, weight
+            tensors |= {f"{name}_topk_indices": indices, f"{name}_topk_weights": weights}
+        save_file(tensors, folder / TENSORS)
+        edit_config(save_only_topk_weights=True)(folder)
+
+    return spoil
+
+
 _INDICES = f"{V0_TENSOR}.unilora_indices_B"
+_LORA_A = f"{V0_TENSOR}.supertuning_lora_A"
 _POSITIONS = f"{V0_TENSOR}.supertuning_indices"
 _SPREAD = (
     _reasons("delora", "another r", edit_config(r=4), ("shape_mismatch", f"{V0_TENSOR}.delora_A")),
@@ -250,7 +296,19 @@ _SPREAD = (
         edit_config(rank_pattern={"v_proj": 2}),
         ("shape_mismatch", f"{V0_TENSOR}.delora_B"),
     ),
-    _config("vblora", "save_only_topk_weights", True, "unsupported_feature"),
+    _config("vblora", "save_only_topk_weights", "yes", "invalid_value"),
+    _reasons(
+        "vblora",
+        "whole logits where the config says the best alone",
+        edit_config(save_only_topk_weights=True),
+        ("missing_tensor", f"{V0_TENSOR}.vblora_logits_A_topk_indices"),
+        ("unexpected_tensor", f"{V0_TENSOR}.vblora_logits_A"),
+    ),
+    BadAdapter(
+        "a vector beyond the bank", "vblora", _cut_vblora(index=6), (("index_out_of_range", f"{_CUT}_topk_indices"),)
+    ),
+    BadAdapter("parts that exceed 1", "vblora", _cut_vblora(weight=1.5), (("invalid_value", f"{_CUT}_topk_weights"),)),
+    BadAdapter("a part below 0", "vblora", _cut_vblora(weight=-0.5), (("invalid_value", f"{_CUT}_topk_weights"),)),
     _config("vblora", "topk", 7, "invalid_value"),
     _config("vblora", "vector_length", ..., "missing_field"),
     _reasons(
@@ -291,7 +349,14 @@ _SPREAD = (
         (("invalid_value", f"{V0_TENSOR}.hra_u"),),
     ),
     _config("supertuning", "save_precomputed_indices", False, "seed_not_usable"),
-    _config("supertuning", "r", 4, "unsupported_feature"),
+    _config("supertuning", "r", 0, "rank_out_of_range"),
+    _config("supertuning", "lora_alpha", 8, "invalid_value"),
+    _reasons(
+        "supertuning",
+        "without its LoRA",
+        edit_config(r=4),
+        ("missing_tensor", f"{V0_TENSOR}.supertuning_lora_A.weight"),
+    ),
     _config("supertuning", "sparsity", 1.0, "invalid_value"),
     _reasons("supertuning", "another share", edit_config(sparsity=0.8), ("shape_mismatch", _POSITIONS)),
     _reasons("supertuning", "a share of nothing", edit_config(sparsity=0.999), ("invalid_value", f"{CONFIG}:sparsity")),
@@ -315,10 +380,72 @@ _SPREAD = (
     ),
 )
 
+_LAMBDA, _KERNEL = f"{V0_TENSOR}.randlora_lambda", f"{V0_TENSOR}.c3a_kernel"
+_SPECTRA = (
+    *(
+        case
+        for kind in ("fourierft", "waveft")
+        for case in (
+            _config(kind, "n_frequency", ..., "missing_field"),
+            _config(kind, "n_frequency", 0, "invalid_value"),
+            _config(kind, "random_loc_seed", None, "invalid_value"),
+            _config(kind, "scaling", 0, "invalid_value"),
+            _reasons(
+                kind, "another number", edit_config(n_frequency=4), ("shape_mismatch", f"{V0_TENSOR}.{kind}_spectrum")
+            ),
+            _reasons(
+                kind,
+                "more coefficients than entries",
+                edit_config(n_frequency=129),
+                ("invalid_value", f"{CONFIG}:n_frequency"),
+            ),
+            BadAdapter(
+                "a pattern of 0",
+                kind,
+                edit_config(n_frequency_pattern={"q_proj": 0}),
+                (("invalid_value", f"{CONFIG}:n_frequency_pattern:q_proj"),),
+            ),
+        )
+    ),
+    _config("waveft", "wavelet_family", "sym4", "unsupported_feature"),
+    _reasons(
+        "waveft",
+        "shares by size",
+        edit_config(proportional_parameters=True),
+        ("shape_mismatch", f"{V0_TENSOR}.waveft_spectrum"),
+    ),
+    _config("c3a", "block_size", ..., "missing_field"),
+    _config("c3a", "fan_in_fan_out", False, "unknown_field"),
+    _reasons("c3a", "a block of 3", edit_config(block_size=3), ("invalid_value", f"{CONFIG}:block_size")),
+    _reasons("c3a", "another block", edit_config(block_size=4), ("shape_mismatch", _KERNEL)),
+    _config("randlora", "save_projection", False, "seed_not_usable"),
+    _config("randlora", "randlora_alpha", ..., "missing_field"),
+    _reasons("randlora", "another r", edit_config(r=4), ("shape_mismatch", _LAMBDA)),
+    BadAdapter(
+        "a basis of its own",
+        "randlora",
+        edit_tensors({f"{V0_TENSOR}.randlora_A": lambda old: old + 1}),
+        (("invalid_value", f"{V0_TENSOR}.randlora_A"),),
+    ),
+    _config("deft", "decomposition_method", "svd", "invalid_value"),
+    _reasons("deft", "another r", edit_config(r=3), ("shape_mismatch", f"{V0_TENSOR}.deft_P")),
+    _reasons("deft", "R of a removal", edit_config(para=True), ("unexpected_tensor", f"{V0_TENSOR}.deft_R")),
+    BadAdapter(
+        "columns that depend on each other",
+        "deft",
+        edit_tensors({f"{V0_TENSOR}.deft_P": lambda old: old[:, :1].repeat(1, 2)}),
+        (("invalid_value", f"{V0_TENSOR}.deft_P"),),
+    ),
+    _config("hira", "bias", "none", "unknown_field"),
+    _reasons("hira", "another r", edit_config(r=3), ("shape_mismatch", f"{V0_TENSOR}.hira_A")),
+)
+
 KIND_CORPUS: tuple[BadAdapter, ...] = (
     *(case for kind in CONFIGS for case in _damage(kind)),
     *_ADALORA,
     *_VERA,
     *_PRODUCTS,
     *_BLOCKS,
+    *_SPREAD,
+    *_SPECTRA,
 )

@@ -40,10 +40,13 @@ def _prune(wrapped: Any) -> None:
             flags[f"{name}.lora_E.default"] = [True, False, True, True]
         elif name.endswith("v_proj"):
             flags[f"{name}.lora_E.default"] = [False, False, True, False]
+        elif name.endswith("1.mlp.up_proj"):
+            flags[f"{name}.lora_E.default"] = [False] * 4
         del module
     wrapped.peft_config["default"].rank_pattern = flags
 
 
+# Tests take a case's seed from its place: new ones go to the end.
 CASES: dict[str, KindCase] = {
     "adalora": KindCase("AdaLoraConfig", {"init_r": 4, "lora_alpha": 16, "total_step": 10}, 0.3),
     "adalora-pruned": KindCase("AdaLoraConfig", {"init_r": 4, "lora_alpha": 8, "total_step": 10}, 0.3, _prune),
@@ -71,6 +74,29 @@ CASES: dict[str, KindCase] = {
     "hra": KindCase("HRAConfig", {"r": 3}, 1.0),
     "hra-orthogonal": KindCase("HRAConfig", {"r": 4, "apply_GS": True}, 1.0),
     "supertuning": KindCase("SupertuningConfig", {"sparsity": 0.95}, 0.3),
+    "fourierft": KindCase("FourierFTConfig", {"n_frequency": 8, "random_loc_seed": 3}, 4.0),
+    "fourierft-many": KindCase("FourierFTConfig", {"n_frequency": 300, "scaling": 300.0}, 0.4),
+    "waveft": KindCase("WaveFTConfig", {"n_frequency": 40, "n_frequency_pattern": {"q_proj": 70}}, 0.02),
+    "waveft-long": KindCase("WaveFTConfig", {"n_frequency": 12, "wavelet_family": "db2"}, 0.03),
+    "waveft-full": KindCase(
+        "WaveFTConfig",
+        {"n_frequency": 90, "wavelet_family": "db5", "random_loc_seed": 9, "proportional_parameters": True},
+        0.02,
+    ),
+    "waveft-entries": KindCase("WaveFTConfig", {"n_frequency": 60, "use_idwt": False}, 0.02),
+    "c3a": KindCase("C3AConfig", {"block_size": 8, "block_size_pattern": {"q_proj": 16}}, 2.0),
+    "randlora": KindCase("RandLoraConfig", {"r": 6, "randlora_alpha": 12}, 0.17),
+    "hira": KindCase("HiraConfig", {"r": 4, "rank_pattern": {"v_proj": 2}}, 0.7),
+    "vblora-cut": KindCase(
+        "VBLoRAConfig",
+        {"r": 3, "num_vectors": 20, "vector_length": 16, "topk": 3, "save_only_topk_weights": True},
+        0.5,
+    ),
+    "supertuning-supra": KindCase("SupertuningConfig", {"sparsity": 0.97, "r": 3, "lora_alpha": 9.0}, 0.2),
+    "miss-bat": KindCase("MissConfig", {"r": 8, "init_weights": "bat"}, 0.03),
+    "deft": KindCase("DeftConfig", {"r": 3}, 0.2),
+    "deft-qr": KindCase("DeftConfig", {"r": 4, "decomposition_method": "qr", "alpha": 6}, 0.12),
+    "deft-para": KindCase("DeftConfig", {"r": 2, "decomposition_method": "qr", "para": True}, 0.3),
 }
 
 

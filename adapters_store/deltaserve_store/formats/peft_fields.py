@@ -188,9 +188,9 @@ LORA_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
         "bias": BIAS,
         "init_lora_weights": FieldRule(
             "understood",
-            one_of(True, False, "gaussian", "orthogonal", "eva"),
-            "true, false, gaussian, orthogonal or eva (others change the base; save with "
-            "path_initial_model_for_weight_conversion)",
+            one_of(True, False, "gaussian", "orthogonal", "eva", "pissa", "olora"),
+            "true, false, gaussian, orthogonal, eva, pissa or olora (others change the base in a way that cannot be "
+            "repeated; save with path_initial_model_for_weight_conversion)",
             "unsupported_feature",
         ),
         "lora_dropout": FRACTION,

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from deltaserve_store.findings import Findings
+from deltaserve_store.formats.lora_initial import check_initial, residual_delta
 from deltaserve_store.formats.lora_vectors import LoraVectors, split_config, vector_names
 from deltaserve_store.formats.peft_config import PeftLoraConfig, parse_lora_config
 from deltaserve_store.formats.tensor_checks import (
@@ -31,6 +32,7 @@ def parse_peft_lora(
     """None when ``findings`` got a reason. Shapes are settled from the header before a tensor is read."""
     plain, options = split_config(config, config_name, findings)
     lora = parse_lora_config(plain, base, config_name, findings)
+    method = check_initial(config, config_name, findings)
     if lora is None or findings:
         _name_strays_without_config(tensors, base, findings)
         return None
@@ -50,15 +52,18 @@ def parse_peft_lora(
         deltas.append(LoraDelta(module, a, b, lora.scaling_of(module), magnitude=vectors.magnitude(module, found)))
     if findings:
         return None
+    residual = () if method is None else tuple(residual_delta(delta, method) for delta in deltas)
+    others = vectors.deltas(found, {delta.module: delta.scaling for delta in deltas})
     return ParsedAdapter(
         kind="lora",
         file_format="peft-lora",
-        deltas=(*deltas, *vectors.deltas(found, {delta.module: delta.scaling for delta in deltas})),
+        deltas=(*(() if residual else deltas), *others),
         config=config,
         base_name=lora.base_name,
         base_fingerprint=None,
-        rank=max(delta.rank for delta in deltas),
+        rank=max(delta.rank for delta in residual or deltas),
         num_parameters=sum(delta.a.numel() + delta.b.numel() for delta in deltas) + sum(vectors.sizes.values()),
+        weight_deltas=residual,
     )
 
 

@@ -27,6 +27,7 @@ from deltaserve_store.formats.deltaserve_sparse import parse_deltaserve_sparse
 from deltaserve_store.formats.deltaserve_vectors import FORMAT as VECTORS
 from deltaserve_store.formats.deltaserve_vectors import parse_deltaserve_vectors
 from deltaserve_store.formats.json_file import read_json_object
+from deltaserve_store.formats.peft_kinds.low_rank import DEFAULT_LIMITS, ConversionLimits
 from deltaserve_store.formats.peft_kinds.reader import read_kind
 from deltaserve_store.formats.peft_kinds.table import READERS, peft_type_of
 from deltaserve_store.formats.peft_lora import parse_peft_lora
@@ -39,12 +40,12 @@ from deltaserve_store.spec import BaseSpec
 MAX_FILES = 256
 
 
-def read_adapter(folder: Path, base: BaseSpec) -> ParsedAdapter:
+def read_adapter(folder: Path, base: BaseSpec, limits: ConversionLimits = DEFAULT_LIMITS) -> ParsedAdapter:
     """Checks and reads the adapter in ``folder``: a PEFT type that is served, or the project's sparse format.
 
     Every tensor is accounted for, every config field understood, every value finite, or ``AdapterInvalid`` (its
     subclass ``BaseMismatch`` for another base) is raised with all reasons. Whether a PEFT file's ``base_name`` is a
-    name of this base is the caller's to decide.
+    name of this base is the caller's to decide. ``limits``: how large terms of deltas of high rank may be.
     """
     findings = Findings()
     names, skipped = _list_files(folder, findings)
@@ -60,7 +61,7 @@ def read_adapter(folder: Path, base: BaseSpec) -> ParsedAdapter:
             found = ", ".join(sorted(names | set(skipped))) or "no files"
             wanted = f"{PEFT_CONFIG} and {PEFT_TENSORS}, or {SPARSE_CONFIG} and {SPARSE_TENSORS}"
             findings.add("missing_file", name, found, wanted)
-    parsed = _parse(folder, config_name, tensors_name, names, base, findings)
+    parsed = _parse(folder, config_name, tensors_name, names, base, findings, limits)
     findings.raise_if_any()
     if parsed is None:
         raise refuse("missing_file", "files", "no adapter", "an adapter")
@@ -68,7 +69,13 @@ def read_adapter(folder: Path, base: BaseSpec) -> ParsedAdapter:
 
 
 def _parse(
-    folder: Path, config_name: str, tensors_name: str, names: set[str], base: BaseSpec, findings: Findings
+    folder: Path,
+    config_name: str,
+    tensors_name: str,
+    names: set[str],
+    base: BaseSpec,
+    findings: Findings,
+    limits: ConversionLimits,
 ) -> ParsedAdapter | None:
     """Reads what is there even when something is missing, so that one answer tells of both files."""
     config: dict[str, Any] | None = None
@@ -87,7 +94,7 @@ def _parse(
             if config is None:
                 return None
             own = Findings()
-            parsed = _parse_kind(kind, config, tensors, base, own)
+            parsed = _parse_kind(kind, config, tensors, base, own, limits)
             own.raise_if_any()
             return parsed
     except AdapterInvalid as error:
@@ -96,14 +103,19 @@ def _parse(
 
 
 def _parse_kind(
-    kind: str, config: Mapping[str, Any], tensors: TensorFile, base: BaseSpec, findings: Findings
+    kind: str,
+    config: Mapping[str, Any],
+    tensors: TensorFile,
+    base: BaseSpec,
+    findings: Findings,
+    limits: ConversionLimits,
 ) -> ParsedAdapter | None:
     if kind == "LORA":
         return parse_peft_lora(config, PEFT_CONFIG, tensors, base, findings)
     if kind == "SHIRA":
         return parse_peft_shira(config, PEFT_CONFIG, tensors, base, findings)
     if kind in READERS:
-        return read_kind(READERS[kind], config, PEFT_CONFIG, tensors, base, findings)
+        return read_kind(READERS[kind], config, PEFT_CONFIG, tensors, base, findings, limits)
     if not kind and config.get("format") == VECTORS:
         return parse_deltaserve_vectors(config, tensors, base, findings)
     if kind in VECTOR_READERS:

@@ -2,8 +2,9 @@
 
 File format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length N, N bytes of JSON
 ``{name: {"dtype", "shape", "data_offsets": [start, stop]}, "__metadata__": {str: str}}``, then the tensor bytes that
-the offsets count from. The reference reader accepts zero-size tensors, any tensor name, and hundreds of thousands of
-entries; this one does not.
+the offsets count from. The reference reader accepts any tensor name, sizes that only a zero keeps small, and hundreds
+of thousands of entries; this one does not. Tensors without items are read (a linear pruned to rank 0 has some); whoever
+does not expect them finds their shape wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ MAX_TENSORS = 20_000
 MAX_DIMENSIONS = 3
 MAX_METADATA_ENTRIES = 64
 PREFIX_BYTES = 8
-ITEM_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8}
+MAX_SIZE = (1 << 31) - 1
+ITEM_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "I16": 2, "U8": 1}
 """Accepted dtypes with their size in bytes."""
 
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.)){0,510}")
@@ -111,8 +113,10 @@ def _tensor(name: str, entry: Any, data_start: int, findings: Findings) -> Tenso
     if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
         findings.add("bad_shape", name, shape, "a list of non-negative integers")
         return None
-    if not 1 <= len(shape) <= MAX_DIMENSIONS or 0 in shape:
-        findings.add("bad_shape", name, shape, f"1 to {MAX_DIMENSIONS} dimensions, none of them zero")
+    if not 1 <= len(shape) <= MAX_DIMENSIONS or (0 in shape and max(shape) > MAX_SIZE):
+        findings.add(
+            "bad_shape", name, shape, f"1 to {MAX_DIMENSIONS} dimensions, beside a zero at most {MAX_SIZE} each"
+        )
         return None
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
         findings.add("bad_offsets", name, offsets, "two non-negative integers")
@@ -129,7 +133,7 @@ def _tensor(name: str, entry: Any, data_start: int, findings: Findings) -> Tenso
 def _check_layout(tensors: list[TensorInfo], data_start: int, file_bytes: int, where: str, findings: Findings) -> None:
     """The tensors must tile the data exactly: no hole (smuggled bytes), no overlap, nothing after the end."""
     position = data_start
-    for info in sorted(tensors, key=lambda info: info.start):
+    for info in sorted(tensors, key=lambda info: (info.start, info.stop)):
         if info.start != position:
             what = "overlaps the tensor before it" if info.start < position else "leaves a hole before it"
             findings.add("bad_offsets", info.name, what, f"data at byte {position} of {quote(where)}")

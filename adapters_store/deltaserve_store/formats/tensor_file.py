@@ -21,6 +21,8 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "I16": torch.int16,
+    "U8": torch.uint8,
 }
 CHUNK_BYTES = 4 << 20
 
@@ -59,6 +61,8 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """The tensor in the dtype and shape of its header entry, in memory of its own."""
         info = self.header.tensors[name]
+        if info.start == info.stop:
+            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
         buffer = bytearray(info.stop - info.start)
         view = memoryview(buffer)
         position = 0

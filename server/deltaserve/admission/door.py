@@ -24,6 +24,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from deltaserve.admission.base_match import BASE_WAIVER, match_base
+from deltaserve.admission.conversion import DEFAULT_ERROR_SHARE
 from deltaserve.admission.derived import ProvenFiles
 from deltaserve.admission.evidence import Evidence
 from deltaserve.admission.failures import typed_failures
@@ -36,6 +37,7 @@ from deltaserve.model.base import BaseModel
 from deltaserve_store.digest import adapter_file_names, content_digest
 from deltaserve_store.durable import remove_tree
 from deltaserve_store.formats import read_adapter
+from deltaserve_store.formats.peft_kinds.low_rank import DEFAULT_LIMITS, ConversionLimits
 from deltaserve_store.manifest import AdapterRecord
 from deltaserve_store.names import DEFAULT_TENANT, NameMap, validate_name
 from deltaserve_store.parsed import ParsedAdapter
@@ -72,7 +74,8 @@ class Admission:
     """``base_names``: the names by which files may call the served base. ``chat_templates``: the operator's registry.
 
     ``proven`` has the key that evidence is kept under. ``max_waiting`` uploads may wait for the one being admitted;
-    more get ``QueueFull``.
+    more get ``QueueFull``. ``conversion_limits`` and ``conversion_error`` (a share of the effect): how deltas of high
+    rank may be served.
     """
 
     def __init__(
@@ -85,6 +88,8 @@ class Admission:
         base_names: Collection[str],
         chat_templates: Collection[str] = (),
         max_waiting: int = 32,
+        conversion_limits: ConversionLimits = DEFAULT_LIMITS,
+        conversion_error: float = DEFAULT_ERROR_SHARE,
     ) -> None:
         self._base = base
         self._store = store
@@ -97,7 +102,8 @@ class Admission:
         self._turn = asyncio.Lock()
         self._publishing = asyncio.Lock()
         self._worker = WorkThread()
-        self._prover = Prover(base, engine, proven.key, self._worker.run)
+        self._conversion_limits = conversion_limits
+        self._prover = Prover(base, engine, proven.key, self._worker.run, conversion_error)
 
     async def admit(
         self,
@@ -252,7 +258,7 @@ class Admission:
 
     def _read(self, folder: Path) -> ParsedAdapter:
         """Checked, and with the base's weights where the adapter multiplies them."""
-        return read_adapter(folder, self._base.spec).on_base(self._weight_of)
+        return read_adapter(folder, self._base.spec, self._conversion_limits).on_base(self._weight_of)
 
     def _weight_of(self, linear: str) -> Tensor:
         found = self._base.linear(linear)

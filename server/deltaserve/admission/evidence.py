@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from deltaserve.admission.conversion import Conversion
+
 
 @dataclass(frozen=True, slots=True)
 class ProofKey:
@@ -53,7 +55,8 @@ class Evidence:
     does not stand out from rounding, so that a fault in applying it would not either; None where it does.
 
     ``base_error``: max |engine base - folded base|, None where the tolerance does not need it (float32). ``seconds``:
-    what the proof took.
+    what the proof took. ``conversion``: what it changes that some terms are not their method's delta but the nearest of
+    their rank (``plain`` and ``amplified`` then compare with those terms); None where all are exact.
     """
 
     version: str
@@ -67,6 +70,7 @@ class Evidence:
     amplified: Comparison | None
     base_error: float | None
     seconds: float
+    conversion: Conversion | None = None
 
     @property
     def key(self) -> ProofKey:
@@ -90,7 +94,8 @@ class Evidence:
 
     @property
     def is_within_tolerance(self) -> bool:
-        return all(comparison.is_within_tolerance for comparison in self.comparisons)
+        is_converted = self.conversion is None or self.conversion.is_within_limit
+        return is_converted and all(comparison.is_within_tolerance for comparison in self.comparisons)
 
     def to_dict(self) -> dict[str, Any]:
         """With ``effect`` on top, where the store's records look for it."""
@@ -102,6 +107,7 @@ class Evidence:
         values = {name: value for name, value in data.items() if name != "effect"}
         try:
             plain, amplified = Comparison(**values.pop("plain")), values.pop("amplified")
-            return cls(plain=plain, amplified=amplified and Comparison(**amplified), **values)
+            conversion = Conversion.from_dict(values.pop("conversion", None))
+            return cls(plain=plain, amplified=amplified and Comparison(**amplified), conversion=conversion, **values)
         except (KeyError, TypeError):
             return None

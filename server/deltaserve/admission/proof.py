@@ -10,6 +10,9 @@ times the distance of the base alone from its float32 self on the same tokens, a
 An adapter whose effect hardly exceeds that would pass although it were not applied at all. It is compared a second time
 at a scale that makes its effect stand out, where the error may be a third of the effect. The scale is data of a
 binding; the terms are the ones that will be served.
+
+An adapter some of whose terms are the nearest of their rank (``conversion``) is compared with those terms, and these
+with the method's own deltas, both folded: together that bounds how far serving is from the exact adapter.
 """
 
 from __future__ import annotations
@@ -27,6 +30,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from deltaserve.admission.conversion import (
+    DEFAULT_ERROR_SHARE,
+    Conversion,
+    lossy_size,
+    refusal,
+    scale_for,
+    told,
+)
 from deltaserve.admission.evidence import Comparison, Evidence, ProofKey
 from deltaserve.core import BASE_BINDING, Binding, BindingPart, Logits
 from deltaserve.deltas.fold import dense_deltas
@@ -108,7 +119,9 @@ class Prover:
         engine: ProbeEngine,
         key: ProofKey,
         in_worker: Callable[[Callable[[], Any]], Awaitable[Any]],
+        error_share: float = DEFAULT_ERROR_SHARE,
     ) -> None:
+        self._error_share = error_share
         self._base = base
         self._engine = engine
         self._key = key
@@ -131,6 +144,9 @@ class Prover:
         if (scale := _amplification(plain)) > 1.0:
             with contextlib.suppress(NonFiniteOutput):  # as it is served it was finite: this scale is too much for it
                 amplified = await self._compare(version, adapter, ids, scale, folded_base, base_error)
+        conversion = None
+        if adapter.lossy_deltas:
+            conversion = await self._conversion(adapter, ids, folded_base)
         return Evidence(
             version=version,
             base_fingerprint=self._key.base_fingerprint,
@@ -143,6 +159,30 @@ class Prover:
             amplified=amplified,
             base_error=base_error,
             seconds=time.monotonic() - started,
+            conversion=conversion,
+        )
+
+    async def _conversion(self, adapter: ParsedAdapter, ids: tuple[int, ...], folded_base: Tensor) -> Conversion:
+        noise = FLOAT32_TOLERANCE * max(1.0, await self._in_worker(lambda: _rms(folded_base)))
+        where = "the exact deltas' logits"
+        exact = await self._folded(ids, self._change(adapter, 1.0, as_served=False), where)
+        effect = await self._in_worker(lambda: _distance(exact, folded_base))
+        scale = scale_for(effect, self._error_share, noise, MAX_SCALE)
+        if scale != 1.0:
+            exact = await self._folded(ids, self._change(adapter, scale, as_served=False), where)
+            effect = await self._in_worker(lambda: _distance(exact, folded_base))
+        kept = await self._folded(ids, self._change(adapter, scale, as_served=True), "the converted terms' logits")
+        error = await self._in_worker(lambda: _distance(exact, kept))
+        rank, num_linears = lossy_size(adapter)
+        return Conversion(scale, error, effect, self._error_share * effect, rank, num_linears)
+
+    def _change(self, adapter: ParsedAdapter, scale: float, *, as_served: bool) -> Change:
+        """Every change is linear in the strength: no linear has a scale on both of its sides."""
+        weights = dense_deltas(adapter, self._base.spec, self._base, as_served=as_served)
+        return Change(
+            {name: partial(_scaled, make, scale) for name, make in weights.items()},
+            {name: partial(_scaled, make, scale) for name, make in dense_biases(adapter, self._base).items()},
+            {name: (_times(w, scale), _times(b, scale)) for name, (w, b) in dense_norms(adapter, self._base).items()},
         )
 
     async def _compare(
@@ -155,13 +195,7 @@ class Prover:
         base_error: float | None,
     ) -> Comparison:
         binding = Binding((BindingPart(version, scale_first=scale, scale_last=scale),))
-        # Every change is linear in the strength: no linear has a scale on both of its sides.
-        weights = dense_deltas(adapter, self._base.spec, self._base)
-        change = Change(
-            {name: partial(_scaled, make, scale) for name, make in weights.items()},
-            {name: partial(_scaled, make, scale) for name, make in dense_biases(adapter, self._base).items()},
-            {name: (_times(w, scale), _times(b, scale)) for name, (w, b) in dense_norms(adapter, self._base).items()},
-        )
+        change = self._change(adapter, scale, as_served=True)
         served = await self._probe(ids, binding, "the engine's logits with the adapter")
         folded = await self._folded(ids, change, "the folded weights' logits")
 
@@ -192,6 +226,10 @@ class Prover:
 
 def judge(evidence: Evidence, *, accept_no_effect: bool) -> Judgement:
     """What the evidence means for the version."""
+    conversion = evidence.conversion
+    if conversion is not None and (reason := refusal(conversion)):
+        return Judgement(reasons=(reason,))
+    converted = () if conversion is None else (told(conversion),)
     for comparison in evidence.comparisons:
         if not comparison.is_within_tolerance:
             at = "" if comparison.scale == 1.0 else f" at scale {comparison.scale:g}"
@@ -202,11 +240,11 @@ def judge(evidence: Evidence, *, accept_no_effect: bool) -> Judgement:
         if not accept_no_effect:
             allowed = "an adapter that changes the base's logits, or accept_no_effect=true"
             return Judgement(reasons=(Reason("no_effect", "logits", "no logit changes at all", allowed),))
-        return Judgement(warnings=("the adapter changes nothing",), waivers=("no_effect",))
+        return Judgement(warnings=(*converted, "the adapter changes nothing"), waivers=("no_effect",))
     if evidence.effect <= evidence.tolerance:
-        told = f"the effect {evidence.effect:.3g} is below the noise of {evidence.dtype} ({evidence.tolerance:.3g})"
-        return Judgement(warnings=(told,))
-    return Judgement()
+        weak = f"the effect {evidence.effect:.3g} is below the noise of {evidence.dtype} ({evidence.tolerance:.3g})"
+        return Judgement(warnings=(*converted, weak))
+    return Judgement(warnings=converted)
 
 
 def _amplification(plain: Comparison) -> float:

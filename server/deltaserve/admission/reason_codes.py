@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 PROOF_REASON_CODES: Mapping[str, str] = MappingProxyType(
     {
+        "conversion_error": "The best low-rank terms for the adapter's deltas change the logits more than is allowed.",
         "duplicate_module": "Two deltas for one linear layer.",
         "no_effect": "No logit of the probe tokens changes; send accept_no_effect=true to keep it all the same.",
         "non_finite_output": "With the adapter, the model answers NaN or infinity.",

@@ -43,12 +43,13 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
     if base is None and needs_weights(parsed):
         raise ValueError("these deltas are folded with the base's weights; give the base")
     matrices = [delta for delta in parsed.deltas if isinstance(delta, LoraDelta | SparseDelta)]
-    for delta in sorted(matrices, key=lambda delta: delta.module):
+    seen: set[tuple[str, type]] = set()
+    for delta in sorted(matrices, key=lambda delta: (delta.module, isinstance(delta, SparseDelta))):
         linear = spec.linears.get(delta.module)
         if linear is None:
             reasons.append(Reason("unknown_module", delta.module, "a delta", "a linear of the base"))
-        elif delta.module in terms:
-            reasons.append(Reason("duplicate_module", delta.module, "two deltas", "one delta per linear"))
+        elif (delta.module, type(delta)) in seen:
+            reasons.append(Reason("duplicate_module", delta.module, "two deltas", "one delta of a kind per linear"))
         elif misfit := _misfit(delta, linear):
             reasons.append(misfit)
         else:
@@ -59,7 +60,8 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
             else:
                 term = _fold_sparse(delta, linear, dtype)
             reasons.extend(_overflow(delta.module, term, dtype))
-            terms[delta.module] = (term,)
+            seen.add((delta.module, type(delta)))
+            terms[delta.module] = (*terms.get(delta.module, ()), term)
     norms: dict[str, NormTerm] = {}
     if base is not None:
         vectors, norms = fold_vectors(parsed, spec, base, scales, reasons)
@@ -76,12 +78,18 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
 
 
 def dense_delta(
-    adapter: ParsedAdapter | FoldedAdapter, linear: str, spec: BaseSpec, base: BaseWeights | None = None
+    adapter: ParsedAdapter | FoldedAdapter,
+    linear: str,
+    spec: BaseSpec,
+    base: BaseWeights | None = None,
+    *,
+    as_served: bool = False,
 ) -> Tensor:
     """The delta of one linear as a float32 matrix ``[out, in]``: what the runtime must be equivalent to.
 
     From a ``ParsedAdapter`` it is computed from the file's own tensors, independently of ``fold``; zeros where the
-    adapter leaves the linear alone. Of a folded adapter, low-rank and sparse terms only.
+    adapter leaves the linear alone. Of a folded adapter, low-rank and sparse terms only. ``as_served``: where a delta
+    was converted with loss, what its factors multiply to instead of the method's own formula.
     """
     shape = spec.linears[linear]
     dense = torch.zeros(shape.out_features, shape.in_features)
@@ -100,21 +108,29 @@ def dense_delta(
             continue
         if isinstance(delta, LoraDelta):
             # A converted delta is checked against its own method's formula, not against the conversion.
-            dense += delta.dense() if delta.dense is not None else delta.scaling * (delta.b.float() @ delta.a.float())
+            own = delta.dense if delta.is_exact or not as_served else None
+            dense += own() if own is not None else delta.scaling * (delta.b.float() @ delta.a.float())
         elif isinstance(delta, SparseDelta):
+            if delta.dense is not None:
+                dense += delta.dense()
+                continue
             dense.index_put_((delta.rows.long(), delta.cols.long()), delta.values.float(), accumulate=True)
     return dense
 
 
 def dense_deltas(
-    adapter: ParsedAdapter | FoldedAdapter, spec: BaseSpec, base: BaseWeights | None = None
+    adapter: ParsedAdapter | FoldedAdapter,
+    spec: BaseSpec,
+    base: BaseWeights | None = None,
+    *,
+    as_served: bool = False,
 ) -> Mapping[str, Callable[[], Tensor]]:
     """Lazy ``dense_delta`` of every linear the adapter changes: one dense matrix lives at a time."""
     if isinstance(adapter, FoldedAdapter):
         names = list(adapter.terms)
     else:
         names = [delta.module for delta in adapter.deltas if not isinstance(delta, NormDelta)]
-    return {name: partial(dense_delta, adapter, name, spec, base) for name in names}
+    return {name: partial(dense_delta, adapter, name, spec, base, as_served=as_served) for name in names}
 
 
 def _misfit(delta: LoraDelta | SparseDelta, linear: LinearSpec) -> Reason | None:

@@ -2,7 +2,8 @@
 
 The delta is ``alpha / (init_r + 1e-5) * B diag(E) A``. ``r`` is ``init_r`` until training has pruned a linear; then
 ``rank_pattern`` names it with one flag for each of the ``init_r`` directions, and the file holds those that are left.
-The divisor stays ``init_r``: pruning does not rescale. Source: peft 0.21, ``tuners/adalora/{layer,model}.py``.
+The divisor stays ``init_r``: pruning does not rescale. A linear without a direction left has tensors of no items, or
+none at all, and is left alone. Source: peft 0.21, ``tuners/adalora/{layer,model}.py``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class AdaLora(PeftReader):
     title = "AdaLoRA"
     source = "`lora_A`, `lora_E`, `lora_B`"
     delta = "`alpha / (init_r + 1e-5) · B diag(E) A`"
-    limits = "a linear pruned to rank 0 (`bad_shape`: PEFT saves empty tensors); the features LoRA lacks too"
+    limits = "every linear pruned to rank 0; the features LoRA lacks too"
     fields: ClassVar[Mapping[str, FieldRule]] = {
         **{name: rule for name, rule in LORA_FIELDS.items() if name != "r"},
         "r": _COUNT,
@@ -68,20 +69,29 @@ class AdaLora(PeftReader):
                 findings.add("target_not_found", where, key, "a targeted linear of the base, followed by .lora_E")
             elif len(flags) != self.config["init_r"]:
                 findings.add("invalid_value", where, f"{len(flags)} flags", f"init_r = {self.config['init_r']} flags")
+        if self.linears and all(self.is_left_alone(linear) for linear in self.linears):
+            findings.add("rank_out_of_range", f"{self.where}:rank_pattern", "rank 0 everywhere", "some direction left")
 
     def rank(self, linear: LinearSpec) -> int:
         flags = (self.config.get("rank_pattern") or {}).get(f"{linear.name}.lora_E")
         return int(self.config["init_r"]) if flags is None else sum(flags)
 
+    def is_left_alone(self, linear: LinearSpec) -> bool:
+        return self.rank(linear) == 0
+
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
         rank = self.rank(linear)
         return {
-            "lora_A": TensorRule((rank, linear.in_features)),
-            "lora_E": TensorRule((rank, 1)),
-            "lora_B": TensorRule((linear.out_features, rank)),
+            "lora_A": TensorRule((rank, linear.in_features), optional=not rank),
+            "lora_E": TensorRule((rank, 1), optional=not rank),
+            "lora_B": TensorRule((linear.out_features, rank), optional=not rank),
         }
 
-    def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> LoraDelta:
+    def convert(
+        self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings
+    ) -> LoraDelta | tuple[LoraDelta, ...]:
+        if self.is_left_alone(linear):
+            return ()
         a, e, b = (parts[name].float() for name in ("lora_A", "lora_E", "lora_B"))
         scaling = self.config["lora_alpha"] / (self.config["init_r"] + 1e-5)
         return LoraDelta(linear.name, a * e, b, scaling, dense=lambda: (b * e.flatten()) @ a * scaling)

@@ -2,16 +2,17 @@
 
 MiSS (Kang and Yin, arXiv:2409.15371, formerly Bone): ``miss_block [r, out]``; input j meets row ``j mod r`` of it, so
 that A is the 0/1 matrix that sums inputs by remainder, and B the block transposed. With ``init_weights: "mini"`` the
-block is ``[r, mini_r]`` and repeats over the outputs. GraLoRA (Jung et al., arXiv:2505.20355): inputs and outputs are
-cut into k parts; ``gralora_A [k, in/k, r]``, ``gralora_B [k, r, out/k]``, and the r directions of every input part are
-dealt to all output parts, r/k each. Each input part has r directions of its own, so the rank is ``k * r`` and no
-less in general. ``hybrid_r`` more directions are a plain LoRA. Scaling ``alpha / (r + hybrid_r)``. Sources: peft 0.21,
-``tuners/{miss,gralora}/layer.py``.
+block is ``[r, mini_r]`` and repeats over the outputs. With "bat" every r outputs have a block ``[r, r]``, and each r x
+r tile of the base's weight changes by itself times that block, plus that block: a delta of the weight's rank. GraLoRA
+(Jung et al., arXiv:2505.20355): inputs and outputs are cut into k parts; ``gralora_A [k, in/k, r]``, ``gralora_B [k, r,
+out/k]``, and the r directions of every input part are dealt to all output parts, r/k each. Each input part has r
+directions of its own, so the rank is ``k * r`` and no less in general. ``hybrid_r`` more directions are a plain LoRA.
+Scaling ``alpha / (r + hybrid_r)``. Sources: peft 0.21, ``tuners/{miss,gralora}/layer.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -31,8 +32,9 @@ from deltaserve_store.formats.peft_fields import (
     is_int,
     one_of,
 )
+from deltaserve_store.formats.peft_kinds.low_rank import converted
 from deltaserve_store.formats.peft_kinds.reader import PeftReader, TensorRule
-from deltaserve_store.parsed import LoraDelta
+from deltaserve_store.parsed import FunctionDelta, LoraDelta
 from deltaserve_store.spec import LinearSpec
 
 
@@ -40,15 +42,16 @@ class Miss(PeftReader):
     peft_type = "MISS"
     title = "MiSS"
     source = "`miss_block`"
-    delta = "`dW[o, j] = block[j mod r, o]`"
-    limits = '`init_weights: "bat"`: its delta multiplies the base\'s weights and has full rank'
+    delta = "`dW[o, j] = block[j mod r, o]`; bat: `dW[O, I] = W[O, I] block[O] + block[O]`"
+    term = "low rank, rank r; bat: rank min(in, out)"
+    limits = "bat: an error above the limit, where the rank exceeds the bound"
     fields: ClassVar[Mapping[str, FieldRule]] = {
         **{name: rule for name, rule in COMMON_FIELDS.items() if name != "fan_in_fan_out"},
         **SELECTION_FIELDS,
         "r": RANK,
         "mini_r": FieldRule("understood", lambda value: is_int(value) and value >= 1, "an integer above 0"),
         "init_weights": FieldRule(
-            "understood", one_of(True, False, "mini"), "true, false or mini (bat has full rank)", "unsupported_feature"
+            "understood", one_of(True, False, "mini", "bat"), "true, false, mini or bat", "unsupported_feature"
         ),
         "bias": BIAS,
         "miss_dropout": FRACTION,
@@ -58,8 +61,17 @@ class Miss(PeftReader):
         is_mini = self.config.get("init_weights", True) == "mini"
         return int(self.config.get("mini_r", 1)) if is_mini else linear.out_features
 
+    def _is_bat(self) -> bool:
+        return bool(self.config.get("init_weights", True) == "bat")
+
     def check(self, findings: Findings) -> None:
         for linear in self.linears:
+            if self._is_bat():
+                for size in (linear.in_features, linear.out_features):
+                    if size % self.config["r"]:
+                        allowed = f"a divisor of {size}, a side of {linear.name}"
+                        findings.add("invalid_value", f"{self.where}:r", self.config["r"], allowed)
+                continue
             if self.config["r"] > linear.in_features:
                 allowed = f"at most {linear.in_features}, the inputs of {linear.name}"
                 findings.add("rank_out_of_range", f"{self.where}:r", self.config["r"], allowed)
@@ -68,19 +80,46 @@ class Miss(PeftReader):
                 findings.add("invalid_value", f"{self.where}:mini_r", self._width(linear), allowed)
 
     def rank(self, linear: LinearSpec) -> int:
+        if self._is_bat():
+            return self.conversion.rank_of(linear, min(linear.out_features, linear.in_features))
         return int(self.config["r"])
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
-        return {"miss_block": TensorRule((int(self.config["r"]), self._width(linear)))}
+        rank = int(self.config["r"])
+        if self._is_bat():
+            return {"miss_block": TensorRule((linear.out_features // rank, rank, rank))}
+        return {"miss_block": TensorRule((rank, self._width(linear)))}
 
-    def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> LoraDelta:
+    def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> LoraDelta | FunctionDelta:
         block = parts["miss_block"].float()
+        if self._is_bat():
+            return self._bat(linear, block)
         rank, repeats = block.shape[0], linear.out_features // block.shape[1]
         remainder = torch.arange(linear.in_features) % rank
         a = (remainder == torch.arange(rank)[:, None]).float()
         return LoraDelta(
             linear.name, a, block.t().repeat(repeats, 1), 1.0, dense=lambda: block.repeat(1, repeats)[remainder].t()
         )
+
+    def _bat(self, linear: LinearSpec, block: Tensor) -> FunctionDelta:
+        def term(delta: Tensor, dense: Callable[[], Tensor]) -> LoraDelta:
+            return converted(linear, delta, self.conversion, dense)
+
+        def dense(weight: Tensor) -> Tensor:
+            """Block after block of inputs: those of the weight by those of the file, r outputs at a time."""
+            rank, total = block.shape[2], torch.empty_like(weight)
+            for start in range(0, weight.shape[1], rank):
+                part = weight[:, start : start + rank].reshape(-1, rank, rank)
+                total[:, start : start + rank] = (torch.bmm(part, block) + block).reshape(-1, rank)
+            return total
+
+        return FunctionDelta(linear.name, (block,), self.rank(linear), _bat_delta, term, dense)
+
+
+def _bat_delta(weight: Tensor, block: Tensor) -> Tensor:
+    count, rank, _ = block.shape
+    tiles = weight.view(count, rank, -1, rank)
+    return (torch.einsum("oaic,ocd->oaid", tiles, block) + block[:, :, None, :]).reshape(weight.shape)
 
 
 class GraLora(PeftReader):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 
 from deltaserve_store.formats.peft_fields import MAX_RANK, FieldRule
+from deltaserve_store.formats.peft_kinds.low_rank import DEFAULT_LIMITS
 from deltaserve_store.formats.peft_kinds.table import READERS, REFUSED
 
 _INTRO = f"""# Kinds of adapters
@@ -13,11 +14,11 @@ _INTRO = f"""# Kinds of adapters
 Made from the code by `python -m deltaserve_store.formats.peft_kinds.page`; edit the readers, not this page.
 
 The server adds two terms to a linear `y = W x + b`: low rank, `B (A x)`, and sparse, `S x`; and it serves vectors:
-scales, biases and norm differences. Every kind below is exactly made of them. What PEFT stores in another
-parametrisation is converted when the adapter is read, in float32, before the one cast to the serving dtype; nothing is
-approximated. The proof at the door compares the engine with the base plus the method's own formula, evaluated from the
-file's tensors, so that it would also find a wrong conversion. Low-rank terms are
-served at their exact rank, at most {MAX_RANK}; a higher one is refused with the rank found (`rank_out_of_range`).
+scales, biases and norm differences. Every kind below is made of them. What PEFT stores in another parametrisation is
+converted when the adapter is read, in float32, before the one cast to the serving dtype. The proof at the door compares
+the engine with the base plus the method's own formula, evaluated from the file's tensors, so that it would also find a
+wrong conversion. Low-rank terms are served at their exact rank up to {MAX_RANK}, and nothing is approximated then. What
+becomes of deltas of a higher rank is told [below](#deltas-of-high-rank).
 
 Files, targets, base names and reason codes are those of [adapter-format.md](adapter-format.md).
 
@@ -54,14 +55,47 @@ _OWN = (
     ),
 )
 
+_HIGH_RANK = f"""
+## Deltas of high rank
+
+LoHa, LoKr, FourierFT, WaveFT, C3A, RandLoRA, HiRA and MiSS "bat" make deltas whose rank may be that of the whole
+matrix. What is exact stays exact:
+
+- A matrix `[out, in]` has rank min(in, out) at most. Up to {DEFAULT_LIMITS.exact_rank} it is served as a low-rank term
+  with an identity on its narrower side: as large as the delta and the identity, and equal to it.
+- FourierFT is a sum of waves `cos(a_u + b_v)`. Waves of one row frequency share `cos a` and `sin a`, also with the
+  mirrored frequency, and so do those of one column frequency: the rank is at most twice the number of frequencies that
+  differ, rows or columns, whichever are fewer. n coefficients have rank 2 n or little less.
+- WaveFT adds a patch of L x L entries for each coefficient (L is the filter's length, 2 for `db1`): a sparse term,
+  exact, as long as the patches fill a quarter of the matrix at most.
+- C3A is diagonal in the Fourier basis of its blocks, and RandLoRA a sum of low-rank products whose ranks add up: both
+  have full rank. HiRA and MiSS "bat" multiply the base's weights, entry by entry or tile by tile, and have their rank.
+
+Where the exact rank exceeds {DEFAULT_LIMITS.exact_rank}, the nearest term of rank {DEFAULT_LIMITS.rank} (`serve
+--conversion-rank`, up to {MAX_RANK}) takes the delta's place, and what that costs is measured and stated: the door
+compares the base with the exact deltas and the base with these terms, both in float32, on the probe tokens. The largest
+difference of a logit may be 5 % of the largest that the adapter makes (`serve --conversion-error 0.05`); for a weak
+adapter both are taken at a larger strength, where they stand out from rounding. Above that the answer is
+`conversion_error` with the number found, the limit and what helps. Below it the number is a warning of the upload and
+part of the stored evidence (`conversion`: `error`, `effect`, `limit`, `scale`, `rank`, `num_linears`). A spectrum that
+hardly falls does not pass: of FourierFT's default, 1000 coefficients, drawn at random on a linear of 4096 x 4096, the
+best 256 directions miss 64 % of the delta's norm and the best 1024 still 11 %.
+"""
+
 _INITIAL = """
 ## LoRA that changes the base at its start
 
-PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base before they train. A file of such a training fits only that
-changed base, and is refused (`unsupported_feature`) as long as its `init_lora_weights` names the method. PEFT can save
-PiSSA, OLoRA and CorDA as a plain LoRA of twice the rank: give `save_pretrained` the option
-`path_initial_model_for_weight_conversion` with the folder of the adapter as it was before training. The result says
-`init_lora_weights: true` and is served as any LoRA.
+PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base before they train: they take a part `W_0` out of a weight, and
+the file holds what was trained beside the rest. On the base itself that is `alpha / r · B A - W_0`, of rank 2 r.
+
+- `pissa` and `olora`: `W_0` follows from the base's own weight (the nearest matrix of rank r; the part of the weight in
+  the span of its first r columns, times `alpha / r`), and is computed when the adapter is read, as PEFT does when it
+  loads such a file. It costs a decomposition of each targeted weight. Where the base leaves `W_0` open (singular values
+  that hardly differ), the file is refused (`seed_not_usable`); so is DoRA on top (`unsupported_feature`).
+- `pissa_niter_n` draws random numbers, CorDA and LoRA-GA look at data, LoftQ quantises: `unsupported_feature`. PEFT can
+  save PiSSA, OLoRA and CorDA as a plain LoRA of twice the rank: give `save_pretrained` the option
+  `path_initial_model_for_weight_conversion` with the folder of the adapter as it was before training. The result says
+  `init_lora_weights: true` and is served as any LoRA.
 
 ## Refused by name
 
@@ -93,7 +127,11 @@ def kinds_page() -> str:
         ),
     ]
     lines = [_INTRO, *_table(("kind", "format", "tensors of the file", "delta of a linear", "term", "refused"), served)]
-    lines += [_INITIAL, *_table(("type", "why"), [(f"`{kind}`", why) for kind, why in sorted(REFUSED.items())])]
+    lines += [
+        _HIGH_RANK,
+        _INITIAL,
+        *_table(("type", "why"), [(f"`{kind}`", why) for kind, why in sorted(REFUSED.items())]),
+    ]
     lines.append(_FIELDS)
     for reader in READERS.values():
         lines += [f"### {reader.title}\n", *_table(("field", "treatment", "accepted"), _rows(reader.fields)), ""]

@@ -30,6 +30,7 @@ from deltaserve_store.formats.peft_fields import (
     is_int,
     one_of,
 )
+from deltaserve_store.formats.peft_kinds.low_rank import from_factors
 from deltaserve_store.formats.peft_kinds.reader import PeftReader, TensorRule
 from deltaserve_store.parsed import LoraDelta
 from deltaserve_store.spec import LinearSpec
@@ -64,12 +65,12 @@ class LoHa(_Product):
     title = "LoHa"
     source = "`hada_w1_a`, `hada_w1_b`, `hada_w2_a`, `hada_w2_b`"
     delta = "`alpha / r · (A1 B1) ∘ (A2 B2)`"
-    term = "low rank, rank r²"
-    limits = "r above 32 (its rank would exceed the bound)"
+    term = "low rank, rank r² (at most min(in, out))"
+    limits = "an error above the limit, where r² exceeds the bound"
     fields: ClassVar[Mapping[str, FieldRule]] = {**_FIELDS, "init_weights": FLAG}
 
     def rank(self, linear: LinearSpec) -> int:
-        return self._own_rank(linear) ** 2
+        return self.conversion.rank_of(linear, self._own_rank(linear) ** 2)
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
         rank = self._own_rank(linear)
@@ -79,9 +80,16 @@ class LoHa(_Product):
     def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> LoraDelta:
         a1, b1, a2, b2 = (parts[f"hada_w{name}"].float() for name in ("1_a", "1_b", "2_a", "2_b"))
         scaling = self._scaling(linear)
-        left = (a1[:, :, None] * a2[:, None, :]).reshape(linear.out_features, -1)
-        right = (b1[:, None, :] * b2[None, :, :]).reshape(-1, linear.in_features)
-        return LoraDelta(linear.name, right, left, scaling, dense=lambda: (a1 @ b1) * (a2 @ b2) * scaling)
+
+        def factors() -> tuple[Tensor, Tensor]:
+            """All pairs of rows on the right, all pairs of columns on the left."""
+            left = (a1[:, :, None] * a2[:, None, :]).reshape(linear.out_features, -1)
+            return (b1[:, None, :] * b2[None, :, :]).reshape(-1, linear.in_features), left
+
+        def dense() -> Tensor:
+            return (a1 @ b1) * (a2 @ b2) * scaling
+
+        return from_factors(linear, a1.shape[1] ** 2, factors, scaling, self.conversion, dense)
 
 
 def split(size: int, factor: int) -> tuple[int, int]:
@@ -99,8 +107,8 @@ class LoKr(_Product):
     title = "LoKr"
     source = "`lokr_w1` or `lokr_w1_a`, `lokr_w1_b`; `lokr_w2` or `lokr_w2_a`, `lokr_w2_b`"
     delta = "`alpha / r · kron(W1, W2)`"
-    term = "low rank, rank(W1) · rank(W2)"
-    limits = "factors whose ranks multiply to more than the bound"
+    term = "low rank, rank(W1) · rank(W2) (at most min(in, out))"
+    limits = "an error above the limit, where the ranks multiply to more than the bound"
     fields: ClassVar[Mapping[str, FieldRule]] = {
         **_FIELDS,
         "decompose_both": FieldRule("understood", lambda value: isinstance(value, bool), "true or false"),
@@ -130,7 +138,7 @@ class LoKr(_Product):
             self._own_rank(linear) if is_split else min(shape)
             for shape, is_split in zip(self._shapes(linear), self._is_split(linear), strict=True)
         ]
-        return ranks[0] * ranks[1]
+        return self.conversion.rank_of(linear, ranks[0] * ranks[1])
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
         rank = self._own_rank(linear)
@@ -154,7 +162,10 @@ class LoKr(_Product):
             blocks = one[:, None, :, None] * two[None, :, None, :]
             return blocks.reshape(linear.out_features, linear.in_features) * scaling
 
-        return LoraDelta(linear.name, torch.kron(right_1, right_2), torch.kron(left_1, left_2), scaling, dense=dense)
+        def factors() -> tuple[Tensor, Tensor]:
+            return torch.kron(right_1, right_2), torch.kron(left_1, left_2)
+
+        return from_factors(linear, right_1.shape[0] * right_2.shape[0], factors, scaling, self.conversion, dense)
 
 
 def _pair(name: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats.peft_config import check_orientation, targets_of
 from deltaserve_store.formats.peft_fields import MAX_RANK, FieldRule, check_fields
+from deltaserve_store.formats.peft_kinds.low_rank import DEFAULT_LIMITS, ConversionLimits
 from deltaserve_store.formats.tensor_checks import (
     FLOAT_DTYPES,
     PEFT_PREFIX,
@@ -26,25 +27,28 @@ from deltaserve_store.formats.tensor_checks import (
     name_stray_tensor,
 )
 from deltaserve_store.formats.tensor_file import TensorFile
-from deltaserve_store.parsed import Kind, LoraDelta, ParsedAdapter, SparseDelta, WeightDelta
+from deltaserve_store.parsed import FunctionDelta, Kind, LoraDelta, ParsedAdapter, SparseDelta, WeightDelta
 from deltaserve_store.spec import BaseSpec, LinearSpec
 
 INDEX_DTYPES = ("I32", "I64")
-Delta = LoraDelta | SparseDelta | WeightDelta
+Delta = LoraDelta | SparseDelta | WeightDelta | FunctionDelta
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRule:
-    """One expected tensor: its exact shape, and the dtypes it may have. Floats must be finite."""
+    """One expected tensor: its exact shape, and the dtypes it may have. Floats must be finite. ``optional``: files
+    without it are as good."""
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...] = FLOAT_DTYPES
+    optional: bool = False
 
 
 class PeftReader(ABC):
     """Reads one adapter of one PEFT type; made once per file, after the config's fields were accepted.
 
-    ``linears`` are the targeted linears of the base, in its order; ``where`` is the config file's name.
+    ``linears`` are the targeted linears of the base, in its order; ``where`` is the config file's name; ``conversion``
+    says how large the term of a delta of high rank may be.
     """
 
     peft_type: ClassVar[str]
@@ -60,10 +64,17 @@ class PeftReader(ABC):
     kind: ClassVar[Kind] = "lora"
     fields: ClassVar[Mapping[str, FieldRule]]
 
-    def __init__(self, config: Mapping[str, Any], linears: tuple[LinearSpec, ...], where: str) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        linears: tuple[LinearSpec, ...],
+        where: str,
+        conversion: ConversionLimits = DEFAULT_LIMITS,
+    ) -> None:
         self.config = config
         self.linears = linears
         self.where = where
+        self.conversion = conversion
 
     def check(self, findings: Findings) -> None:
         """Constraints between config and base that no single field shows (divisibility, ...)."""
@@ -87,8 +98,14 @@ class PeftReader(ABC):
         del shared, findings
 
     @abstractmethod
-    def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> Delta:
-        """The delta of one linear from its checked tensors, in ``[out, in]`` orientation."""
+    def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> Delta | tuple[Delta, ...]:
+        """The delta of one linear from its checked tensors, in ``[out, in]`` orientation; a tuple where a linear has
+        two (one of low rank and one sparse) or none."""
+
+    def is_left_alone(self, linear: LinearSpec) -> bool:
+        """Whether training has taken the linear's delta away: ``rank`` may be 0 then."""
+        del linear
+        return False
 
 
 def read_kind(
@@ -98,6 +115,7 @@ def read_kind(
     tensors: TensorFile,
     base: BaseSpec,
     findings: Findings,
+    limits: ConversionLimits = DEFAULT_LIMITS,
 ) -> ParsedAdapter | None:
     """None when ``findings`` got a reason. Shapes are settled from the header before a tensor is read."""
     check_fields(config, reader_type.fields, where, findings)
@@ -112,7 +130,7 @@ def read_kind(
             if base.linears[module].transposed:
                 allowed = f"linears stored as [out, in]: PEFT's {reader_type.title} has no others"
                 findings.add("unsupported_target", f"{where}:target_modules", module, allowed)
-    reader = reader_type(config, tuple(base.linears[module] for module in modules), where)
+    reader = reader_type(config, tuple(base.linears[module] for module in modules), where, limits)
     if not findings:
         reader.check(findings)
         _check_ranks(reader, findings)
@@ -124,22 +142,22 @@ def read_kind(
     if findings:
         return None
     return ParsedAdapter(
-        kind=reader.kind,
+        kind="sparse" if all(isinstance(delta, SparseDelta) for delta in deltas) else reader.kind,
         file_format=f"peft-{reader.peft_type.lower()}",
-        deltas=tuple(delta for delta in deltas if not isinstance(delta, WeightDelta)),
+        deltas=tuple(delta for delta in deltas if not isinstance(delta, WeightDelta | FunctionDelta)),
         config=config,
         base_name=config.get("base_model_name_or_path") or None,
         base_fingerprint=None,
         rank=max((delta.rank for delta in deltas if not isinstance(delta, SparseDelta)), default=None),
         num_parameters=sum(_count(info.shape) for info in tensors.header.tensors.values()),
-        weight_deltas=tuple(delta for delta in deltas if isinstance(delta, WeightDelta)),
+        weight_deltas=tuple(delta for delta in deltas if isinstance(delta, WeightDelta | FunctionDelta)),
     )
 
 
 def _check_ranks(reader: PeftReader, findings: Findings) -> None:
     for linear in reader.linears:
         rank = reader.rank(linear)
-        if rank is not None and not 1 <= rank <= MAX_RANK:
+        if rank is not None and not 1 <= rank <= MAX_RANK and not reader.is_left_alone(linear):
             allowed = f"an exact rank from 1 to {MAX_RANK}; beyond that the delta is as good as dense"
             findings.add("rank_out_of_range", linear.name, f"exact rank {rank}", allowed)
 
@@ -157,7 +175,8 @@ def _check_layout(reader: PeftReader, tensors: TensorFile, base: BaseSpec, findi
     for name, rule in expected.items():
         info = tensors.header.tensors.get(name)
         if info is None:
-            findings.add("missing_tensor", name, "nothing", f"{list(rule.shape)}, by config and base")
+            if not rule.optional:
+                findings.add("missing_tensor", name, "nothing", f"{list(rule.shape)}, by config and base")
             continue
         check_dtype(info, rule.dtypes, findings)
         check_shape(info, rule.shape, "by config and base", findings)
@@ -186,12 +205,17 @@ def _read(name: str, tensors: TensorFile, findings: Findings) -> Tensor:
 def _deltas(reader: PeftReader, tensors: TensorFile, findings: Findings) -> Iterator[Delta]:
     reader.begin({name: _read(name, tensors, findings) for name in reader.shared_layout()}, findings)
     for linear in reader.linears:
-        parts = {suffix: _read(name, tensors, findings) for suffix, (name, _) in _names(reader, linear).items()}
+        names = {suffix: name for suffix, (name, _) in _names(reader, linear).items()}
+        held = {suffix: name for suffix, name in names.items() if name in tensors.header.tensors}
+        parts = {suffix: _read(name, tensors, findings) for suffix, name in held.items()}
         if not findings:  # values that are not finite would only make a second finding of the same fault
-            yield convert_one(reader, linear, parts, findings)
+            made = convert_one(reader, linear, parts, findings)
+            yield from made if isinstance(made, tuple) else (made,)
 
 
-def convert_one(reader: PeftReader, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> Delta:
+def convert_one(
+    reader: PeftReader, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings
+) -> Delta | tuple[Delta, ...]:
     """The one place where conversions happen; tests break it to see that the proof notices."""
     return reader.convert(linear, parts, findings)
 

@@ -3,7 +3,9 @@
 ``supertuning_indices [n]`` int32, positions in ``W [out, in]`` row by row, and ``supertuning_values [n]``, with
 ``n = int(out * in * (1 - sparsity))``. The delta is those entries. Where PEFT left the positions out
 (``save_precomputed_indices: false``) they would have to be chosen again by the magnitude of the base's weights, which
-ties and another dtype of the base decide otherwise. Source: peft 0.21, ``tuners/supertuning/layer.py``.
+ties and another dtype of the base decide otherwise. With ``r`` a linear has a LoRA too, ``supertuning_lora_A.weight [r,
+in]`` and ``supertuning_lora_B.weight [out, r]``, scaled by ``lora_alpha / r`` (alpha is 2 r unless given). Source: peft
+0.21, ``tuners/supertuning/layer.py``.
 """
 
 from __future__ import annotations
@@ -14,22 +16,32 @@ from typing import ClassVar
 from torch import Tensor
 
 from deltaserve_store.findings import Findings
-from deltaserve_store.formats.peft_fields import COMMON_FIELDS, FLAG, FRACTION, FieldRule, is_fraction, off, one_of
+from deltaserve_store.formats.peft_fields import (
+    ALPHA,
+    COMMON_FIELDS,
+    FLAG,
+    FRACTION,
+    MAX_RANK,
+    FieldRule,
+    is_alpha,
+    is_fraction,
+    is_rank,
+    one_of,
+)
 from deltaserve_store.formats.peft_kinds.reader import INDEX_DTYPES, PeftReader, TensorRule
 from deltaserve_store.formats.sparse_entries import sort_entries
 from deltaserve_store.formats.tensor_checks import PEFT_PREFIX
-from deltaserve_store.parsed import Kind, SparseDelta
+from deltaserve_store.parsed import LoraDelta, SparseDelta
 from deltaserve_store.spec import LinearSpec
 
 
 class SuperTuning(PeftReader):
     peft_type = "SUPERTUNING"
     title = "Super-Tuning"
-    kind: ClassVar[Kind] = "sparse"
-    source = "`supertuning_indices`, `supertuning_values`"
-    delta = "entries at their positions"
-    term = "sparse"
-    limits = "`r` (its hybrid with LoRA, two terms on one linear); files without the positions"
+    source = "`supertuning_indices`, `supertuning_values`; with `r` also `supertuning_lora_A.weight`, `_B.weight`"
+    delta = "entries at their positions; with `r` also `lora_alpha / r · B A`"
+    term = "sparse; with `r` also low rank, rank r"
+    limits = "files without the positions"
     fields: ClassVar[Mapping[str, FieldRule]] = {
         **{name: rule for name, rule in COMMON_FIELDS.items() if name != "fan_in_fan_out"},
         "sparsity": FieldRule(
@@ -39,8 +51,15 @@ class SuperTuning(PeftReader):
             "understood", one_of(True), "true (the positions must be in the file)", "seed_not_usable"
         ),
         "select_top": FLAG,
-        "r": off(None),
-        "lora_alpha": off(None),
+        "r": FieldRule(
+            "understood",
+            lambda value: value is None or is_rank(value),
+            f"null or an integer from 1 to {MAX_RANK}",
+            "rank_out_of_range",
+        ),
+        "lora_alpha": FieldRule(
+            "understood", lambda value: value is None or is_alpha(value), f"null or {ALPHA.allowed}, with r"
+        ),
         "lora_dropout": FRACTION,
         "init_weights": FLAG,
     }
@@ -49,19 +68,39 @@ class SuperTuning(PeftReader):
         return int(linear.out_features * linear.in_features * (1 - self.config["sparsity"]))
 
     def check(self, findings: Findings) -> None:
+        if self.config.get("r") is None and self.config.get("lora_alpha") is not None:
+            findings.add("invalid_value", f"{self.where}:lora_alpha", self.config["lora_alpha"], "null without r")
         for linear in self.linears:
             if self._count(linear) < 1:
                 allowed = f"a share that leaves {linear.name} an entry"
                 findings.add("invalid_value", f"{self.where}:sparsity", self.config["sparsity"], allowed)
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
-        count = self._count(linear)
-        return {
+        count, rank = self._count(linear), self.config.get("r")
+        rules = {
             "supertuning_indices": TensorRule((count,), INDEX_DTYPES),
             "supertuning_values": TensorRule((count,)),
         }
+        if rank is not None:
+            rules["supertuning_lora_A.weight"] = TensorRule((rank, linear.in_features))
+            rules["supertuning_lora_B.weight"] = TensorRule((linear.out_features, rank))
+        return rules
 
-    def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> SparseDelta:
+    def rank(self, linear: LinearSpec) -> int | None:
+        return self.config.get("r")
+
+    def convert(
+        self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings
+    ) -> SparseDelta | tuple[SparseDelta | LoraDelta, ...]:
+        sparse = self._entries(linear, parts, findings)
+        rank = self.config.get("r")
+        if rank is None:
+            return sparse
+        alpha = self.config.get("lora_alpha")
+        a, b = parts["supertuning_lora_A.weight"], parts["supertuning_lora_B.weight"]
+        return sparse, LoraDelta(linear.name, a, b, (2 * rank if alpha is None else alpha) / rank)
+
+    def _entries(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> SparseDelta:
         flat, values = parts["supertuning_indices"].long(), parts["supertuning_values"]
         name, size = f"{PEFT_PREFIX}{linear.name}.supertuning_indices", linear.out_features * linear.in_features
         if not (int(flat.min()) >= 0 and int(flat.max()) < size):

@@ -9,14 +9,20 @@ from typing import Any
 from deltaserve_store.findings import refuse
 from deltaserve_store.formats.peft_kinds.adalora import AdaLora
 from deltaserve_store.formats.peft_kinds.blocks import GraLora, Miss
+from deltaserve_store.formats.peft_kinds.c3a import C3a
+from deltaserve_store.formats.peft_kinds.deft import Deft
 from deltaserve_store.formats.peft_kinds.delora import DeLora
+from deltaserve_store.formats.peft_kinds.fourierft import FourierFt
+from deltaserve_store.formats.peft_kinds.hira import Hira
 from deltaserve_store.formats.peft_kinds.hra import Hra
 from deltaserve_store.formats.peft_kinds.products import LoHa, LoKr
+from deltaserve_store.formats.peft_kinds.randlora import RandLora
 from deltaserve_store.formats.peft_kinds.reader import PeftReader
 from deltaserve_store.formats.peft_kinds.seeded import TinyLora, UniLora
 from deltaserve_store.formats.peft_kinds.supertuning import SuperTuning
 from deltaserve_store.formats.peft_kinds.vblora import VbLora
 from deltaserve_store.formats.peft_kinds.vera import Vera
+from deltaserve_store.formats.peft_kinds.wavelets import WaveFt
 from deltaserve_store.formats.peft_vectors import VECTOR_READERS
 
 _ALL: tuple[type[PeftReader], ...] = (
@@ -32,13 +38,18 @@ _ALL: tuple[type[PeftReader], ...] = (
     TinyLora,
     Hra,
     SuperTuning,
+    FourierFt,
+    WaveFt,
+    C3a,
+    RandLora,
+    Hira,
+    Deft,
 )
 READERS: Mapping[str, type[PeftReader]] = MappingProxyType({reader.peft_type: reader for reader in _ALL})
 """Types that are converted. ``LORA`` and ``SHIRA`` have readers of their own: they need no conversion."""
 
 SERVED_PEFT_TYPES = ("LORA", "SHIRA", *sorted(VECTOR_READERS), *sorted(READERS))
 
-_AS_LORA = "its delta has full rank; export it with PEFT's save_as_lora, which states the error, and upload the LoRA"
 _PROMPT = "virtual tokens are not served yet"
 _ROTATION = "rotations of the base path are not served yet"
 _NOT_YET = "not served yet"
@@ -49,14 +60,10 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "ADAPTION_PROMPT": _NOT_LINEAR,
         "BEFT": _NOT_YET,
         "BOFT": _ROTATION,
-        "C3A": _AS_LORA,
         "CARTRIDGE": _PROMPT,
         "CPT": _PROMPT,
-        "DEFT": _NOT_YET,
-        "FOURIERFT": _AS_LORA,
         "FROD": _NOT_YET,
         "GLORA": "it scales the base's weights; its delta has full rank",
-        "HIRA": "its delta is a product with the base's weights and has full rank",
         "LILY": _NOT_LINEAR,
         "MULTITASK_PROMPT_TUNING": _PROMPT,
         "OFT": _ROTATION,
@@ -68,11 +75,9 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "PROMPT_TUNING": _PROMPT,
         "PSOFT": "it turns singular vectors of the base that are not in its file; their signs depend on the build",
         "PVERA": _NOT_YET,
-        "RANDLORA": _AS_LORA,
         "ROAD": _ROTATION,
         "SHADOW": "it brings a second model",
         "TRAINABLE_TOKENS": "trained token rows are not served yet",
-        "WAVEFT": _AS_LORA,
         "XLORA": "it is a router over several adapters; upload those one by one",
     }
 )

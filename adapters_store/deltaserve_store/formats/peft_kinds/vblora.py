@@ -2,7 +2,9 @@
 
 ``vblora_logits_A [r, in/v, n]`` and ``vblora_logits_B [out/v, r, n]`` choose, for each piece of length v of a row of A
 or a column of B, the ``topk`` vectors of ``base_model.vblora_vector_bank [n, v]`` and mix them by a softmax over their
-logits. Equal logits at the border are broken as ``torch.topk`` on a CPU breaks them. Source: peft 0.21,
+logits. Equal logits at the border are broken as ``torch.topk`` on a CPU breaks them. With ``save_only_topk_weights``
+the file holds, for each matrix of logits, ``..._topk_indices [.., k]`` and the softmax's values but the last,
+``..._topk_weights [.., k - 1]``; the last is what they lack to 1. Source: peft 0.21,
 ``tuners/vblora/{layer,model}.py``.
 """
 
@@ -22,13 +24,15 @@ from deltaserve_store.formats.peft_fields import (
     RANK,
     SELECTION_FIELDS,
     FieldRule,
+    is_bool,
     is_int,
-    one_of,
 )
-from deltaserve_store.formats.peft_kinds.reader import PeftReader, TensorRule
+from deltaserve_store.formats.peft_kinds.reader import INDEX_DTYPES, PeftReader, TensorRule
+from deltaserve_store.formats.tensor_checks import PEFT_PREFIX
 from deltaserve_store.parsed import LoraDelta
 from deltaserve_store.spec import LinearSpec
 
+_ROUNDING = 1e-5
 BANK = "base_model.vblora_vector_bank"
 _SIZE = FieldRule(
     "understood", lambda value: is_int(value) and 1 <= value <= 1 << 20, "an integer above 0", required=True
@@ -39,9 +43,11 @@ _NUMBER = FieldRule("descriptive", lambda value: isinstance(value, int | float),
 class VbLora(PeftReader):
     peft_type = "VBLORA"
     title = "VB-LoRA"
-    source = "`vblora_logits_A`, `vblora_logits_B`; shared `vblora_vector_bank`"
+    source = (
+        "`vblora_logits_A`, `vblora_logits_B`, or their `_topk_indices`, `_topk_weights`; shared `vblora_vector_bank`"
+    )
     delta = "`B A` of mixed bank vectors"
-    limits = "`save_only_topk_weights: true` (8- and 16-bit indices are not read)"
+    limits = "weights that are no part of a softmax"
     fields: ClassVar[Mapping[str, FieldRule]] = {
         **COMMON_FIELDS,
         **SELECTION_FIELDS,
@@ -49,9 +55,7 @@ class VbLora(PeftReader):
         "num_vectors": _SIZE,
         "vector_length": _SIZE,
         "topk": _SIZE,
-        "save_only_topk_weights": FieldRule(
-            "neutral-only", one_of(False), "false (save the logits themselves)", "unsupported_feature"
-        ),
+        "save_only_topk_weights": FieldRule("understood", is_bool, "true or false"),
         "bias": BIAS,
         "vblora_dropout": FRACTION,
         "init_vector_bank_bound": _NUMBER,
@@ -79,17 +83,27 @@ class VbLora(PeftReader):
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
         rank, count, length = self._sizes()
-        return {
-            "vblora_logits_A": TensorRule((rank, linear.in_features // length, count)),
-            "vblora_logits_B": TensorRule((linear.out_features // length, rank, count)),
-        }
+        choices = {"A": (rank, linear.in_features // length), "B": (linear.out_features // length, rank)}
+        if not self._is_cut():
+            return {f"vblora_logits_{side}": TensorRule((*shape, count)) for side, shape in choices.items()}
+        best = int(self.config["topk"])
+        rules: dict[str, TensorRule] = {}
+        for side, shape in choices.items():
+            rules[f"vblora_logits_{side}_topk_indices"] = TensorRule((*shape, best), ("U8", "I16", *INDEX_DTYPES))
+            rules[f"vblora_logits_{side}_topk_weights"] = TensorRule((*shape, best - 1))
+        return rules
+
+    def _is_cut(self) -> bool:
+        return bool(self.config.get("save_only_topk_weights", False))
 
     def begin(self, shared: Mapping[str, Tensor], findings: Findings) -> None:
         self._bank = shared[BANK].float()
 
     def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> LoraDelta:
-        logits_a, logits_b = parts["vblora_logits_A"].float(), parts["vblora_logits_B"].float()
         rank, bank = self._sizes()[0], self._bank
+        if self._is_cut():
+            return self._from_weights(linear, parts, findings)
+        logits_a, logits_b = parts["vblora_logits_A"].float(), parts["vblora_logits_B"].float()
 
         def dense() -> Tensor:
             """By a full softmax in which the vectors that are not chosen weigh nothing."""
@@ -99,6 +113,36 @@ class VbLora(PeftReader):
 
         a = self._mix(logits_a).reshape(rank, linear.in_features)
         b = self._mix(logits_b).transpose(1, 2).reshape(linear.out_features, rank)
+        return LoraDelta(linear.name, a, b, 1.0, dense=dense)
+
+    def _from_weights(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> LoraDelta:
+        rank, count, _ = self._sizes()
+        bank = self._bank
+        mixed: dict[str, Tensor] = {}
+        shares: dict[str, Tensor] = {}
+        for side in "AB":
+            name = f"{PEFT_PREFIX}{linear.name}.vblora_logits_{side}"
+            places = parts[f"vblora_logits_{side}_topk_indices"].long()
+            if not (int(places.min()) >= 0 and int(places.max()) < count):
+                found = f"{int(places.min())}..{int(places.max())}"
+                findings.add("index_out_of_range", f"{name}_topk_indices", found, f"0..{count - 1}")
+                places = places.clamp(0, count - 1)
+            first = parts[f"vblora_logits_{side}_topk_weights"].float()
+            weights = torch.cat([first, 1 - first.sum(-1, keepdim=True)], dim=-1)
+            if float(weights.min()) < -_ROUNDING:
+                allowed = "parts of a softmax: from 0 to 1, of a sum of at most 1"
+                findings.add("invalid_value", f"{name}_topk_weights", f"a part of {float(weights.min()):.3g}", allowed)
+            weights = weights.clamp(min=0.0)
+            mixed[side] = (weights[..., None] * bank[places]).sum(-2)
+            shares[side] = torch.zeros(*places.shape[:-1], count).scatter_add_(-1, places, weights)
+
+        def dense() -> Tensor:
+            """Every vector of the bank with its share, most of them 0."""
+            a = (shares["A"] @ bank).reshape(rank, -1)
+            return (shares["B"] @ bank).permute(0, 2, 1).reshape(-1, rank) @ a
+
+        a = mixed["A"].reshape(rank, linear.in_features)
+        b = mixed["B"].transpose(1, 2).reshape(linear.out_features, rank)
         return LoraDelta(linear.name, a, b, 1.0, dense=dense)
 
     def _mix(self, logits: Tensor) -> Tensor:
