@@ -99,6 +99,12 @@ class ParsedAdapter:
     stop_token_ids: tuple[int, ...] = ()
     skipped: tuple[str, ...] = field(default=())
     weight_deltas: tuple[WeightDelta, ...] = ()
+    more_kinds: tuple[Kind, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """``kind`` and, for a sum of unlike terms, the others."""
+        return (self.kind, *self.more_kinds)
 
     def on_base(self, weight_of: Callable[[str], Tensor]) -> ParsedAdapter:
         """The same adapter with its ``weight_deltas`` turned into low-rank ``deltas``; see ``WeightDelta.on``."""

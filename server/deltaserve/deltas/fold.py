@@ -40,6 +40,7 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
     reasons: list[Reason] = []
     terms: dict[str, tuple[Term, ...]] = {}
     scales: dict[str, Tensor] = {}
+    seen: set[tuple[str, type]] = set()
     if base is None and needs_weights(parsed):
         raise ValueError("these deltas are folded with the base's weights; give the base")
     matrices = [delta for delta in parsed.deltas if isinstance(delta, LoraDelta | SparseDelta)]
@@ -47,8 +48,8 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
         linear = spec.linears.get(delta.module)
         if linear is None:
             reasons.append(Reason("unknown_module", delta.module, "a delta", "a linear of the base"))
-        elif delta.module in terms:
-            reasons.append(Reason("duplicate_module", delta.module, "two deltas", "one delta per linear"))
+        elif (delta.module, type(delta)) in seen:
+            reasons.append(Reason("duplicate_module", delta.module, "two deltas", "one delta of a kind per linear"))
         elif misfit := _misfit(delta, linear):
             reasons.append(misfit)
         else:
@@ -59,7 +60,8 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
             else:
                 term = _fold_sparse(delta, linear, dtype)
             reasons.extend(_overflow(delta.module, term, dtype))
-            terms[delta.module] = (term,)
+            terms[delta.module] = (*terms.get(delta.module, ()), term)
+            seen.add((delta.module, type(delta)))
     norms: dict[str, NormTerm] = {}
     if base is not None:
         vectors, norms = fold_vectors(parsed, spec, base, scales, reasons)

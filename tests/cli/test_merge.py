@@ -1,0 +1,263 @@
+"""``deltaserve adapters merge`` from commands to served logits; peft's own merges and full weights are the oracle."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from deltaserve.cli import main
+from deltaserve.cli.workbench import find_sources, workbench
+from deltaserve.model.identify import identify
+from deltaserve_trainer.base import load_model
+from deltaserve_trainer.loss import mean_loss
+from deltaserve_trainer.merging.merge import seeded
+from deltaserve_trainer.methods.lora import LoraMethod
+from deltaserve_trainer.scoring import read_rows
+from deltatest.base_specs import spec_of
+from deltatest.peft_adapters import make_bitfit, make_peft_ia3, make_peft_lora, make_sparse
+from deltatest.runtime_factory import open_runtime
+from deltatest.trainer_base import make_base, write_pairs
+
+PROMPT = [7, 40, 120, 9, 200, 33, 61]
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and a shelf of adapters for it."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("merge")
+    make_base(folder / "base")
+    model = load_model(folder / "base")
+    for seed in (1, 2, 3):
+        make_peft_lora(model, folder / f"lora-{seed}", rank=1 + seed, seed=seed, std=0.1, base_name="base")
+    make_peft_lora(model, folder / "dora", use_dora=True, seed=4, std=0.1, base_name="base")
+    make_peft_lora(model, folder / "stranger", seed=5, base_name="somebody/else")
+    make_peft_ia3(model, folder / "ia3", std=0.05, base_name="base")
+
+    spec = spec_of(model, fingerprint=identify(folder / "base"))
+    for seed in (1, 2):
+        make_sparse(spec, folder / f"sparse-{seed}", seed=seed)
+    make_bitfit(spec, folder / "bitfit")
+    return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """``deltaserve adapters`` on the base, in this process, with a store of its own; its stdout."""
+    monkeypatch.chdir(place)
+
+    def call(*arguments: object, fails: bool = False) -> str:
+        capsys.readouterr()
+        status = 0
+        try:
+            model = () if arguments[0] == "show" else ("--model", "base")
+            main(["adapters", *map(str, arguments), "--store", str(tmp_path / "store"), *model])
+        except SystemExit as stopped:
+            status = int(stopped.code or 0)
+        captured = capsys.readouterr()
+        assert (status != 0) == fails, captured.err
+        assert "Traceback" not in captured.err
+        return captured.err if fails else captured.out
+
+    return call
+
+
+def served(place: Path, store: Path, name: str) -> Tensor:
+    """The engine's logits of the prompt with a stored adapter."""
+    scratch = store.parent / "scratch"
+    scratch.mkdir(exist_ok=True)
+    with workbench(store, str(place / "base"), None, None, scratch) as bench:
+        folder = bench.runtime.store.version_dir(bench.runtime.store.get("default", name).version)
+        plain = scratch / "plain"
+        plain.mkdir()
+        for file in folder.iterdir():
+            if file.name != "manifest.json":
+                (plain / file.name).write_bytes(file.read_bytes())
+        return bench.logits(plain, [PROMPT])[0]
+
+
+def by_peft(place: Path, names: Sequence[str], weights: Sequence[float], **options: Any) -> Tensor:
+    """peft loads the adapters, merges them itself, and answers."""
+    model: Any = load_model(place / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = PeftModel.from_pretrained(copy.deepcopy(model), str(place / names[0]), adapter_name=names[0])
+        for name in names[1:]:
+            wrapped.load_adapter(str(place / name), adapter_name=name)
+        wrapped.add_weighted_adapter(list(names), list(weights), "merged", **options)
+        wrapped.set_adapter("merged")
+    with torch.no_grad():
+        return wrapped.eval()(torch.tensor([PROMPT])).logits[0]
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-4)
+
+
+def test_a_weighted_sum_is_the_concatenation_of_peft(run: Run, place: Path, tmp_path: Path) -> None:
+    out = run(
+        "merge", "lora-1", "lora-2", "--out", "both", "--weights", "0.7,0.4", "--json", "--keep", tmp_path / "kept"
+    )
+    report = json.loads(out)
+    assert report["is_exact"]
+    assert report["adapter"]["kinds"] == ["lora"]
+    assert report["adapter"]["rank"] == 5
+    assert [parent.split("@")[0] for parent in report["parents"]] == ["0.7*lora-1", "0.4*lora-2"]
+    config = json.loads((tmp_path / "kept" / "adapter.json").read_text())
+    assert config["method"].startswith("merge, exact; linear of 0.7*lora-1@")
+    names = ["lora-1", "lora-2"]
+    close(served(place, tmp_path / "store", "both"), by_peft(place, names, [0.7, 0.4], combination_type="cat"))
+
+
+def test_ties_as_low_rank_is_that_of_peft(run: Run, place: Path, tmp_path: Path) -> None:
+    names = ["lora-1", "lora-2", "lora-3"]
+    out = run(
+        *("merge", *names, "--out", "t", "--method", "ties", "--density", "0.4", "--rank", "6", "--json"),
+        *("--keep", tmp_path / "kept"),
+    )
+    report = json.loads(out)
+    told = json.loads((tmp_path / "kept" / "adapter.json").read_text())["method"]
+    assert told.startswith(f"merge, error {report['largest_error']:.3g}; ties density 0.4 rank 6 of lora-1@")
+    assert not report["is_exact"]
+    assert 0 < report["mean_error"] <= report["largest_error"] < 1
+    assert report["worst_module"].startswith("model.layers.")
+    oracle = by_peft(place, names, [1.0] * 3, combination_type="ties_svd", density=0.4, svd_rank=6)
+    close(served(place, tmp_path / "store", "t"), oracle)
+
+
+def test_sparse_adapters_stay_sparse_and_exact(run: Run, place: Path, tmp_path: Path) -> None:
+    report = json.loads(
+        run(
+            "merge",
+            "sparse-1",
+            "sparse-2",
+            "--out",
+            "d",
+            "--method",
+            "dare",
+            "--density",
+            "0.5",
+            "--seed",
+            "3",
+            "--json",
+        )
+    )
+    assert report["is_exact"]
+    assert report["adapter"]["kinds"] == ["sparse"]
+    model = load_model(place / "base")
+    parts = {name: load_file(place / name / "adapter.safetensors") for name in ("sparse-1", "sparse-2")}
+
+    for name, module in model.named_modules():
+        for index, tensors in enumerate(parts.values()):
+            if f"{name}.values" in tensors:
+                weight = module.get_parameter("weight").data
+                mask = torch.bernoulli(torch.full_like(weight, 0.5), generator=seeded(3, f"{index}:{name}"))
+                delta = torch.zeros_like(weight)
+                delta[tensors[f"{name}.rows"].long(), tensors[f"{name}.cols"].long()] = tensors[f"{name}.values"]
+                weight += delta * mask / 0.5
+    with torch.no_grad():
+        close(served(place, tmp_path / "store", "d"), model(torch.tensor([PROMPT])).logits[0])
+
+
+def test_unlike_kinds_add_up(run: Run, place: Path, tmp_path: Path) -> None:
+    """A LoRA, a DoRA, entries and biases in one adapter: equal to all changes made to the weights."""
+    names = ["lora-1", "dora", "sparse-1", "bitfit"]
+    told = run("merge", *names, "--out", "all")
+    assert "exact: the weighted sum of the terms" in told
+    report = {"adapter": json.loads(run("show", "all", "--json"))}
+    assert sorted(report["adapter"]["kinds"]) == ["lora", "sparse", "vector"]
+    model: Any = load_model(place / "base")
+    plain = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for name in ("lora-1", "dora"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuned = PeftModel.from_pretrained(load_model(place / "base"), str(place / name)).merge_and_unload()
+        for key, weight in tuned.state_dict().items():
+            model.state_dict()[key].add_(weight - plain[key])
+    entries = load_file(place / "sparse-1" / "adapter.safetensors")
+    biases = load_file(place / "bitfit" / "adapter.safetensors")
+    for name, module in model.named_modules():
+        if f"{name}.values" in entries:
+            at = entries[f"{name}.rows"].long(), entries[f"{name}.cols"].long()
+            module.weight.data[at] += entries[f"{name}.values"]
+        if f"{name}.bias" in biases:
+            assert module.bias is None
+            module.bias = torch.nn.Parameter(biases[f"{name}.bias"])
+    with torch.no_grad():
+        close(served(place, tmp_path / "store", "all"), model(torch.tensor([PROMPT])).logits[0])
+
+
+def test_the_result_is_served_in_one_batch_with_its_parents(run: Run, place: Path, tmp_path: Path) -> None:
+    run("merge", "lora-1", "sparse-1", "ia3", "--out", "all")
+    models = ["all", "base", "lora-1", "sparse-1", "all"]
+
+    async def answers() -> tuple[list[list[int]], list[list[int]]]:
+        async with open_runtime(place / "base", tmp_path / "store", base_names=("base",), check_each_step=True) as rt:
+            for name in ("lora-1", "sparse-1"):
+                await rt.admit(place / name, name)
+            alone = [(await rt.generate(model, PROMPT)).token_ids for model in models]
+            mixed = await asyncio.gather(*(rt.generate(model, PROMPT) for model in models))
+            return alone, [completion.token_ids for completion in mixed]
+
+    alone, mixed = asyncio.run(answers())
+    assert alone == mixed
+    assert alone[0] == alone[4]
+    assert len({tuple(ids) for ids in alone}) == 4
+
+
+def test_greedy_soup_keeps_what_helps_by_the_engines_own_loss(run: Run, place: Path, tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "held-out.jsonl", 6)
+    names = ["lora-1", "lora-2", "lora-3"]
+    report = json.loads(run("merge", *names, "--out", "s", "--method", "greedy-soup", "--data", data, "--json"))
+    assert report["loss"] <= min(report["losses"])
+    assert report["chosen"]
+    rows = read_rows(data, place / "base", max_rows=64, max_length=256)
+    for name, loss in zip(names, report["losses"], strict=True):
+        tuned = LoraMethod.load(load_model(place / "base"), place / name).model
+        measured = mean_loss(tuned, rows, batch_size=8, pad_token_id=0, precision="float32")
+        assert loss == pytest.approx(measured, abs=1e-4)
+
+
+def test_names_versions_and_folders_are_sources(run: Run, place: Path, tmp_path: Path) -> None:
+    first = json.loads(run("add", "lora-1", "--name", "a", "--json"))["version"]
+    run("add", "lora-2", "--name", "a")
+    (tmp_path / "scratch").mkdir()
+    sources = find_sources(["a", f"a@{first[:10]}", "lora-3"], tmp_path / "store", tmp_path / "scratch")
+    assert [source.name for source in sources] == ["a", "a", "lora-3"]
+    assert sources[1].version == first
+    assert sources[0].version != first
+    assert sources[1].told == f"a@{first[:12]}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["lora-1", "lora-2", "--out", "../x"], "not a valid name"),
+        (["lora-1", "lora-2", "--out", "x", "--weights", "a,b"], "write numbers as"),
+        (["lora-1", "lora-2", "--out", "x", "--weights", "1"], "1 weights for 2 adapters"),
+        (["lora-1", "--out", "x", "--method", "ties"], "at least 2 adapters"),
+        (["lora-1", "lora-2", "--out", "x", "--method", "greedy-soup"], "give --data"),
+        (["lora-1", "nowhere", "--out", "x"], "'nowhere' is no folder either"),
+        (["lora-1", "stranger", "--out", "x"], "base_mismatch"),
+        (["lora-1", "lora-1", "--out", "x", "--weights", "1,-1"], "does not change the base"),
+        (["lora-1", "lora-2", "--out", "x", "--keep", "lora-3"], "is there already"),
+        (["sparse-1", "ia3", "--out", "x", "--method", "ties", "--form", "lora"], "give --rank"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_is_added(
+    run: Run, tmp_path: Path, arguments: list[str], told: str
+) -> None:
+    assert told in run("merge", *arguments, fails=True)
+    assert not list((tmp_path / "store").glob("versions/*"))
