@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaserve_trainer.data import read_dataset
 from deltaserve_trainer.encoding import EncodedExample, Encoder
@@ -33,6 +33,13 @@ def loss_of(logits: Sequence[Tensor], rows: Sequence[EncodedExample]) -> float:
         total += float(F.cross_entropy(scores[:-1][is_trained].float(), targets[is_trained], reduction="sum"))
         count += int(is_trained.sum())
     return total / count
+
+
+@torch.no_grad()
+def model_logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Of every position, float32 [num_tokens, vocab], by a plain transformers model."""
+    model.eval()
+    return [model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float() for ids in prompts]
 
 
 def divergence(meant: Sequence[Tensor], found: Sequence[Tensor]) -> float:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from deltaserve import __version__
-from deltaserve.cli import adapters, demo, keys, merge, serve, store, train
+from deltaserve.cli import adapters, demo, extract, keys, merge, serve, store, train
 
 app = typer.Typer(
     name="deltaserve",
@@ -23,6 +23,7 @@ app.command("train")(train.train)
 app.command("evaluate")(train.evaluate)
 app.command("demo")(demo.demo)
 adapters.app.command("merge")(merge.merge)
+adapters.app.command("extract")(extract.extract)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(store.app, name="store")
 app.add_typer(keys.app, name="keys")

@@ -21,7 +21,7 @@ from deltaserve.admission.folders import adapter_files
 from deltaserve.cli.base_choice import base_folder
 from deltaserve.cli.connection import find_server
 from deltaserve.cli.local_door import admit_into
-from deltaserve.cli.registration import engine_logits
+from deltaserve.cli.registration import base_logits, engine_logits
 from deltaserve.config import DTypeName, ServeConfig
 from deltaserve.errors import NotFound
 from deltaserve.remote import RemoteServer
@@ -94,13 +94,16 @@ class Workbench:
         match_base(adapter, spec, names, accept_base=accept_base or source.was_admitted)
         return adapter
 
-    def logits(self, adapter: Path, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """The engine's logits of every position with the adapter in a folder, float32 [num_tokens, vocab]."""
+    def logits(self, adapter: Path | None, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The engine's logits of every position with the adapter in a folder (None: of the base), float32
+        [num_tokens, vocab]."""
+        if adapter is None:
+            return self._loop.run(base_logits(self.runtime, prompts))
         with tempfile.TemporaryDirectory(dir=self.scratch) as place:
             rows = [list(prompt) for prompt in prompts]
             return self._loop.run(engine_logits(self.runtime, adapter, rows, Path(place)))
 
-    def loss(self, adapter: Path, rows: Sequence[EncodedExample]) -> float:
+    def loss(self, adapter: Path | None, rows: Sequence[EncodedExample]) -> float:
         """Mean nats per trained token, by the engine."""
         return loss_of(self.logits(adapter, [row.input_ids for row in rows]), rows)
 
