@@ -141,7 +141,6 @@ def test_what_is_not_carried_is_told_and_provenance_is_kept(done: dict[str, Any]
         (["--budget", "100"], "the least is"),
         (["--budget", "lots"], "512MB"),
         (["--tuned", "nowhere"], "no folder with a config.json"),
-        (["--tuned", "base"], "no linear and no norm differs"),
         (["--dtype", "int4"], "choose one of float16"),
         (["--run-dir", "base"], "holds files already"),
         (["--out", "a/b"], "not a valid name"),

@@ -6,7 +6,8 @@ import asyncio
 import copy
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deltaserve.cli import main
-from deltaserve.cli.workbench import find_sources, workbench
+from deltaserve.cli.merge import Outcome, merge_here
+from deltaserve.cli.workbench import Workbench, find_sources, workbench
+from deltaserve.errors import InvalidRequest
 from deltaserve.model.identify import identify
+from deltaserve_store.errors import BaseMismatch
 from deltaserve_trainer.base import load_model
+from deltaserve_trainer.errors import MergeRefused
 from deltaserve_trainer.loss import mean_loss
 from deltaserve_trainer.merging.merge import seeded
+from deltaserve_trainer.merging.options import MergeOptions
 from deltaserve_trainer.methods.lora import LoraMethod
 from deltaserve_trainer.scoring import read_rows
 from deltatest.base_specs import spec_of
@@ -74,18 +80,30 @@ def run(capsys: pytest.CaptureFixture[str], place: Path, tmp_path: Path, monkeyp
     return call
 
 
-def served(place: Path, store: Path, name: str) -> Tensor:
-    """The engine's logits of the prompt with a stored adapter."""
-    scratch = store.parent / "scratch"
-    scratch.mkdir(exist_ok=True)
-    with workbench(store, str(place / "base"), None, None, scratch) as bench:
-        folder = bench.runtime.store.version_dir(bench.runtime.store.get("default", name).version)
-        plain = scratch / "plain"
-        plain.mkdir()
-        for file in folder.iterdir():
-            if file.name != "manifest.json":
-                (plain / file.name).write_bytes(file.read_bytes())
-        return bench.logits(plain, [PROMPT])[0]
+@pytest.fixture(scope="module")
+def shared(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
+    """One runtime for all tests that need not start their own."""
+    scratch = tmp_path_factory.mktemp("bench")
+    with workbench(scratch / "store", str(place / "base"), None, None, scratch) as bench:
+        yield bench
+
+
+@pytest.fixture
+def bench(shared: Workbench, tmp_path: Path) -> Workbench:
+    shared.scratch = tmp_path
+    return shared
+
+
+def merged(bench: Workbench, place: Path, names: Sequence[str], **options: Any) -> tuple[Outcome, dict, Tensor]:
+    """What the command does between reading its options and printing: the outcome, the door's answer, the logits."""
+    sources = find_sources([str(place / name) for name in names], place / "no-store", bench.scratch)
+    outcome = merge_here(bench, sources, MergeOptions(**options), max_rows=64)
+    return outcome, bench.admit(outcome.folder, "result", source="merge"), served(bench, outcome.folder)
+
+
+def served(bench: Workbench, folder: Path) -> Tensor:
+    """The engine's logits of the prompt."""
+    return bench.logits(folder, [PROMPT])[0]
 
 
 def by_peft(place: Path, names: Sequence[str], weights: Sequence[float], **options: Any) -> Tensor:
@@ -106,7 +124,7 @@ def close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-4)
 
 
-def test_a_weighted_sum_is_the_concatenation_of_peft(run: Run, place: Path, tmp_path: Path) -> None:
+def test_a_weighted_sum_is_the_concatenation_of_peft(run: Run, bench: Workbench, place: Path, tmp_path: Path) -> None:
     out = run(
         "merge", "lora-1", "lora-2", "--out", "both", "--weights", "0.7,0.4", "--json", "--keep", tmp_path / "kept"
     )
@@ -118,44 +136,26 @@ def test_a_weighted_sum_is_the_concatenation_of_peft(run: Run, place: Path, tmp_
     config = json.loads((tmp_path / "kept" / "adapter.json").read_text())
     assert config["method"].startswith("merge, exact; linear of 0.7*lora-1@")
     names = ["lora-1", "lora-2"]
-    close(served(place, tmp_path / "store", "both"), by_peft(place, names, [0.7, 0.4], combination_type="cat"))
+    close(served(bench, tmp_path / "kept"), by_peft(place, names, [0.7, 0.4], combination_type="cat"))
 
 
-def test_ties_as_low_rank_is_that_of_peft(run: Run, place: Path, tmp_path: Path) -> None:
+def test_ties_as_low_rank_is_that_of_peft(bench: Workbench, place: Path) -> None:
     names = ["lora-1", "lora-2", "lora-3"]
-    out = run(
-        *("merge", *names, "--out", "t", "--method", "ties", "--density", "0.4", "--rank", "6", "--json"),
-        *("--keep", tmp_path / "kept"),
-    )
-    report = json.loads(out)
-    told = json.loads((tmp_path / "kept" / "adapter.json").read_text())["method"]
-    assert told.startswith(f"merge, error {report['largest_error']:.3g}; ties density 0.4 rank 6 of lora-1@")
+    outcome, _, logits = merged(bench, place, names, method="ties", density=0.4, rank=6)
+    report = outcome.report
     assert not report["is_exact"]
     assert 0 < report["mean_error"] <= report["largest_error"] < 1
     assert report["worst_module"].startswith("model.layers.")
-    oracle = by_peft(place, names, [1.0] * 3, combination_type="ties_svd", density=0.4, svd_rank=6)
-    close(served(place, tmp_path / "store", "t"), oracle)
+    assert f"relative error at most {report['largest_error']:.3g} ({report['worst_module']})" in outcome.lines()[1]
+    told = json.loads((outcome.folder / "adapter.json").read_text())["method"]
+    assert told.startswith(f"merge, error {report['largest_error']:.3g}; ties density 0.4 rank 6 of lora-1@")
+    close(logits, by_peft(place, names, [1.0] * 3, combination_type="ties_svd", density=0.4, svd_rank=6))
 
 
-def test_sparse_adapters_stay_sparse_and_exact(run: Run, place: Path, tmp_path: Path) -> None:
-    report = json.loads(
-        run(
-            "merge",
-            "sparse-1",
-            "sparse-2",
-            "--out",
-            "d",
-            "--method",
-            "dare",
-            "--density",
-            "0.5",
-            "--seed",
-            "3",
-            "--json",
-        )
-    )
-    assert report["is_exact"]
-    assert report["adapter"]["kinds"] == ["sparse"]
+def test_sparse_adapters_stay_sparse_and_exact(bench: Workbench, place: Path) -> None:
+    outcome, admitted, logits = merged(bench, place, ["sparse-1", "sparse-2"], method="dare", density=0.5, seed=3)
+    assert outcome.report["is_exact"]
+    assert admitted["kinds"] == ["sparse"]
     model = load_model(place / "base")
     parts = {name: load_file(place / name / "adapter.safetensors") for name in ("sparse-1", "sparse-2")}
 
@@ -168,16 +168,14 @@ def test_sparse_adapters_stay_sparse_and_exact(run: Run, place: Path, tmp_path: 
                 delta[tensors[f"{name}.rows"].long(), tensors[f"{name}.cols"].long()] = tensors[f"{name}.values"]
                 weight += delta * mask / 0.5
     with torch.no_grad():
-        close(served(place, tmp_path / "store", "d"), model(torch.tensor([PROMPT])).logits[0])
+        close(logits, model(torch.tensor([PROMPT])).logits[0])
 
 
-def test_unlike_kinds_add_up(run: Run, place: Path, tmp_path: Path) -> None:
+def test_unlike_kinds_add_up(bench: Workbench, place: Path) -> None:
     """A LoRA, a DoRA, entries and biases in one adapter: equal to all changes made to the weights."""
-    names = ["lora-1", "dora", "sparse-1", "bitfit"]
-    told = run("merge", *names, "--out", "all")
-    assert "exact: the weighted sum of the terms" in told
-    report = {"adapter": json.loads(run("show", "all", "--json"))}
-    assert sorted(report["adapter"]["kinds"]) == ["lora", "sparse", "vector"]
+    outcome, admitted, logits = merged(bench, place, ["lora-1", "dora", "sparse-1", "bitfit"], method="linear")
+    assert "exact: the weighted sum of the terms, each number rounded once" in outcome.lines()
+    assert sorted(admitted["kinds"]) == ["lora", "sparse", "vector"]
     model: Any = load_model(place / "base")
     plain = {name: weight.clone() for name, weight in model.state_dict().items()}
     for name in ("lora-1", "dora"):
@@ -196,7 +194,7 @@ def test_unlike_kinds_add_up(run: Run, place: Path, tmp_path: Path) -> None:
             assert module.bias is None
             module.bias = torch.nn.Parameter(biases[f"{name}.bias"])
     with torch.no_grad():
-        close(served(place, tmp_path / "store", "all"), model(torch.tensor([PROMPT])).logits[0])
+        close(logits, model(torch.tensor([PROMPT])).logits[0])
 
 
 def test_the_result_is_served_in_one_batch_with_its_parents(run: Run, place: Path, tmp_path: Path) -> None:
@@ -217,10 +215,11 @@ def test_the_result_is_served_in_one_batch_with_its_parents(run: Run, place: Pat
     assert len({tuple(ids) for ids in alone}) == 4
 
 
-def test_greedy_soup_keeps_what_helps_by_the_engines_own_loss(run: Run, place: Path, tmp_path: Path) -> None:
+def test_greedy_soup_keeps_what_helps_by_the_engines_own_loss(bench: Workbench, place: Path, tmp_path: Path) -> None:
     data = write_pairs(tmp_path / "held-out.jsonl", 6)
     names = ["lora-1", "lora-2", "lora-3"]
-    report = json.loads(run("merge", *names, "--out", "s", "--method", "greedy-soup", "--data", data, "--json"))
+    outcome, _, _ = merged(bench, place, names, method="greedy-soup", data=str(data))
+    report = outcome.report
     assert report["loss"] <= min(report["losses"])
     assert report["chosen"]
     rows = read_rows(data, place / "base", max_rows=64, max_length=256)
@@ -230,15 +229,22 @@ def test_greedy_soup_keeps_what_helps_by_the_engines_own_loss(run: Run, place: P
         assert loss == pytest.approx(measured, abs=1e-4)
 
 
-def test_names_versions_and_folders_are_sources(run: Run, place: Path, tmp_path: Path) -> None:
-    first = json.loads(run("add", "lora-1", "--name", "a", "--json"))["version"]
-    run("add", "lora-2", "--name", "a")
-    (tmp_path / "scratch").mkdir()
-    sources = find_sources(["a", f"a@{first[:10]}", "lora-3"], tmp_path / "store", tmp_path / "scratch")
+def test_names_versions_and_folders_are_sources(bench: Workbench, place: Path, tmp_path: Path) -> None:
+    first = bench.admit(place / "lora-1", "a", source="test")["version"]
+    bench.admit(place / "lora-2", "a", source="test")
+    store = bench.runtime.store._folders.root
+    (tmp_path / "copies").mkdir()
+    sources = find_sources(["a", f"a@{first[:10]}", str(place / "lora-3")], store, tmp_path / "copies")
     assert [source.name for source in sources] == ["a", "a", "lora-3"]
     assert sources[1].version == first
     assert sources[0].version != first
     assert sources[1].told == f"a@{first[:12]}"
+    fingerprint = bench.runtime.base.spec.fingerprint
+    assert [source.admitted_for for source in sources] == [fingerprint, fingerprint, None]
+    for source in sources:
+        assert bench.read(source).rank
+    with pytest.raises(InvalidRequest, match="admitted for another base"):
+        bench.read(replace(sources[0], admitted_for="cd" * 32))
 
 
 @pytest.mark.parametrize(
@@ -250,10 +256,8 @@ def test_names_versions_and_folders_are_sources(run: Run, place: Path, tmp_path:
         (["lora-1", "--out", "x", "--method", "ties"], "at least 2 adapters"),
         (["lora-1", "lora-2", "--out", "x", "--method", "greedy-soup"], "give --data"),
         (["lora-1", "nowhere", "--out", "x"], "'nowhere' is no folder either"),
-        (["lora-1", "stranger", "--out", "x"], "base_mismatch"),
-        (["lora-1", "lora-1", "--out", "x", "--weights", "1,-1"], "does not change the base"),
         (["lora-1", "lora-2", "--out", "x", "--keep", "lora-3"], "is there already"),
-        (["sparse-1", "ia3", "--out", "x", "--method", "ties", "--form", "lora"], "give --rank"),
+        (["lora-1", "lora-2", "--out", "x", "--method", "soup", "--density", "0.5"], "no option of soup"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_added(
@@ -261,3 +265,19 @@ def test_what_cannot_be_is_refused_and_nothing_is_added(
 ) -> None:
     assert told in run("merge", *arguments, fails=True)
     assert not list((tmp_path / "store").glob("versions/*"))
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "told"),
+    [
+        (["lora-1", "stranger"], {"method": "soup"}, "base_mismatch"),
+        (["lora-1", "lora-1"], {"method": "linear", "weights": (1.0, -1.0)}, "does not change the base"),
+        (["sparse-1", "ia3"], {"method": "ties", "form": "lora"}, "give --rank"),
+    ],
+)
+def test_what_turns_out_impossible_is_refused(
+    bench: Workbench, place: Path, names: list[str], options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises((MergeRefused, BaseMismatch)) as raised:
+        merged(bench, place, names, **options)
+    assert told in str(raised.value) + "".join(reason.code for reason in getattr(raised.value, "reasons", ()))

@@ -104,7 +104,7 @@ def test_low_rank_alone_takes_the_largest_singular_values_of_all() -> None:
 
 def test_more_bytes_keep_more() -> None:
     spectra = {"a": spectrum(drawn(OUT, IN)), "b": spectrum(peaked(20, 3)), "same": spectrum(torch.zeros(OUT, IN))}
-    kept = [best_plan(spectra, budget, number_bytes=2).kept for budget in range(0, 1500, 50)]
+    kept = [best_plan(spectra, budget, number_bytes=2).kept for budget in range(0, 1600, 200)]
     assert kept == sorted(kept)
     assert kept[-1] == pytest.approx(sum(part.total for part in spectra.values()), rel=1e-6)
 

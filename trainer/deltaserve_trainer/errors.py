@@ -72,6 +72,12 @@ class ExtractRefused(TrainingError):
     code = "extract_refused"
 
 
+class RebaseRefused(TrainingError):
+    """The adapter has no place on the new base."""
+
+    code = "rebase_refused"
+
+
 class TrainingInterrupted(Exception):
     """A signal stopped the run after its state was saved. ``exit_code`` is 130 for SIGINT and 143 for SIGTERM."""
 

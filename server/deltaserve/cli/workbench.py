@@ -23,7 +23,7 @@ from deltaserve.cli.connection import find_server
 from deltaserve.cli.local_door import admit_into
 from deltaserve.cli.registration import base_logits, engine_logits
 from deltaserve.config import DTypeName, ServeConfig
-from deltaserve.errors import NotFound
+from deltaserve.errors import InvalidRequest, NotFound
 from deltaserve.remote import RemoteServer
 from deltaserve.runtime import Runtime
 from deltaserve_store import errors as store_errors
@@ -40,12 +40,15 @@ MAX_ROW_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An adapter to start from: its files in a folder of their own, and what to call it in provenance."""
+    """An adapter to start from: its files in a folder of their own, and what to call it in provenance.
+
+    ``admitted_for``: fingerprint of the base whose door it passed; None for a folder.
+    """
 
     name: str
     folder: Path
     version: str
-    was_admitted: bool
+    admitted_for: str | None = None
 
     @property
     def told(self) -> str:
@@ -89,9 +92,11 @@ class Workbench:
     def read(self, source: Source, *, accept_base: bool = False) -> ParsedAdapter:
         """Checked as at the door; raises ``AdapterInvalid`` and ``BaseMismatch``."""
         spec = self.runtime.base.spec
+        if source.admitted_for not in (None, spec.fingerprint):
+            raise InvalidRequest(f"{source.name} was admitted for another base; give that one with --model.")
         adapter = read_adapter(source.folder, spec)
         names = (*self.runtime.base_names, *spec.names)
-        match_base(adapter, spec, names, accept_base=accept_base or source.was_admitted)
+        match_base(adapter, spec, names, accept_base=accept_base or source.admitted_for is not None)
         return adapter
 
     def logits(self, adapter: Path | None, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -148,7 +153,7 @@ def find_sources(names: Sequence[str], store: Path, scratch: Path) -> list[Sourc
         if Path(name).is_dir():
             for file in adapter_files(Path(name))[0]:
                 shutil.copyfile(file, copy / file.name)
-            found.append(Source(Path(name).resolve().name, copy, content_digest(copy), False))
+            found.append(Source(Path(name).resolve().name, copy, content_digest(copy)))
             continue
         try:
             with AdapterStore.open(store, lock=False) as opened:
@@ -158,5 +163,5 @@ def find_sources(names: Sequence[str], store: Path, scratch: Path) -> list[Sourc
                     shutil.copyfile(stored / file_name, copy / file_name)
         except store_errors.NotFound as missing:
             raise NotFound(f"{missing.message}. {name!r} is no folder either.", param="adapters") from missing
-        found.append(Source(record.name, copy, record.version, True))
+        found.append(Source(record.name, copy, record.version, record.base.fingerprint))
     return found
