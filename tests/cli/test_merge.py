@@ -23,6 +23,7 @@ from deltaserve.cli.workbench import Workbench, find_sources, workbench
 from deltaserve.errors import InvalidRequest
 from deltaserve.model.identify import identify
 from deltaserve_store.errors import BaseMismatch
+from deltaserve_store.store import AdapterStore
 from deltaserve_trainer.base import load_model
 from deltaserve_trainer.errors import MergeRefused
 from deltaserve_trainer.loss import mean_loss
@@ -281,3 +282,23 @@ def test_what_turns_out_impossible_is_refused(
     with pytest.raises((MergeRefused, BaseMismatch)) as raised:
         merged(bench, place, names, **options)
     assert told in str(raised.value) + "".join(reason.code for reason in getattr(raised.value, "reasons", ()))
+
+
+def test_a_server_that_holds_the_store_gets_the_files(
+    run: Run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What needs an engine runs here all the same; the door is the server's, and the store is only read."""
+    sent: list[tuple[list[str], str]] = []
+
+    class Server:
+        def upload(self, files: Sequence[Path], name: str) -> dict[str, Any]:
+            sent.append((sorted(file.name for file in files), name))
+            return {"created": True, "version": "ab" * 32}
+
+    run("add", "lora-1", "--name", "a")
+    before = sorted(path.name for path in (tmp_path / "store" / "versions").iterdir())
+    monkeypatch.setattr("deltaserve.cli.workbench.find_server", lambda *_: Server())
+    with AdapterStore.open(tmp_path / "store"):  # the server's lock
+        assert "both: added, version abababababab" in run("merge", "a", "lora-2", "--out", "both")
+    assert sent == [(["adapter.json", "adapter.safetensors"], "both")]
+    assert sorted(path.name for path in (tmp_path / "store" / "versions").iterdir()) == before

@@ -124,6 +124,9 @@ def test_pieces_of_a_smaller_plan_are_the_beginning_of_a_larger_ones() -> None:
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
             else:
                 assert int((found != 0).sum()) == choice.size
+                entries = update.linears[name].entries
+                assert entries is not None
+                assert bool((entries.keys.diff() > 0).all())
                 assert torch.equal(found[found != 0], deltas[name][found != 0])
 
 

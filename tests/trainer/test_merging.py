@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -394,3 +395,26 @@ def test_scales_on_both_sides_have_no_sum() -> None:
     merged = merge(updates(one, other), MergeOptions("ties", form="sparse", density=1.0), SPEC, BASE)
     dense = [matrix(part, LAYERS[0]) for part in updates(one, other)]
     same(matrix(merged.update, LAYERS[0]), _untrimmed(dense, (1.0, 1.0)))
+
+
+def test_what_a_field_alone_tells_is_not_left_out() -> None:
+    """Kinds that come later may be told by a field of the adapter or of a delta: they must not be merged by half."""
+
+    @dataclass(frozen=True, slots=True)
+    class Later(ParsedAdapter):
+        prefix: object = None
+
+    @dataclass(frozen=True, slots=True)
+    class Wider(VectorDelta):
+        in_bias: Tensor | None = None
+
+    plain = lora(1)
+    known = {item.name: getattr(plain, item.name) for item in fields(plain)}
+    update_of(Later(**known), SPEC, BASE)
+    with pytest.raises(MergeRefused, match="the adapter has prefix"):
+        update_of(Later(**known, prefix=object()), SPEC, BASE)
+    update_of(adapter(Wider(LAYERS[0], bias=drawn(OUT))), SPEC, BASE)
+    with pytest.raises(MergeRefused, match="has in_bias"):
+        update_of(adapter(Wider(LAYERS[0], in_bias=drawn(IN))), SPEC, BASE)
+    with pytest.raises(MergeRefused, match="both sides"):
+        update_of(adapter(VectorDelta(LAYERS[0], out_scale=drawn(OUT), in_scale=drawn(IN))), SPEC, BASE)

@@ -161,7 +161,10 @@ def _shapes(module: str, told: Any, base: BaseSpec, findings: Findings) -> dict[
         findings.add("invalid_value", where, told, FIELDS["modules"])
         return {}
     shapes: dict[str, tuple[int, ...]] = {}
-    if "vectors" in told:
+    if isinstance(told.get("vectors"), list) and {"in_scale", "out_scale"} <= set(map(str, told["vectors"])):
+        # Its strength would not be linear, and the terms beside it are.
+        findings.add("unsupported_feature", where, "scales on both sides of one linear", "a scale on one side")
+    elif "vectors" in told:
         sizes = vector_sizes(module, told["vectors"], base, findings, allowed=FIELDS["modules"])
         shapes |= {name: (size,) for name, size in sizes.items()}
     if linear is not None and "rank" in told:

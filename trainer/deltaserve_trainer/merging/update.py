@@ -9,8 +9,8 @@ base's place (trained biases, norms, DoRA's magnitudes) becomes its difference f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -79,10 +79,12 @@ class Update:
 
 
 def update_of(adapter: ParsedAdapter, spec: BaseSpec, base: BaseWeights) -> Update:
-    """Raises ``MergeRefused`` for a kind of delta that has no such form."""
+    """Raises ``MergeRefused`` for whatever has no such form, also where only a field tells of it."""
+    _check_known(adapter, _KNOWN_OF_ADAPTER, "the adapter")
     linears: dict[str, LinearUpdate] = {}
     norms: dict[str, Mapping[str, Tensor]] = {}
     for delta in adapter.on_base(base.weight).deltas:
+        _check_known(delta, _KNOWN, delta.module)
         if isinstance(delta, NormDelta):
             norms[delta.module] = _norm_change(delta, base)
         elif isinstance(delta, LoraDelta | SparseDelta | VectorDelta):
@@ -93,10 +95,31 @@ def update_of(adapter: ParsedAdapter, spec: BaseSpec, base: BaseWeights) -> Upda
             linears[delta.module] = change if before is None else add_linears([(1.0, before), (1.0, change)])
         else:
             raise MergeRefused(
-                f"{type(delta).__name__} of {delta.module} is no sum of low-rank, sparse and vector terms; "
-                "only adapters of those can be merged"
+                f"{type(delta).__name__} of {delta.module} is no low-rank, sparse or vector term; only those add up"
             )
     return Update(linears, norms)
+
+
+_KNOWN_OF_ADAPTER = frozenset(
+    {
+        *("kind", "more_kinds", "file_format", "deltas", "weight_deltas", "config", "base_name", "base_fingerprint"),
+        *("rank", "num_parameters", "chat_template", "stop_token_ids", "skipped"),
+    }
+)
+_KNOWN = frozenset(
+    {
+        *("module", "a", "b", "scaling", "magnitude", "dense", "rows", "cols", "values", "gain", "shift", "replaces"),
+        *("out_scale", "in_scale", "bias", "new_bias", "scales_bias"),
+    }
+)
+
+
+def _check_known(holder: Any, known: frozenset[str], where: str) -> None:
+    """Nothing is left out in silence: a field that came later, and says something, is refused by name."""
+    for item in fields(holder):
+        value = getattr(holder, item.name)
+        if item.name not in known and not (value is item.default or (isinstance(value, tuple) and not value)):
+            raise MergeRefused(f"{where} has {item.name}, which has no part in a sum of terms")
 
 
 def add_linears(parts: Sequence[tuple[float, LinearUpdate]]) -> LinearUpdate:
@@ -147,6 +170,8 @@ def _linear_change(
         norms = torch.linalg.vector_norm(base.weight(delta.module) + factors.dense(), dim=1)
         scale = delta.magnitude.float().flatten() / norms
         return LinearUpdate(shape, Factors(factors.a, scale[:, None] * factors.b), vectors={"out_gate": scale - 1})
+    if delta.out_scale is not None and delta.in_scale is not None:
+        raise MergeRefused(f"{delta.module} is scaled on both sides, which is no sum; only one side adds up")
     vectors: dict[str, Tensor] = {}
     stored = base.bias(delta.module)
     stored = torch.zeros(shape[0]) if stored is None else stored
