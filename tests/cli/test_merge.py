@@ -175,7 +175,7 @@ def test_sparse_adapters_stay_sparse_and_exact(bench: Workbench, place: Path) ->
 def test_unlike_kinds_add_up(bench: Workbench, place: Path) -> None:
     """A LoRA, a DoRA, entries and biases in one adapter: equal to all changes made to the weights."""
     outcome, admitted, logits = merged(bench, place, ["lora-1", "dora", "sparse-1", "bitfit"], method="linear")
-    assert "exact: the weighted sum of the terms, each number rounded once" in outcome.lines()
+    assert "exact: every number is what the method says, rounded once" in outcome.lines()
     assert sorted(admitted["kinds"]) == ["lora", "sparse", "vector"]
     model: Any = load_model(place / "base")
     plain = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -223,6 +223,8 @@ def test_greedy_soup_keeps_what_helps_by_the_engines_own_loss(bench: Workbench, 
     report = outcome.report
     assert report["loss"] <= min(report["losses"])
     assert report["chosen"]
+    told = json.loads((outcome.folder / "adapter.json").read_text())["method"]
+    assert told == f"merge, exact; greedy-soup of {', '.join(report['chosen'])}"
     rows = read_rows(data, place / "base", max_rows=64, max_length=256)
     for name, loss in zip(names, report["losses"], strict=True):
         tuned = LoraMethod.load(load_model(place / "base"), place / name).model

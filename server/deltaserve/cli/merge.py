@@ -104,7 +104,7 @@ class Outcome:
         report = self.report
         told = [f"{report['method']} of {', '.join(report['parents'])}"]
         if report["is_exact"]:
-            told.append("exact: the weighted sum of the terms, each number rounded once")
+            told.append("exact: every number is what the method says, rounded once")
         else:
             told.append(
                 f"lost: {report['lost']}; relative error at most {report['largest_error']:.3g} "
@@ -145,12 +145,13 @@ def merge_here(
         errors[module] = errors.get(module, 0.0) + error
     is_exact = max(errors.values(), default=0.0) < 1e-6
     worst = max(errors, key=errors.__getitem__, default=None)
+    parents = [
+        source.told if options.weights is None else f"{weight:g}*{source.told}"
+        for source, weight in zip(sources, options.weights_for(len(sources)), strict=True)
+    ]
     report = {
         "method": options.told(),
-        "parents": [
-            source.told if options.weights is None else f"{weight:g}*{source.told}"
-            for source, weight in zip(sources, options.weights_for(len(sources)), strict=True)
-        ],
+        "parents": parents,
         "is_exact": is_exact,
         "lost": None if is_exact else _lost(options, is_low_rank_fit),
         "largest_error": max(errors.values(), default=0.0),
@@ -167,7 +168,7 @@ def merge_here(
         folder,
         spec.fingerprint,
         base_name=bench.runtime.base_names[0],
-        method=f"merge, {told} of {', '.join(report['parents'])}",
+        method=f"merge, {told} of {', '.join(facts.get('chosen', parents))}",
         **_shared_manners(parsed, notes),
     )
     return Outcome(folder, report, tuple(notes))
