@@ -70,7 +70,8 @@ def load_method(model: nn.Module, folder: Path, base: Base) -> Method:
         from deltaserve_trainer.methods.lora import LoraMethod
 
         return LoraMethod.load(model, folder)
-    if parsed.weight_deltas or not all(isinstance(delta, SparseDelta) for delta in parsed.deltas):
+    is_sparse = parsed.kinds == ("sparse",) and all(isinstance(delta, SparseDelta) for delta in parsed.deltas)
+    if parsed.weight_deltas or not is_sparse:
         from deltaserve_trainer.methods.folded import FoldedMethod
 
         return FoldedMethod(model, parsed, spec)
