@@ -51,6 +51,13 @@ ALLOWED: dict[str, set[str]] = {
         "deltaserve.tinybase",
         "deltaserve_store",
     },
+    "deltaserve_trainer.merging": {"deltaserve_trainer.errors", "deltaserve_store"},
+    "deltaserve_trainer.extraction": {
+        "deltaserve_trainer.base",
+        "deltaserve_trainer.errors",
+        "deltaserve_trainer.merging",
+        "deltaserve_store",
+    },
 }
 # Third-party packages that only some parts may import.
 CONFINED = {

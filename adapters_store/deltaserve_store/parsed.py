@@ -154,6 +154,12 @@ class ParsedAdapter:
     stop_token_ids: tuple[int, ...] = ()
     skipped: tuple[str, ...] = field(default=())
     weight_deltas: tuple[BaseDelta, ...] = ()
+    more_kinds: tuple[Kind, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """``kind`` and, for a sum of unlike terms, the others."""
+        return (self.kind, *self.more_kinds)
 
     @property
     def lossy_deltas(self) -> tuple[LoraDelta, ...]:

@@ -183,7 +183,7 @@ def _describe(folder: Path, names: tuple[str, str], parsed: ParsedAdapter) -> Ad
     files = tuple(StoredFile(name, (folder / name).stat().st_size, file_sha256(folder / name)) for name in names)
     return AdapterManifest(
         version=content_digest(folder),
-        kinds=(parsed.kind,),
+        kinds=parsed.kinds,
         file_format=parsed.file_format,
         rank=parsed.rank,
         bytes=sum(file.bytes for file in files),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from deltaserve.deltas.fold import dense_delta, dense_deltas, fold, fold_key
-from deltaserve.deltas.folded import FOLD_VERSION, LowRankTerm, SparseTerm
+from deltaserve.deltas.folded import FOLD_VERSION, FoldedAdapter, LowRankTerm, SparseTerm
 from deltaserve.errors import AdapterRefused
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter, SparseDelta
 from deltaserve_store.spec import BaseSpec, LinearSpec
@@ -156,3 +158,18 @@ def test_overflow_in_the_cast_is_refused() -> None:
 
 def test_fold_key_tells_base_dtype_and_fold_version() -> None:
     assert fold_key("abc", torch.bfloat16) == f"abc-bfloat16-fold{FOLD_VERSION}"
+
+
+def test_terms_of_two_kinds_on_one_linear_add_up(tmp_path: Path) -> None:
+    low, entries = lora("layers.0.q", 4, 0.5), sparse("layers.0.q", 20)
+    folded = fold(parsed(low, entries), SPEC, torch.float32)
+    assert [type(term) for term in folded.terms["layers.0.q"]] == [LowRankTerm, SparseTerm]
+    assert folded.kinds == ("lora", "sparse")
+    expected = 0.5 * (low.b @ low.a)
+    expected[entries.rows.long(), entries.cols.long()] += entries.values
+    torch.testing.assert_close(dense_delta(folded, "layers.0.q", SPEC), expected)
+    torch.testing.assert_close(dense_delta(parsed(low, entries), "layers.0.q", SPEC), expected)
+    folded.save(tmp_path / "folded.safetensors")
+    again = FoldedAdapter.load(tmp_path / "folded.safetensors", SPEC, torch.float32)
+    assert torch.equal(dense_delta(again, "layers.0.q", SPEC), dense_delta(folded, "layers.0.q", SPEC))
+    assert refused(low, entries, entries) == [("duplicate_module", "layers.0.q")]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltaserve_store.spec import BaseSpec, LinearSpec
+from deltaserve_store.spec import BaseSpec, LinearSpec, NormSpec
 from deltaserve_trainer.errors import RecipeInvalid
 
 
@@ -57,6 +57,16 @@ def linears_of(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def norms_of(model: nn.Module, size: int) -> dict[str, NormSpec]:
+    """Norms of the whole hidden state, by what they are called: the trainer only measures adapters that have some."""
+    found = {}
+    for name, module in model.named_modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if "norm" in type(module).__name__.lower() and isinstance(weight, torch.Tensor) and weight.shape == (size,):
+            found[name] = NormSpec(name, size, bias is not None)
+    return found
+
+
 def is_transposed(linear: nn.Module) -> bool:
     """Whether the weight is stored ``[in, out]`` (GPT-2's Conv1D)."""
     return not isinstance(linear, nn.Linear)
@@ -96,6 +106,7 @@ def spec_of(model: Any, base: Base) -> BaseSpec:
         names=(base.name,),
         model_type=config.model_type,
         linears=linears,
+        norms=norms_of(model, config.hidden_size),
         vocab_size=config.vocab_size,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,

@@ -60,6 +60,24 @@ class ParityFailed(TrainingError):
     code = "parity_failed"
 
 
+class MergeRefused(TrainingError):
+    """These adapters, this method and these options do not go together."""
+
+    code = "merge_refused"
+
+
+class ExtractRefused(TrainingError):
+    """The fine-tune is no fine-tune of this base, or the budget holds nothing."""
+
+    code = "extract_refused"
+
+
+class RebaseRefused(TrainingError):
+    """The adapter has no place on the new base."""
+
+    code = "rebase_refused"
+
+
 class TrainingInterrupted(Exception):
     """A signal stopped the run after its state was saved. ``exit_code`` is 130 for SIGINT and 143 for SIGTERM."""
 

@@ -84,7 +84,7 @@ def parse_deltaserve_sparse(
     deltas = tuple(
         delta
         for module in base.linears
-        if module in modules and (delta := _read_delta(base.linears[module], tensors, findings)) is not None
+        if module in modules and (delta := read_entries(base.linears[module], tensors, findings)) is not None
     )
     if findings:
         return None
@@ -146,7 +146,8 @@ def _check_layout(modules: Mapping[str, int], tensors: TensorFile, base: BaseSpe
             findings.add("unexpected_tensor", name, "a tensor of no listed module", "rows, cols, values of modules")
 
 
-def _read_delta(linear: LinearSpec, tensors: TensorFile, findings: Findings) -> SparseDelta | None:
+def read_entries(linear: LinearSpec, tensors: TensorFile, findings: Findings) -> SparseDelta | None:
+    """Rows, cols and values of one linear, laid out as the header says; None when ``findings`` got a reason."""
     rows, cols, values = (tensors.read(f"{linear.name}.{part}") for part in PARTS)
     check_values(f"{linear.name}.values", values, findings)
     if not check_positions(linear.name, rows, cols, linear, findings):

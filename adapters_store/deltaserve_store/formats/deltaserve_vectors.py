@@ -89,7 +89,7 @@ def parse_deltaserve_vectors(
         findings.add("target_not_found", f"{SPARSE_CONFIG}:modules", modules, FIELDS["modules"])
     sizes: dict[str, int] = {}
     for module, parts in modules.items():
-        sizes |= _sizes(module, parts, base, findings)
+        sizes |= sizes_of(module, parts, base, findings)
     _check_layout(sizes, tensors, findings)
     if findings:
         return None
@@ -116,7 +116,9 @@ def parse_deltaserve_vectors(
     )
 
 
-def _sizes(module: str, parts: Any, base: BaseSpec, findings: Findings) -> dict[str, int]:
+def sizes_of(
+    module: str, parts: Any, base: BaseSpec, findings: Findings, *, allowed: str = FIELDS["modules"]
+) -> dict[str, int]:
     """The vectors of one module by tensor name; empty when it cannot have them."""
     where = f"{SPARSE_CONFIG}:modules:{module}"
     linear, norm = base.linears.get(module), base.norms.get(module)
@@ -125,7 +127,7 @@ def _sizes(module: str, parts: Any, base: BaseSpec, findings: Findings) -> dict[
     elif linear is None and norm is None:
         findings.add("unknown_module", where, module, "names of linears and norms of the base")
     elif not is_one_of(parts, LINEAR_PARTS if linear is not None else NORM_PARTS):
-        findings.add("invalid_value", where, parts, FIELDS["modules"])
+        findings.add("invalid_value", where, parts, allowed)
     elif linear is not None and {"in_scale", "out_scale"} <= set(parts):
         # Its strength would not be linear, and a sum of such changes has no form of its own.
         findings.add("unsupported_feature", where, "scales on both sides of one linear", "a scale on one side")

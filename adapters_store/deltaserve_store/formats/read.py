@@ -24,6 +24,8 @@ from deltaserve_store.file_names import (
 )
 from deltaserve_store.findings import Findings, refuse
 from deltaserve_store.formats.deltaserve_sparse import parse_deltaserve_sparse
+from deltaserve_store.formats.deltaserve_terms import FORMAT as TERMS
+from deltaserve_store.formats.deltaserve_terms import parse_deltaserve_terms
 from deltaserve_store.formats.deltaserve_vectors import FORMAT as VECTORS
 from deltaserve_store.formats.deltaserve_vectors import parse_deltaserve_vectors
 from deltaserve_store.formats.json_file import read_json_object
@@ -118,6 +120,8 @@ def _parse_kind(
         return read_kind(READERS[kind], config, PEFT_CONFIG, tensors, base, findings, limits)
     if not kind and config.get("format") == VECTORS:
         return parse_deltaserve_vectors(config, tensors, base, findings)
+    if not kind and config.get("format") == TERMS:
+        return parse_deltaserve_terms(config, tensors, base, findings)
     if kind in VECTOR_READERS:
         return VECTOR_READERS[kind](config, PEFT_CONFIG, tensors, base, findings)
     return parse_deltaserve_sparse(config, tensors, base, findings)

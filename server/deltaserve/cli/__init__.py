@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from deltaserve import __version__
-from deltaserve.cli import adapters, demo, keys, serve, store, train
+from deltaserve.cli import adapters, demo, extract, keys, merge, rebase, serve, store, train
 
 app = typer.Typer(
     name="deltaserve",
@@ -22,6 +22,9 @@ app.command("serve")(serve.serve)
 app.command("train")(train.train)
 app.command("evaluate")(train.evaluate)
 app.command("demo")(demo.demo)
+adapters.app.command("merge")(merge.merge)
+adapters.app.command("extract")(extract.extract)
+adapters.app.command("rebase")(rebase.rebase)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(store.app, name="store")
 app.add_typer(keys.app, name="keys")

@@ -1,4 +1,4 @@
-"""``deltaserve adapters``: add, import, list, show, remove, alias, rollback."""
+"""``deltaserve adapters``: add, import, list, show, remove, alias, rollback; ``cli`` adds merge, extract, rebase."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deltaserve.errors import InvalidRequest
 if TYPE_CHECKING:
     from deltaserve.admission.importer import Verdict
 
-app = typer.Typer(help="Adapters: add, import, list, show, remove, alias, rollback.", no_args_is_help=True)
+app = typer.Typer(help="Adapters: add, list, change, merge, extract, rebase.", no_args_is_help=True)
 Server = Annotated[str | None, typer.Option(help="URL; default: whoever holds the store, else this process.")]
 Store = Annotated[Path, typer.Option(help="Folder of the adapters.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="DELTASERVE_API_KEY", help="Where the server asks for one.")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from deltaserve.cli.base_choice import base_folder
 from deltaserve.cli.connection import find_server
 from deltaserve.cli.local_door import admit_into
 from deltaserve.config import DTypeName, ServeConfig
-from deltaserve.core import Binding, BindingPart
+from deltaserve.core import BASE_BINDING, Binding, BindingPart
 from deltaserve.deltas.fold import fold
 from deltaserve.remote import RemoteServer
 from deltaserve.runtime import Runtime
@@ -82,7 +82,9 @@ def register_here(
     return registration.admitted
 
 
-async def engine_logits(runtime: Runtime, adapter: Path, prompts: list[list[int]], scratch: Path) -> list[Tensor]:
+async def engine_logits(
+    runtime: Runtime, adapter: Path, prompts: Sequence[Sequence[int]], scratch: Path
+) -> list[Tensor]:
     """Logits of every position of each prompt, float32 ``[num_tokens, vocab]``, by the engine with ``adapter``."""
     parsed = read_adapter(adapter, runtime.base.spec)
     candidate = "0" * 64  # never published: only this engine, for as long as the probes run
@@ -90,9 +92,18 @@ async def engine_logits(runtime: Runtime, adapter: Path, prompts: list[list[int]
     fold(parsed, runtime.base.spec, runtime.base.dtype, runtime.base).save(path)
     runtime.engine.register_candidate(candidate, path)
     try:
-        answers = [await runtime.engine.probe(tuple(prompt), Binding((BindingPart(candidate),))) for prompt in prompts]
+        return await _probe(runtime, prompts, Binding((BindingPart(candidate),)))
     finally:
         runtime.engine.unregister_candidate(candidate)
+
+
+async def base_logits(runtime: Runtime, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The same without an adapter."""
+    return await _probe(runtime, prompts, BASE_BINDING)
+
+
+async def _probe(runtime: Runtime, prompts: Sequence[Sequence[int]], binding: Binding) -> list[Tensor]:
+    answers = [await runtime.engine.probe(tuple(prompt), binding) for prompt in prompts]
     return [
         torch.frombuffer(bytearray(logits.data), dtype=torch.float32).view(logits.num_tokens, logits.vocab_size)
         for logits in answers

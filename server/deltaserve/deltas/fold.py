@@ -40,10 +40,10 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
     reasons: list[Reason] = []
     terms: dict[str, tuple[Term, ...]] = {}
     scales: dict[str, Tensor] = {}
+    seen: set[tuple[str, type]] = set()
     if base is None and needs_weights(parsed):
         raise ValueError("these deltas are folded with the base's weights; give the base")
     matrices = [delta for delta in parsed.deltas if isinstance(delta, LoraDelta | SparseDelta)]
-    seen: set[tuple[str, type]] = set()
     for delta in sorted(matrices, key=lambda delta: (delta.module, isinstance(delta, SparseDelta))):
         linear = spec.linears.get(delta.module)
         if linear is None:

@@ -56,7 +56,10 @@ class Entry:
         return re.sub("[^A-Za-z0-9]+", "-", f"{self.kind} {self.variant}".lower()).strip("-")
 
 
-NOT_MEASURED: dict[str, str] = {}
+NOT_MEASURED: dict[str, str] = dict.fromkeys(
+    ("deltaserve terms",),
+    "not yet measured",
+)
 """Kinds that are served and have no row, by their name in docs/adapter-kinds.md, with the reason."""
 
 

@@ -58,15 +58,23 @@ def build_method(
 
 
 def load_method(model: nn.Module, folder: Path, base: Base) -> Method:
-    """Attach a finished adapter from its files, after the store's strict check. Raises ``AdapterInvalid``."""
+    """Attach a finished adapter from its files, after the store's strict check. Raises ``AdapterInvalid``, and
+    ``MergeRefused`` for kinds that are no sum of low-rank, sparse and vector terms."""
     from deltaserve_store.formats import read_adapter
+    from deltaserve_store.parsed import SparseDelta
     from deltaserve_trainer.base import spec_of
 
-    parsed = read_adapter(folder, spec_of(model, base))
+    spec = spec_of(model, base)
+    parsed = read_adapter(folder, spec)
     if parsed.file_format == "peft-lora":
         from deltaserve_trainer.methods.lora import LoraMethod
 
         return LoraMethod.load(model, folder)
+    is_sparse = parsed.kinds == ("sparse",) and all(isinstance(delta, SparseDelta) for delta in parsed.deltas)
+    if parsed.weight_deltas or not is_sparse:
+        from deltaserve_trainer.methods.folded import FoldedMethod
+
+        return FoldedMethod(model, parsed, spec)
     from deltaserve_trainer.methods.sparse import SparseMethod
 
     return SparseMethod.load(model, parsed)

@@ -53,6 +53,14 @@ _OWN = (
         "sparse",
         "see adapter-format.md",
     ),
+    (
+        "deltaserve terms",
+        "`deltaserve-terms`",
+        "`a`, `b`; `rows`, `cols`, `values`; named vectors",
+        "the sum of them",
+        "low rank, sparse, vector",
+        "see adapter-format.md",
+    ),
 )
 
 _HIGH_RANK = f"""

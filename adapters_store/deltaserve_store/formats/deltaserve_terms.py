@@ -1,0 +1,216 @@
+"""The project's own format of sums: ``adapter.json`` and ``adapter.safetensors``. See ``docs/adapter-format.md``.
+
+One linear may have several terms, ``y = out_scale * W (in_scale * x) + b + bias + B (A x) + S x``: ``<module>.a``
+[rank, in] and ``.b`` [out, rank] with every scaling inside, ``.rows``, ``.cols``, ``.values`` [k] as in the sparse
+format, and the vectors of the vector format; norms have ``.gain`` and ``.shift``. Merged and extracted adapters need
+this: a sum of a LoRA and a sparse delta is neither. The JSON has the base's fingerprint and, per module, what it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from deltaserve_store.file_names import SPARSE_CONFIG
+from deltaserve_store.findings import Findings
+from deltaserve_store.formats.deltaserve_sparse import PARTS as ENTRY_PARTS
+from deltaserve_store.formats.deltaserve_sparse import read_entries
+from deltaserve_store.formats.deltaserve_vectors import LINEAR_PARTS, NORM_PARTS
+from deltaserve_store.formats.deltaserve_vectors import sizes_of as vector_sizes
+from deltaserve_store.formats.module_match import is_head
+from deltaserve_store.formats.own_config import check_shared, fields_of, write_files
+from deltaserve_store.formats.sparse_entries import sort_entries
+from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, check_dtype, check_shape, check_values
+from deltaserve_store.formats.tensor_file import TensorFile
+from deltaserve_store.parsed import Kind, LoraDelta, ParsedAdapter, SparseDelta
+from deltaserve_store.spec import BaseSpec
+from deltaserve_store.vector_deltas import NormDelta, VectorDelta
+
+FORMAT: Final = "deltaserve-terms"
+MAX_RANK = 1024
+FIELDS: Mapping[str, str] = fields_of(
+    FORMAT,
+    f"object: path of a linear to an object with some of rank (1 to {MAX_RANK}), entries (at least 1), vectors (some "
+    f"of {', '.join(LINEAR_PARTS)}); path of a norm to vectors alone (some of {', '.join(NORM_PARTS)})",
+)
+Delta = LoraDelta | SparseDelta | VectorDelta | NormDelta
+
+
+def write_terms_adapter(
+    folder: Path,
+    deltas: Iterable[Delta],
+    base_fingerprint: str,
+    *,
+    base_name: str | None = None,
+    method: str | None = None,
+    chat_template: str | None = None,
+    stop_token_ids: Sequence[int] = (),
+) -> None:
+    """Writes both files into ``folder`` (made if missing). ``scaling`` of a low-rank delta is multiplied into ``b``.
+
+    Raises ``ValueError`` for two deltas of one sort for a module, for one that this format has no words for (a
+    magnitude, ``new_bias``, ``scales_bias``, ``replaces``), or when there is nothing to write.
+    """
+    tensors: dict[str, Tensor] = {}
+    modules: dict[str, dict[str, Any]] = {}
+    for delta in deltas:
+        given = modules.setdefault(delta.module, {})
+        made, told = _tensors(delta)
+        if set(told) & set(given):
+            raise ValueError(f"{delta.module}: two deltas of one sort")
+        given |= told
+        tensors |= {f"{delta.module}.{part}": tensor.contiguous() for part, tensor in made.items()}
+    modules = {module: told for module, told in modules.items() if told}
+    if not modules:
+        raise ValueError("no delta has a number; there is nothing to write")
+    write_files(
+        folder,
+        FORMAT,
+        tensors,
+        modules,
+        base_fingerprint,
+        base_name=base_name,
+        method=method,
+        chat_template=chat_template,
+        stop_token_ids=stop_token_ids,
+    )
+
+
+def _tensors(delta: Delta) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of one delta by part, and what ``modules`` says of it; both empty for a delta of nothing."""
+    if isinstance(delta, LoraDelta):
+        if delta.magnitude is not None:
+            raise ValueError(f"{delta.module}: a magnitude; write its scale as a vector")
+        b = delta.b if delta.scaling == 1.0 else (delta.b.float() * delta.scaling).to(delta.b.dtype)
+        return {"a": delta.a, "b": b}, {"rank": delta.rank}
+    if isinstance(delta, SparseDelta):
+        if not delta.num_entries:
+            return {}, {}
+        width = int(delta.cols.max()) + 1
+        *entries, num_duplicates = sort_entries(delta.rows, delta.cols, delta.values, width)
+        if num_duplicates:
+            raise ValueError(f"{num_duplicates} positions of {delta.module} occur twice")
+        return dict(zip(ENTRY_PARTS, entries, strict=True)), {"entries": delta.num_entries}
+    is_linear = isinstance(delta, VectorDelta)
+    if delta.replaces if isinstance(delta, NormDelta) else delta.new_bias is not None or delta.scales_bias:
+        raise ValueError(f"{delta.module}: not a change that this format can say")
+    parts = LINEAR_PARTS if is_linear else NORM_PARTS
+    vectors = {part: vector for part in parts if (vector := getattr(delta, part)) is not None}
+    return vectors, {"vectors": list(vectors)} if vectors else {}
+
+
+def parse_deltaserve_terms(
+    config: Mapping[str, Any], tensors: TensorFile, base: BaseSpec, findings: Findings
+) -> ParsedAdapter | None:
+    """None when ``findings`` got a reason."""
+    check_shared(config, FIELDS, FORMAT, base, findings)
+    modules = config.get("modules", {})
+    if not isinstance(modules, dict):
+        findings.add("invalid_value", f"{SPARSE_CONFIG}:modules", modules, FIELDS["modules"])
+        modules = {}
+    elif not modules and "modules" in config:
+        findings.add("target_not_found", f"{SPARSE_CONFIG}:modules", modules, FIELDS["modules"])
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module, told in modules.items():
+        shapes |= _shapes(module, told, base, findings)
+    _check_layout(shapes, tensors, findings)
+    if findings:
+        return None
+    deltas: list[Delta] = []
+    for module in [name for name in (*base.linears, *base.norms) if name in modules]:
+        deltas += _read_module(module, modules[module], base, tensors, findings)
+    if findings:
+        return None
+    kinds = sorted({_KINDS[type(delta)] for delta in deltas})
+    ranks = [delta.rank for delta in deltas if isinstance(delta, LoraDelta)]
+    num_indices = sum(2 * delta.num_entries for delta in deltas if isinstance(delta, SparseDelta))
+    return ParsedAdapter(
+        kind=kinds[0],
+        more_kinds=tuple(kinds[1:]),
+        file_format=FORMAT,
+        deltas=tuple(deltas),
+        config=config,
+        base_name=config.get("base_name"),
+        base_fingerprint=config["base_fingerprint"],
+        rank=max(ranks, default=None),
+        num_parameters=sum(torch.Size(shape).numel() for shape in shapes.values()) - num_indices,
+        chat_template=config.get("chat_template"),
+        stop_token_ids=tuple(config.get("stop_token_ids") or ()),
+    )
+
+
+_KINDS: dict[type, Kind] = {LoraDelta: "lora", SparseDelta: "sparse", VectorDelta: "vector", NormDelta: "vector"}
+
+
+def _shapes(module: str, told: Any, base: BaseSpec, findings: Findings) -> dict[str, tuple[int, ...]]:
+    """The tensors of one module with their shapes; empty when it cannot have what is told of it."""
+    where = f"{SPARSE_CONFIG}:modules:{module}"
+    linear = base.linears.get(module)
+    if is_head(module):
+        findings.add("unsupported_target", where, module, "linears and norms of the decoder")
+        return {}
+    if linear is None and module not in base.norms:
+        findings.add("unknown_module", where, module, "names of linears and norms of the base")
+        return {}
+    known = {"rank", "entries", "vectors"} if linear is not None else {"vectors"}
+    if not isinstance(told, dict) or not told or not set(told) <= known:
+        findings.add("invalid_value", where, told, FIELDS["modules"])
+        return {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    if isinstance(told.get("vectors"), list) and {"in_scale", "out_scale"} <= set(map(str, told["vectors"])):
+        # Its strength would not be linear, and the terms beside it are.
+        findings.add("unsupported_feature", where, "scales on both sides of one linear", "a scale on one side")
+    elif "vectors" in told:
+        sizes = vector_sizes(module, told["vectors"], base, findings, allowed=FIELDS["modules"])
+        shapes |= {name: (size,) for name, size in sizes.items()}
+    if linear is not None and "rank" in told:
+        rank = told["rank"]
+        if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+            findings.add("rank_out_of_range", f"{where}:rank", rank, f"1 to {MAX_RANK}")
+        else:
+            shapes |= {f"{module}.a": (rank, linear.in_features), f"{module}.b": (linear.out_features, rank)}
+    if linear is not None and "entries" in told:
+        count, size = told["entries"], linear.out_features * linear.in_features
+        if type(count) is not int or not 1 <= count <= size:
+            findings.add("invalid_value", f"{where}:entries", count, f"1 to {size}, the size of the layer")
+        else:
+            shapes |= {f"{module}.{part}": (count,) for part in ENTRY_PARTS}
+    return shapes
+
+
+def _check_layout(shapes: Mapping[str, tuple[int, ...]], tensors: TensorFile, findings: Findings) -> None:
+    for name, shape in shapes.items():
+        info = tensors.header.tensors.get(name)
+        if info is None:
+            findings.add("missing_tensor", name, "nothing", f"{list(shape)} by {SPARSE_CONFIG}")
+            continue
+        is_index = name.rpartition(".")[2] in ("rows", "cols")
+        check_dtype(info, ("I32",) if is_index else FLOAT_DTYPES, findings)
+        check_shape(info, shape, f"by {SPARSE_CONFIG} and the base", findings)
+    for name in tensors.header.tensors:
+        if name not in shapes:
+            allowed = f"tensors listed in {SPARSE_CONFIG}"
+            findings.add("unexpected_tensor", name, "a tensor of no listed term", allowed)
+
+
+def _read_module(
+    module: str, told: Mapping[str, Any], base: BaseSpec, tensors: TensorFile, findings: Findings
+) -> list[Delta]:
+    def read(part: str) -> Tensor:
+        values = tensors.read(f"{module}.{part}")
+        check_values(f"{module}.{part}", values, findings)
+        return values
+
+    deltas: list[Delta] = []
+    if "rank" in told:
+        deltas.append(LoraDelta(module, read("a"), read("b"), 1.0))
+    if "entries" in told and (entries := read_entries(base.linears[module], tensors, findings)) is not None:
+        deltas.append(entries)
+    if "vectors" in told:
+        vectors: dict[str, Any] = {part: read(part) for part in told["vectors"]}
+        deltas.append(VectorDelta(module, **vectors) if module in base.linears else NormDelta(module, **vectors))
+    return deltas

@@ -1,0 +1,1 @@
+"""A full fine-tune as an adapter of a chosen size."""
