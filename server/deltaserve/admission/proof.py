@@ -155,10 +155,9 @@ class Prover:
         base_error: float | None,
     ) -> Comparison:
         binding = Binding((BindingPart(version, scale_first=scale, scale_last=scale),))
-        # Every change is linear in the strength: no linear has a scale on both of its sides.
-        weights = dense_deltas(adapter, self._base.spec, self._base)
+        # Biases and norms are linear in the strength; so are weights, unless both sides of a linear change.
         change = Change(
-            {name: partial(_scaled, make, scale) for name, make in weights.items()},
+            dense_deltas(adapter, self._base.spec, self._base, scale),
             {name: partial(_scaled, make, scale) for name, make in dense_biases(adapter, self._base).items()},
             {name: (_times(w, scale), _times(b, scale)) for name, (w, b) in dense_norms(adapter, self._base).items()},
         )

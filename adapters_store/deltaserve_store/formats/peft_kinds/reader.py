@@ -27,18 +27,21 @@ from deltaserve_store.formats.tensor_checks import (
 )
 from deltaserve_store.formats.tensor_file import TensorFile
 from deltaserve_store.parsed import Kind, LoraDelta, ParsedAdapter, SparseDelta, WeightDelta
+from deltaserve_store.rotation_deltas import RotationDelta
 from deltaserve_store.spec import BaseSpec, LinearSpec
+from deltaserve_store.vector_deltas import VectorDelta
 
 INDEX_DTYPES = ("I32", "I64")
-Delta = LoraDelta | SparseDelta | WeightDelta
+Delta = LoraDelta | SparseDelta | WeightDelta | RotationDelta | VectorDelta
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRule:
-    """One expected tensor: its exact shape, and the dtypes it may have. Floats must be finite."""
+    """One expected tensor: its exact shape (or the ``other`` one), and its dtypes. Floats must be finite."""
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...] = FLOAT_DTYPES
+    other: tuple[int, ...] | None = None
 
 
 class PeftReader(ABC):
@@ -130,7 +133,7 @@ def read_kind(
         config=config,
         base_name=config.get("base_model_name_or_path") or None,
         base_fingerprint=None,
-        rank=max((delta.rank for delta in deltas if not isinstance(delta, SparseDelta)), default=None),
+        rank=max((delta.rank for delta in deltas if isinstance(delta, LoraDelta | WeightDelta)), default=None),
         num_parameters=sum(_count(info.shape) for info in tensors.header.tensors.values()),
         weight_deltas=tuple(delta for delta in deltas if isinstance(delta, WeightDelta)),
     )
@@ -160,7 +163,8 @@ def _check_layout(reader: PeftReader, tensors: TensorFile, base: BaseSpec, findi
             findings.add("missing_tensor", name, "nothing", f"{list(rule.shape)}, by config and base")
             continue
         check_dtype(info, rule.dtypes, findings)
-        check_shape(info, rule.shape, "by config and base", findings)
+        if info.shape != rule.other:
+            check_shape(info, rule.shape, "by config and base", findings)
     for name in tensors.header.tensors:
         if name in expected:
             continue
