@@ -474,7 +474,7 @@ _HEADER = (
 
 _KINDS = tuple(
     _config("peft_type", kind, "unsupported_kind")
-    for kind in ("BOFT", "PREFIX_TUNING", "XLORA", "OFT", "RANDLORA", "FOURIERFT", "NO_SUCH_KIND", ["LORA"])
+    for kind in ("PSOFT", "PREFIX_TUNING", "XLORA", "RANDLORA", "FOURIERFT", "NO_SUCH_KIND", ["LORA"])
 )
 
 _CONFIG = (

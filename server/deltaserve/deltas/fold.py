@@ -85,7 +85,7 @@ def dense_delta(
     base: BaseWeights | None = None,
     strength: float = 1.0,
 ) -> Tensor:
-    """The delta of one linear as a float32 matrix ``[out, in]`` at ``strength``: what the runtime must be equivalent to.
+    """The delta of one linear at ``strength``, float32 ``[out, in]``: what the runtime must be equivalent to.
 
     From a ``ParsedAdapter`` it is computed from the file's own tensors, independently of ``fold``; zeros where the
     adapter leaves the linear alone. Of a folded adapter, low-rank and sparse terms only.

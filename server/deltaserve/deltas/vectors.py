@@ -159,7 +159,7 @@ def dense_vectors(parsed: ParsedAdapter, linear: str, weight: Tensor) -> Tensor:
 
 
 def dense_biases(parsed: ParsedAdapter, base: BaseWeights) -> Mapping[str, Callable[[], Tensor]]:
-    """Differences of biases [out] by linear: what the file adds, puts in the bias's place, multiplies it by or turns."""
+    """Differences of biases [out] by linear: what the file adds, puts in its place, multiplies it by or turns."""
     return {
         **rotation_biases(parsed, base),
         **_given_biases(parsed, base),

@@ -100,7 +100,7 @@ class Boft(PeftReader):
         skews = 0.5 * (given - given.transpose(-1, -2))
         places = [permutation(linear.in_features, given.shape[-1], level) for level in range(len(given))]
         changes = cayley_change(skews).float()
-        check_orthogonal(changes, f"{PEFT_PREFIX}{linear.name}.boft_R", findings)
+        check_orthogonal(skews, f"{PEFT_PREFIX}{linear.name}.boft_R", findings)
         # The last factor stands next to x; a first one leaves every input at its place.
         factors = [
             RotationBlocks(changes[level].contiguous(), None if level == 0 else places[level].argsort().int())

@@ -17,7 +17,7 @@ from deltaserve_store.spec import LinearSpec
 
 MAX_BLOCK = 1024
 ORTHOGONAL_WITHIN = 1e-5
-"""Of the largest entry of ``R' R - I``, with R as it is served in float32."""
+"""Of the largest entry of ``R' R - I``."""
 
 SIZE = FieldRule("understood", lambda value: is_int(value) and 0 <= value <= 1 << 24, "0 or above", required=True)
 
@@ -34,13 +34,13 @@ def cayley(skew: Tensor) -> Tensor:
     return torch.linalg.solve(identity + skew, identity - skew, left=False)
 
 
-def check_orthogonal(changes: Tensor, name: str, findings: Findings) -> None:
-    """Of float32 ``R - I`` [..., b, b]: values may be so large that no number of 24 bits is left of the rotation."""
-    turned = changes.double() + torch.eye(changes.shape[-1], dtype=torch.float64)
-    residual = turned.transpose(-1, -2) @ turned - torch.eye(changes.shape[-1], dtype=torch.float64)
+def check_orthogonal(skew: Tensor, name: str, findings: Findings) -> None:
+    """Q so large that the rotation which PEFT makes of it in float32, and which was trained, is none any more."""
+    rotations = cayley(skew.float()).double()
+    residual = rotations.transpose(-1, -2) @ rotations - torch.eye(skew.shape[-1], dtype=torch.float64)
     worst = float(residual.abs().max())
     if not worst <= ORTHOGONAL_WITHIN:
-        allowed = f"orthogonal within {ORTHOGONAL_WITHIN:g}"
+        allowed = f"orthogonal within {ORTHOGONAL_WITHIN:g}, as PEFT computes it"
         findings.add("invalid_value", name, f"a rotation that is off by {worst:.3g}", allowed)
 
 

@@ -96,10 +96,13 @@ class Oft(PeftReader):
         if self.config["use_cayley_neumann"]:
             changes = self._series(skew)
         else:
-            changes = cayley_change(skew).float()
-            check_orthogonal(changes, f"{PEFT_PREFIX}{linear.name}.oft_R.weight", findings)
+            changes = cayley_change(skew)
+            check_orthogonal(skew, f"{PEFT_PREFIX}{linear.name}.oft_R.weight", findings)
         return RotationDelta(
-            linear.name, "input", (RotationBlocks(changes.float().contiguous()),), lambda weight: self._turn(weight, skew)
+            linear.name,
+            "input",
+            (RotationBlocks(changes.float().contiguous()),),
+            lambda weight: self._turn(weight, skew),
         )
 
     def _block_size(self, linear: LinearSpec) -> int:

@@ -1,8 +1,8 @@
 """PEFT RoAd (Liao et al., arXiv:2409.00119): pairs of a linear's outputs are turned and scaled, ``R (W x + b)``.
 
-Outputs come in groups of ``group_size`` G; number i of a group makes a pair with number i + G / 2. Of a pair (a, b) with
-``c`` the products of scale and cosine and ``s`` those of scale and sine, ``a' = c_a a - s_a b`` and ``b' = c_b b + s_b
-a``. ``road_alpha`` are the scales and ``road_theta`` the angles, [out / 2] of pairs (``road_1``), [out] of outputs
+Outputs come in groups of ``group_size`` G; number i of a group makes a pair with number i + G / 2. Of a pair (a, b)
+with ``c`` the products of scale and cosine and ``s`` those of scale and sine, ``a' = c_a a - s_a b`` and ``b' = c_b b +
+s_b a``. ``road_alpha`` are the scales and ``road_theta`` the angles, [out / 2] of pairs (``road_1``), [out] of outputs
 (``road_2``), or [2 out], in each group G for the cosines and then G for the sines (``road_4``). Nothing promises that
 R is orthogonal. Source: peft 0.21, ``tuners/road/{config,layer}.py``.
 """
@@ -83,8 +83,6 @@ class Road(PeftReader):
         if variant == "road_1":
             theta, alpha = (values.view(-1, 1, size // 2).expand(-1, 2, -1).flatten() for values in (theta, alpha))
         if variant == "road_4":
-            (theta_c, theta_s), (alpha_c, alpha_s) = (
-                values.view(-1, 2, size).unbind(1) for values in (theta, alpha)
-            )
+            (theta_c, theta_s), (alpha_c, alpha_s) = (values.view(-1, 2, size).unbind(1) for values in (theta, alpha))
             return (alpha_c * theta_c.cos()).flatten(), (alpha_s * theta_s.sin()).flatten()
         return alpha * theta.cos(), alpha * theta.sin()
