@@ -87,8 +87,10 @@ def test_company_is_not_felt_and_strength_0_changes_no_bit(dtype: torch.dtype) -
         alone = x[row : row + 1].clone()
         rotate_blocks(alone, x[row : row + 1], build_work_list([BINDINGS[row]]), tables, MEMBERS, 0.25)
         assert torch.equal(alone[0], together[row])
+    # Not even where the rotation is beyond all numbers.
+    tables.set_all(3, [(0, (RotationFactor(torch.full((6, 4, 4), 1e38, dtype=torch.float32).to(dtype) * 10),))])
     still = x.clone()
-    rotate_blocks(still, x, build_work_list([((0, 0.0, 0.0),)] * len(x)), tables, MEMBERS)
+    rotate_blocks(still, x, build_work_list([((3, 0.0, 0.0), (0, 0.0, 0.0))] * len(x)), tables, MEMBERS)
     assert torch.equal(still, x)
 
 

@@ -53,6 +53,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     folders["dora"] = make_peft_lora(model, root / "dora", rank=3, use_dora=True)
     # The members of a group want inputs of their own.
     folders["ia3"] = make_peft_ia3(model, root / "ia3", targets=("q_proj", "v_proj"), feedforward=("q_proj",), std=0.1)
+    folders["inputs"] = make_peft_ia3(model, root / "inputs", targets=("q_proj",), feedforward=("q_proj",), std=0.1)
     folders["sparse"] = make_sparse(base.spec, root / "sparse")
     return Setting(base, model, folders, {name: fold_folder(path, base) for name, path in folders.items()})
 
@@ -109,23 +110,30 @@ def test_evicted_and_read_again_it_answers_to_the_bit(setting: Setting, name: st
     assert torch.equal(batch.logits(IDS[:1], [name])[0], before)
 
 
-def test_low_rank_terms_and_rotations_on_one_row(setting: Setting) -> None:
-    """A rotation meets the base's product alone: a LoRA beside it reads the input as it was."""
-    batch = MixedBatch(setting.base, num_slots=len(setting.adapters)).load_all(setting.adapters)
-    for name in ("oft", "road-4", "boft"):
-        parts = tuple(ScheduledPart(batch.slots[one], scale, scale) for one, scale in (("lora", 0.5), (name, 1.0)))
-        found = batch.driver.logits([IDS[0]], [parts])[0]
-        adapters = [read_adapter(setting.folders[one], setting.base.spec) for one in ("lora", name)]
-        deltas: dict[str, Tensor] = {}
-        for adapter, scale in zip(adapters, (0.5, 1.0), strict=True):
-            for linear, make in dense_deltas(adapter, setting.base.spec, setting.base, scale).items():
-                deltas[linear] = deltas.get(linear, torch.zeros(())) + make()
-        wanted = setting.base.folded_logits(
-            torch.tensor(IDS[0]),
-            {linear: partial(torch.clone, delta) for linear, delta in deltas.items()},
-            dense_biases(adapters[1], setting.base),
-        )
-        assert distance(found, wanted) < 1e-4, name
+@pytest.mark.parametrize(
+    "names", [("lora", "oft"), ("lora", "road-4"), ("lora", "boft"), ("inputs", "oft"), ("oft", "oft-shared")]
+)
+def test_several_adapters_on_one_row(setting: Setting, names: tuple[str, str]) -> None:
+    """A LoRA beside a rotation reads the input as it was; on one side, scales and rotations add up as differences of
+    weights do."""
+    batch = MixedBatch(setting.base).load_all({name: setting.adapters[name] for name in names})
+    scales = (0.5, 1.0)
+    parts = tuple(ScheduledPart(batch.slots[name], scale, scale) for name, scale in zip(names, scales, strict=True))
+    found = batch.driver.logits([IDS[0]], [parts])[0]
+    deltas: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}
+    for name, scale in zip(names, scales, strict=True):
+        adapter = read_adapter(setting.folders[name], setting.base.spec)
+        for linear, make in dense_deltas(adapter, setting.base.spec, setting.base, scale).items():
+            deltas[linear] = deltas.get(linear, torch.zeros(())) + make()
+        for linear, make in dense_biases(adapter, setting.base).items():
+            biases[linear] = biases.get(linear, torch.zeros(())) + scale * make()
+    wanted = setting.base.folded_logits(
+        torch.tensor(IDS[0]),
+        {linear: partial(torch.clone, delta) for linear, delta in deltas.items()},
+        {linear: partial(torch.clone, bias) for linear, bias in biases.items()},
+    )
+    assert distance(found, wanted) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -13,7 +13,8 @@ _INTRO = f"""# Kinds of adapters
 Made from the code by `python -m deltaserve_store.formats.peft_kinds.page`; edit the readers, not this page.
 
 The server adds two terms to a linear `y = W x + b`: low rank, `B (A x)`, and sparse, `S x`; and it serves vectors:
-scales, biases and norm differences. Every kind below is exactly made of them. What PEFT stores in another
+scales, biases and norm differences; and rotations of a linear's input or output. Every kind below is exactly made of
+them. What PEFT stores in another
 parametrisation is converted when the adapter is read, in float32, before the one cast to the serving dtype; nothing is
 approximated. The proof at the door compares the engine with the base plus the method's own formula, evaluated from the
 file's tensors, so that it would also find a wrong conversion. Low-rank terms are
@@ -55,6 +56,16 @@ _OWN = (
 )
 
 _INITIAL = """
+## Rotations
+
+A rotation is whatever matrix PEFT computes from the file. Cayley transforms are orthogonal, and a file whose values are
+so large that PEFT's own float32 loses that is refused (`invalid_value`); RoAd scales as it turns; and with
+`use_cayley_neumann` OFT has a polynomial in place of the transform, orthogonal only up to what the polynomial leaves
+out, which is served as it was trained. An adapter with a rotation is applied whole or not at all: its scale is 0 or 1,
+else a request gets `unsupported_strength` (400). It takes as many numbers as features times the width of a block (on a
+square linear, blocks of 32 are as much as a LoRA of rank 16), and its rows enter the base's product once more for every
+linear of a projection group whose input it turns. On a GPU such rows run eagerly, by the PyTorch definition.
+
 ## LoRA that changes the base at its start
 
 PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base before they train. A file of such a training fits only that
