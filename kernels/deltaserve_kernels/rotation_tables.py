@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,12 +38,15 @@ RotationEntry = tuple[RotationFactor, ...]
 
 
 class RotationTables(PointerTables):
-    """``get`` answers the factors of an entry. The definition reads the tensors themselves: there are no pointers."""
+    """``factors`` answers those of an entry.
 
-    ARRAYS: ClassVar[tuple[str, ...]] = ()
+    pointers: int64 [num_linears, num_slots]  addresses of what the C++ operator reads of an entry; kept on the host
+    alone: elsewhere the PyTorch definition reads the tensors themselves.
+    """
 
     def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_linears, num_slots, device)
+        self.pointers = self._array()
         self._factors: dict[tuple[int, int], RotationEntry] = {}
 
     def factors(self, linear: int, slot: int) -> RotationEntry | None:
@@ -71,8 +74,13 @@ class RotationTables(PointerTables):
                 self._check_dim(linear, 1, widths[-1])
         if not entries:
             return
-        tensors = [tuple(tensor for factor in factors for tensor in factor.tensors()) for _, factors in entries]
-        self._put(slot, linears, tensors, [(0, width) for width in widths])
+        described = [_describe(factors) for _, factors in entries]
+        tensors = [
+            (told, *(tensor for factor in factors for tensor in factor.tensors()))
+            for told, (_, factors) in zip(described, entries, strict=True)
+        ]
+        addresses = [told.data_ptr() if self.is_on_host else 0 for told in described]
+        self._put(slot, linears, tensors, [(0, width) for width in widths], pointers=addresses)
         self._factors.update({(linear, slot): factors for linear, factors in entries})
 
     def _check_factor(self, linear: int, factor: RotationFactor, held: torch.dtype | None) -> torch.dtype:
@@ -90,3 +98,13 @@ class RotationTables(PointerTables):
 
     def _forget(self, linear: int, slot: int) -> None:
         del self._factors[linear, slot]
+
+
+def _describe(factors: RotationEntry) -> Tensor:
+    """int64 [1 + 5 factors], see ``cpu/rotation_ops.inc``: addresses of blocks and order, how many blocks of what size,
+    and the width."""
+    numbers = [len(factors)]
+    for factor in factors:
+        order = 0 if factor.order is None else factor.order.data_ptr()
+        numbers += [factor.blocks.data_ptr(), order, *factor.blocks.shape[:2], factor.width]
+    return torch.tensor(numbers)

@@ -1,4 +1,4 @@
-"""``rotate_blocks``: rotations of a linear's input or output, row by row, in place of nothing but these rows.
+"""``rotate_blocks``: rotations of a linear's input or output, row by row.
 
 The definition runs in tiles of a fixed number of rows (see ``reference``): who else is in the step changes no shape.
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deltaserve_kernels.backend import select
 from deltaserve_kernels.checks import Member, check_linear
 from deltaserve_kernels.errors import ShapeMismatch
 from deltaserve_kernels.reference import TILE_ROWS, items_of
@@ -18,17 +19,35 @@ from deltaserve_kernels.worklist import WorkList
 
 
 def rotate_blocks(
-    y: Tensor, x: Tensor, work: WorkList, tables: RotationTables, members: Sequence[Member], depth: float = 0.0
+    y: Tensor,
+    x: Tensor,
+    work: WorkList,
+    tables: RotationTables,
+    members: Sequence[Member],
+    depth: float = 0.0,
+    *,
+    backend: str | None = None,
 ) -> None:
     """``y[row, start:stop] += sum over parts of scale * (R(x) - x)[row, start:stop]``, rounded once.
 
     x [T, N] is what is turned, y [T, N] what the change is added to: mostly a copy of x, and not x itself. R are a
     part's factors one after the other. A part at scale 0, rows and members without an entry change nothing, to the
-    bit. fp32 sums in binding order; members, ``depth`` and errors as in ``lora_linear``. PyTorch's operations on every
-    device.
+    bit. fp32 sums in binding order; members, ``depth`` and errors as in ``lora_linear``. No Triton twin: the definition
+    runs on a GPU.
     """
     if work.is_empty or not work.concerns(tables, members):
         return
+    if y.device.type == "cpu" and select(y.device, backend) == "cpu":
+        from deltaserve_kernels import cpu
+
+        cpu.rotate_blocks(y, x, work, tables, members, depth)
+    else:
+        _definition(y, x, work, tables, members, depth)
+
+
+def _definition(
+    y: Tensor, x: Tensor, work: WorkList, tables: RotationTables, members: Sequence[Member], depth: float
+) -> None:
     check_linear(y, x, work, tables, members)
     if x.shape != y.shape:
         raise ShapeMismatch(f"x is {list(x.shape)} and y {list(y.shape)}; one shape is needed")

@@ -57,13 +57,14 @@ def dense(factors: tuple[RotationFactor, ...], width: int) -> Tensor:
     return whole
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rotations_against_dense_matrices(dtype: torch.dtype) -> None:
+def test_rotations_against_dense_matrices(dtype: torch.dtype, backend: str) -> None:
     given = entries(dtype)
     wide = randn(len(BINDINGS), 40, dtype=dtype, seed=7)
     before, x = wide[:, 4:].clone(), randn(len(BINDINGS), 40, dtype=dtype, seed=8)[:, 4:]
     y = wide[:, 4:]  # a view: rows are not next to each other
-    rotate_blocks(y, x, build_work_list(BINDINGS), filled(dtype), MEMBERS, 0.25)
+    rotate_blocks(y, x, build_work_list(BINDINGS), filled(dtype), MEMBERS, 0.25, backend=backend)
     wanted = before.double()
     for row, parts in enumerate(BINDINGS):
         for linear, start, stop in MEMBERS:
@@ -78,19 +79,22 @@ def test_rotations_against_dense_matrices(dtype: torch.dtype) -> None:
     assert torch.equal(y[3, :24], before[3, :24]), "a member without a rotation changed"
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_company_is_not_felt_and_strength_0_changes_no_bit(dtype: torch.dtype) -> None:
+def test_company_is_not_felt_and_strength_0_changes_no_bit(dtype: torch.dtype, backend: str) -> None:
     tables, x = filled(dtype), randn(len(BINDINGS), 36, dtype=dtype, seed=8)
     together = x.clone()
-    rotate_blocks(together, x, build_work_list(BINDINGS), tables, MEMBERS, 0.25)
+    rotate_blocks(together, x, build_work_list(BINDINGS), tables, MEMBERS, 0.25, backend=backend)
     for row in (0, 2, 3, 37):
         alone = x[row : row + 1].clone()
-        rotate_blocks(alone, x[row : row + 1], build_work_list([BINDINGS[row]]), tables, MEMBERS, 0.25)
+        rotate_blocks(alone, x[row : row + 1], build_work_list([BINDINGS[row]]), tables, MEMBERS, 0.25, backend=backend)
         assert torch.equal(alone[0], together[row])
     # Not even where the rotation is beyond all numbers.
     tables.set_all(3, [(0, (RotationFactor(torch.full((6, 4, 4), 1e38, dtype=torch.float32).to(dtype) * 10),))])
     still = x.clone()
-    rotate_blocks(still, x, build_work_list([((3, 0.0, 0.0), (0, 0.0, 0.0))] * len(x)), tables, MEMBERS)
+    rotate_blocks(
+        still, x, build_work_list([((3, 0.0, 0.0), (0, 0.0, 0.0))] * len(x)), tables, MEMBERS, backend=backend
+    )
     assert torch.equal(still, x)
 
 
@@ -125,9 +129,16 @@ def test_tables_refuse_what_does_not_fit_and_let_go() -> None:
     with pytest.raises(ShapeMismatch, match="factors"):
         tables.set_all(2, [(0, ())])
     tables.set_all(2, [(1, (RotationFactor(randn(1, 5, 5)),))])
-    y = randn(1, 24)
-    with pytest.raises(ShapeMismatch, match="do not cut"):
-        rotate_blocks(y, y.clone(), build_work_list([((2, 1.0, 1.0),)]), tables, [(1, 0, 24)])
+    y, work, far = randn(1, 24), build_work_list([((2, 1.0, 1.0),)]), build_work_list([((9, 1.0, 1.0),)])
+    for backend in ("reference", "cpu"):
+        with pytest.raises(ValueError, match="do not cut"):
+            rotate_blocks(y, y.clone(), work, tables, [(1, 0, 24)], backend=backend)
+        with pytest.raises(ValueError, match=r"columns|one shape"):
+            rotate_blocks(y, randn(1, 25), work, tables, [(1, 0, 20)], backend=backend)
+        with pytest.raises(ValueError, match=r"bfloat16|BFloat16"):
+            rotate_blocks(y.bfloat16(), y.bfloat16(), work, tables, [(1, 0, 20)], backend=backend)
+        with pytest.raises(ValueError, match="slot"):
+            rotate_blocks(y, y.clone(), far, tables, [(1, 0, 20)], backend=backend)
     for slot in range(3):
         tables.clear(slot)
     assert not any(tables.has_any(linear) for linear in range(3))
