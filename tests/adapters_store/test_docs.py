@@ -9,6 +9,7 @@ import pytest
 
 from deltaserve.admission.reason_codes import PROOF_REASON_CODES
 from deltaserve_store.file_names import CHECKED_FILES, STORED_FILES, FileRole, role_of
+from deltaserve_store.formats.deltaserve_rotations import FIELDS as ROTATION_FIELDS
 from deltaserve_store.formats.deltaserve_sparse import FIELDS
 from deltaserve_store.formats.deltaserve_vectors import FIELDS as VECTOR_FIELDS
 from deltaserve_store.formats.lora_vectors import PEFT_LORA_FIELDS
@@ -66,6 +67,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ln-fields": lambda: _fields(LN_FIELDS),
     "sparse-fields": lambda: _own_fields(FIELDS),
     "vector-fields": lambda: _own_fields(VECTOR_FIELDS),
+    "rotation-fields": lambda: _own_fields(ROTATION_FIELDS),
     "reason-codes": _codes,
     "proof-reason-codes": _proof_codes,
 }

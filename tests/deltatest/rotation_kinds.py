@@ -11,6 +11,9 @@ from unittest import mock
 
 import torch
 
+from deltaserve_store.formats.deltaserve_rotations import write_rotation_adapter
+from deltaserve_store.rotation_deltas import RotationBlocks, RotationDelta
+from deltaserve_store.spec import BaseSpec
 from deltatest.peft_kinds import KindCase, write_case
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
@@ -63,3 +66,41 @@ def make_rotation(model: torch.nn.Module, folder: Path, name: str, *, seed: int 
 def compiler_of(name: str) -> Any:
     """Under this, PEFT reads the file of case ``name`` back."""
     return butterflies(has_compiler=name != "boft-no-compiler")
+
+
+def make_givens(spec: BaseSpec, folder: Path, *, seed: int = 0, std: float = 0.1) -> Path:
+    """Rounds of Givens rotations in the project's own format, as qGOFT has them: pairs of neighbours, then of places 2
+    apart, 4 apart, ..., not quite orthogonal; inputs of ``q_proj`` and ``down_proj``, outputs of ``v_proj``."""
+    generator = torch.Generator().manual_seed(seed)
+    deltas = []
+    for name, linear in spec.linears.items():
+        if not name.endswith(("q_proj", "v_proj", "down_proj")):
+            continue
+        side = "output" if name.endswith("v_proj") else "input"
+        width = linear.out_features if side == "output" else linear.in_features
+        factors = []
+        for level in range(3):
+            angles = torch.randn(width // 2, generator=generator) * std
+            slack = 1 + torch.randn(width // 2, generator=generator) * std / 4
+            cos, sin = angles.cos() * slack, angles.sin() * slack
+            blocks = torch.stack([torch.stack([cos - 1, sin], 1), torch.stack([-sin, cos - 1], 1)], 1)
+            order = torch.arange(width).view(-1, 2, 1 << level).transpose(1, 2).reshape(-1)
+            factors.append(RotationBlocks(blocks, None if level == 0 else order))
+        deltas.append(RotationDelta(name, side, tuple(factors), lambda weight: weight))
+    write_rotation_adapter(folder, deltas, spec.fingerprint, method="qgoft")
+    return folder
+
+
+def whole_matrix(delta: RotationDelta, width: int) -> torch.Tensor:
+    """The matrix of a rotation for row vectors, float64 [width, width], entry by entry."""
+    whole = torch.eye(width, dtype=torch.float64)
+    for changes, order in delta.factors:
+        places = list(range(width)) if order is None else order.tolist()
+        factor = torch.eye(width, dtype=torch.float64)
+        size = changes.shape[-1]
+        for at in range(width):
+            for to in range(at // size * size, at // size * size + size):
+                block = changes[at // size] if len(changes) > 1 else changes[0]
+                factor[places[at], places[to]] += block[at % size, to % size].double()
+        whole = whole @ factor
+    return whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,16 +18,18 @@ from deltaserve.deltas.vectors import dense_biases
 from deltaserve.engine.batch import ScheduledPart
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve_store.formats import read_adapter
+from deltaserve_store.rotation_deltas import RotationDelta
 from deltatest.mixed_batch import MixedBatch, distance, prompts
 from deltatest.peft_adapters import make_peft_ia3, make_peft_lora, make_sparse, peft_logits
 from deltatest.real_engine import fold_folder
-from deltatest.rotation_kinds import CASES, compiler_of, make_rotation
+from deltatest.rotation_kinds import CASES, compiler_of, make_givens, make_rotation, whole_matrix
 from deltatest.tiny_models import VOCAB_SIZE, build_tiny_model
 
 torch.set_num_threads(1)
 
 OTHERS = ("lora", "dora", "ia3", "sparse")
-IDS = prompts([4 + 7 * i % 27 for i in range(1 + len(OTHERS) + len(CASES))], VOCAB_SIZE)
+KINDS = (*CASES, "givens")
+IDS = prompts([4 + 7 * i % 27 for i in range(1 + len(OTHERS) + len(KINDS))], VOCAB_SIZE)
 
 
 @dataclass
@@ -37,8 +40,29 @@ class Setting:
     adapters: dict[str, FoldedAdapter]
 
     def logits(self, name: str, ids: list[int]) -> Tensor:
+        """PEFT's, or those of weights turned by hand for what PEFT has no file for."""
+        if name == "givens":
+            model = copy.deepcopy(self.model)
+            for delta in read_adapter(self.folders[name], self.base.spec).deltas:
+                assert isinstance(delta, RotationDelta)
+                turn(model.get_submodule(delta.module), delta)
+            with torch.no_grad():
+                return model(torch.tensor([ids])).logits[0]
         with compiler_of(name):
             return peft_logits(self.model, self.folders[name], ids)
+
+
+@torch.no_grad()
+def turn(linear: torch.nn.Module, delta: RotationDelta) -> None:
+    """Put a rotation into a linear's weight, and bias, by its whole matrix."""
+    weight, bias = linear.weight, linear.bias
+    if delta.side == "input":
+        weight.copy_(weight.double() @ whole_matrix(delta, weight.shape[1]).t())
+        return
+    matrix = whole_matrix(delta, weight.shape[0]).t()
+    weight.copy_(matrix @ weight.double())
+    if bias is not None:
+        bias.copy_(matrix @ bias.double())
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +78,12 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     # The members of a group want inputs of their own.
     folders["ia3"] = make_peft_ia3(model, root / "ia3", targets=("q_proj", "v_proj"), feedforward=("q_proj",), std=0.1)
     folders["inputs"] = make_peft_ia3(model, root / "inputs", targets=("q_proj",), feedforward=("q_proj",), std=0.1)
+    folders["givens"] = make_givens(base.spec, root / "givens")
     folders["sparse"] = make_sparse(base.spec, root / "sparse")
     return Setting(base, model, folders, {name: fold_folder(path, base) for name, path in folders.items()})
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_alone_equals_peft(setting: Setting, name: str) -> None:
     batch = MixedBatch(setting.base).load_all({name: setting.adapters[name]})
     (plain,) = batch.logits(IDS[:1], [None])
@@ -70,7 +95,7 @@ def test_alone_equals_peft(setting: Setting, name: str) -> None:
 
 def test_all_kinds_in_one_batch_equal_peft_and_change_nobody_else(setting: Setting) -> None:
     batch = MixedBatch(setting.base, num_slots=len(setting.adapters)).load_all(setting.adapters)
-    names: list[str | tuple[str, float] | None] = [None, *OTHERS, *CASES]
+    names: list[str | tuple[str, float] | None] = [None, *OTHERS, *KINDS]
     found = batch.logits(IDS, names, chunk=7)
     for ids, name, logits in zip(IDS, names, found, strict=True):
         if isinstance(name, str) and name != "sparse":
@@ -83,7 +108,7 @@ def test_all_kinds_in_one_batch_equal_peft_and_change_nobody_else(setting: Setti
         assert torch.equal(logits, without)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_strength_0_is_the_base_and_others_are_what_the_proof_says(setting: Setting, name: str) -> None:
     batch = MixedBatch(setting.base).load_all({name: setting.adapters[name]})
     plain, nothing, half = batch.logits([IDS[0]] * 3, [None, (name, 0.0), (name, 0.5)])
@@ -98,7 +123,7 @@ def test_strength_0_is_the_base_and_others_are_what_the_proof_says(setting: Sett
     assert distance(half, plain) > 5e-3
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_evicted_and_read_again_it_answers_to_the_bit(setting: Setting, name: str, tmp_path: Path) -> None:
     folded = setting.adapters[name]
     folded.save(tmp_path / "folded")

@@ -46,6 +46,14 @@ _OWN = (
         "see adapter-format.md",
     ),
     (
+        "deltaserve rotations",
+        "`deltaserve-rotations`",
+        "`changes`, `order`",
+        "blocks on a permuted diagonal",
+        "rotation of inputs or outputs",
+        "see adapter-format.md",
+    ),
+    (
         "deltaserve sparse",
         "`deltaserve-sparse`",
         "`rows`, `cols`, `values`",
