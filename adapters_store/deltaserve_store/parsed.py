@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deltaserve_store.rotation_deltas import RotationDelta
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
 
-Kind = Literal["lora", "sparse", "vector"]
+Kind = Literal["lora", "sparse", "vector", "rotation"]
 FileFormat = str
 """``peft-`` and the PEFT type in lower case with dashes, or one of our own formats (``deltaserve-...``)."""
 
@@ -144,7 +145,7 @@ class ParsedAdapter:
 
     kind: Kind
     file_format: FileFormat
-    deltas: tuple[LoraDelta | SparseDelta | VectorDelta | NormDelta, ...]
+    deltas: tuple[LoraDelta | SparseDelta | VectorDelta | NormDelta | RotationDelta, ...]
     config: Mapping[str, Any]
     base_name: str | None
     base_fingerprint: str | None

@@ -25,7 +25,7 @@ REASON_CODES: Mapping[str, str] = MappingProxyType(
         "bad_tensor_name": "A tensor name with characters that no module path has.",
         "bad_offsets": "Tensor offsets overlap, leave holes, or do not fill the file.",
         "unsupported_dtype": "A dtype that this tensor may not have.",
-        "bad_shape": "A tensor of no dimension, more than three, or with a dimension of zero.",
+        "bad_shape": "A tensor of no dimension, more than four, or with a dimension of zero.",
         # config
         "bad_json": "A JSON file is malformed: syntax, encoding, duplicate keys, NaN, or too deep.",
         "missing_field": "A field of the config that must be there is not.",

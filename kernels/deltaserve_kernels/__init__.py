@@ -20,6 +20,8 @@ from deltaserve_kernels.errors import (
 )
 from deltaserve_kernels.operators import lora_linear, paged_attention, sparse_linear, write_kv
 from deltaserve_kernels.padded_list import PaddedLayout
+from deltaserve_kernels.rotation_tables import RotationEntry, RotationFactor, RotationTables
+from deltaserve_kernels.rotations import rotate_blocks, rotation_change
 from deltaserve_kernels.sources import source_digest
 from deltaserve_kernels.tables import LoraTables, SparseEntry, SparseTables
 from deltaserve_kernels.terms import block_linear, lora_vector_linear, rms_norm, rotate_and_write_kv, scale_shift
@@ -43,6 +45,9 @@ __all__ = [
     "NotContiguous",
     "OutOfRange",
     "PaddedLayout",
+    "RotationEntry",
+    "RotationFactor",
+    "RotationTables",
     "ShapeMismatch",
     "SparseEntry",
     "SparseTables",
@@ -60,6 +65,8 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotate_and_write_kv",
+    "rotate_blocks",
+    "rotation_change",
     "scale_shift",
     "select",
     "source_digest",

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from deltaserve_kernels.block_tables import BlockTables
 from deltaserve_kernels.errors import DeviceMismatch, DtypeMismatch, NotContiguous, OutOfRange, ShapeMismatch
+from deltaserve_kernels.rotation_tables import RotationTables
 from deltaserve_kernels.tables import FLOAT_DTYPES, LoraTables, SparseTables
 from deltaserve_kernels.vector_tables import VectorTables
 from deltaserve_kernels.worklist import WorkList
 
 Member = tuple[int, int, int]
-AnyTables = LoraTables | SparseTables | BlockTables | VectorTables
+AnyTables = LoraTables | SparseTables | BlockTables | VectorTables | RotationTables
 BLOCK_SIZE = 16
 
 

@@ -1,4 +1,4 @@
-"""All vector terms of one server, and the rows of a step that have some.
+"""All vector terms and rotations of one server, and the rows of a step that have some.
 
 A row's terms are found once a step, by its binding. Rows with vectors take a path of their own through every projection
 (base product, scales and biases, low rank, sparse, each rounded), so that nobody's bits depend on who has vectors.
@@ -13,25 +13,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deltaserve_kernels.pointer_tables import PointerTables
+from deltaserve_kernels.rotation_tables import RotationEntry, RotationFactor, RotationTables
 from deltaserve_kernels.transfer import upload
 from deltaserve_kernels.vector_tables import VectorEntry, VectorTables
 from deltaserve_kernels.worklist import Run, WorkList, build_work_list_runs
 
 Entries = tuple[tuple[int, VectorEntry], ...]
+Rotations = tuple[tuple[int, RotationEntry], ...]
 
 
 class VectorEntries(NamedTuple):
-    """The vectors of one adapter, fp32. ``outputs`` and ``inputs`` by linear, ``norms`` by norm.
+    """The vectors of one adapter, fp32, and its rotations. ``outputs`` and ``inputs`` by linear, ``norms`` by norm.
 
-    Of ``outputs`` a scale and a bias [out], of ``inputs`` a scale [in]; of ``norms`` differences of gain and shift.
+    Of ``outputs`` a scale and a bias [out], of ``inputs`` a scale [in]; of ``norms`` differences of gain and shift;
+    ``in_rotations`` and ``out_rotations`` by linear, in the serving dtype.
     """
 
     outputs: Entries = ()
     inputs: Entries = ()
     norms: Entries = ()
+    in_rotations: Rotations = ()
+    out_rotations: Rotations = ()
 
     def tensors(self) -> list[Tensor]:
-        return [t for entries in self for _, entry in entries for t in entry if t is not None]
+        vectors = [t for entries in self[:3] for _, entry in entries for t in entry if t is not None]
+        rotations = self.in_rotations + self.out_rotations
+        return vectors + [t for _, factors in rotations for factor in factors for t in factor.tensors()]
 
     @property
     def nbytes(self) -> int:
@@ -41,16 +49,22 @@ class VectorEntries(NamedTuple):
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
 
-        return VectorEntries(
-            *(
-                tuple((index, VectorEntry(move(entry.scale), move(entry.bias))) for index, entry in entries)
-                for entries in self
+        def turn(rotations: Rotations) -> Rotations:
+            return tuple(
+                (index, tuple(RotationFactor(blocks.to(device), move(order)) for blocks, order in factors))
+                for index, factors in rotations
             )
+
+        outputs, inputs, norms = (
+            tuple((index, VectorEntry(move(entry.scale), move(entry.bias))) for index, entry in entries)
+            for entries in (self.outputs, self.inputs, self.norms)
         )
+        return VectorEntries(outputs, inputs, norms, turn(self.in_rotations), turn(self.out_rotations))
 
 
 class VectorFamily:
-    """Three tables over the same slots: scales and biases of outputs, scales of inputs, differences of norms.
+    """Tables over the same slots: scales and biases of outputs, scales of inputs, differences of norms; rotations of
+    inputs and of outputs.
 
     For the engine thread, as all tables.
     """
@@ -59,6 +73,8 @@ class VectorFamily:
         self.outputs = VectorTables(num_linears, num_slots, device)
         self.inputs = VectorTables(num_linears, num_slots, device)
         self.norms = VectorTables(num_norms, num_slots, device)
+        self.in_rotations = RotationTables(num_linears, num_slots, device)
+        self.out_rotations = RotationTables(num_linears, num_slots, device)
         self.num_slots = num_slots
         self._used: set[int] = set()
 
@@ -72,17 +88,22 @@ class VectorFamily:
 
     def set_all(self, slot: int, entries: VectorEntries) -> None:
         """Point a slot at an adapter's vectors. Raises a KernelError; ``clear`` the slot then."""
-        for tables, given in zip((self.outputs, self.inputs, self.norms), entries, strict=True):
+        for tables, given in zip((self.outputs, self.inputs, self.norms), entries[:3], strict=True):
             if given:
-                tables.set_all(slot, given)
                 self._used.add(slot)
+                tables.set_all(slot, given)
+        for turns, factors in ((self.in_rotations, entries.in_rotations), (self.out_rotations, entries.out_rotations)):
+            if factors:
+                self._used.add(slot)
+                turns.set_all(slot, factors)
 
     def clear(self, slot: int) -> None:
         """Empty a slot and let go of its tensors."""
         if slot in self._used:
             self._used.remove(slot)
-            for tables in (self.outputs, self.inputs, self.norms):
-                tables.clear(slot)
+            for tables in (self.outputs, self.inputs, self.norms, self.in_rotations, self.out_rotations):
+                if tables.has_slot(slot):
+                    tables.clear(slot)
 
 
 @dataclass(frozen=True)
@@ -105,9 +126,13 @@ class VectorStep:
     counts: tuple[int, ...]
     _chosen: dict[tuple[bool, ...], Tensor] = field(default_factory=dict, repr=False)
 
-    def rows_with(self, tables: VectorTables, index: int) -> Tensor | None:
-        """Which of 0..R have an entry for this linear or norm, int64; None: all. Told by their own bindings alone."""
-        has = tuple(any(tables.get(index, slot) is not None for slot in slots) for slots in self.slots)
+    def rows_with(self, tables: PointerTables, index: int, *others: PointerTables) -> Tensor | None:
+        """Which of 0..R have an entry for this linear or norm in some of the tables, int64; None: all. Told by their
+        own bindings alone."""
+        known_by = (tables, *others)
+        has = tuple(
+            any(table.mark(index, slot) is not None for slot in slots for table in known_by) for slots in self.slots
+        )
         if all(has):
             return None
         known = self._chosen.get(has)

@@ -9,6 +9,7 @@ import pytest
 
 from deltaserve.admission.reason_codes import PROOF_REASON_CODES
 from deltaserve_store.file_names import CHECKED_FILES, STORED_FILES, FileRole, role_of
+from deltaserve_store.formats.deltaserve_rotations import FIELDS as ROTATION_FIELDS
 from deltaserve_store.formats.deltaserve_sparse import FIELDS
 from deltaserve_store.formats.deltaserve_terms import FIELDS as TERM_FIELDS
 from deltaserve_store.formats.deltaserve_vectors import FIELDS as VECTOR_FIELDS
@@ -68,6 +69,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sparse-fields": lambda: _own_fields(FIELDS),
     "vector-fields": lambda: _own_fields(VECTOR_FIELDS),
     "term-fields": lambda: _own_fields(TERM_FIELDS),
+    "rotation-fields": lambda: _own_fields(ROTATION_FIELDS),
     "reason-codes": _codes,
     "proof-reason-codes": _proof_codes,
 }

@@ -14,6 +14,7 @@ from deltaserve_store.formats.peft_kinds.table import READERS, REFUSED, SERVED_P
 from deltaserve_store.reason_codes import REASON_CODES
 from deltatest.adapter_corpus import BadAdapter, corpus_base
 from deltatest.kind_corpus import GOOD_KINDS, KIND_CORPUS
+from deltatest.rotation_corpus import ROTATION_CORPUS
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapter-kinds.md"
 
@@ -26,7 +27,7 @@ def test_good_adapters_get_in(name: str, tmp_path: Path) -> None:
     assert parsed.file_format == f"peft-{name}"
 
 
-@pytest.mark.parametrize("case", KIND_CORPUS, ids=lambda case: f"{case.kind}: {case.name}")
+@pytest.mark.parametrize("case", KIND_CORPUS + ROTATION_CORPUS, ids=lambda case: f"{case.kind}: {case.name}")
 def test_refused_with_its_reasons(case: BadAdapter, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     GOOD_KINDS[case.kind](folder)
@@ -47,7 +48,8 @@ def test_refused_with_its_reasons(case: BadAdapter, tmp_path: Path) -> None:
 
 def test_every_reader_is_in_the_corpus() -> None:
     assert {case.kind for case in KIND_CORPUS} == {kind.lower() for kind in READERS} == set(GOOD_KINDS)
-    assert len({(case.kind, case.name) for case in KIND_CORPUS}) == len(KIND_CORPUS)
+    corpus = KIND_CORPUS + ROTATION_CORPUS
+    assert len({(case.kind, case.name) for case in corpus}) == len(corpus)
 
 
 def test_every_type_of_the_installed_peft_is_served_or_refused_with_a_reason() -> None:

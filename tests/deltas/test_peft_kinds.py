@@ -120,7 +120,8 @@ def test_all_kinds_in_one_batch_equal_peft_and_folded_weights(
 
 
 def test_every_reader_has_a_case() -> None:
-    assert {case.config.removesuffix("Config").upper() for case in CASES.values()} == set(READERS)
+    converted = {kind for kind, reader in READERS.items() if reader.kind in ("lora", "sparse")}
+    assert {case.config.removesuffix("Config").upper() for case in CASES.values()} == converted
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -51,6 +51,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "randlora": {"r": 3, "randlora_alpha": 6},
     "hira": {"r": 2},
     "deft": {"r": 2, "decomposition_method": "qr"},
+    "oft": {
+        "r": 0,
+        "oft_block_size": 4,
+        "coft": False,
+        "eps": 6e-5,
+        "block_share": False,
+        "use_cayley_neumann": False,
+        "num_cayley_neumann_terms": 5,
+    },
+    "road": {"variant": "road_1", "group_size": 4},
+    "boft": {"boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 2},
+    "beft": {},
 }
 
 

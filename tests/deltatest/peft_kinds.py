@@ -111,9 +111,22 @@ def make_kind(
     **options: Any,
 ) -> Path:
     """Write the adapter of case ``name``; ``options`` override those of the case."""
+    return write_case(model, folder, CASES[name], targets=targets, seed=seed, std=std, **options)
+
+
+def write_case(
+    model: torch.nn.Module,
+    folder: Path,
+    case: KindCase,
+    *,
+    targets: tuple[str, ...] = TARGETS,
+    seed: int = 0,
+    std: float | None = None,
+    **options: Any,
+) -> Path:
+    """``make_kind`` of any case."""
     import peft
 
-    case = CASES[name]
     config = getattr(peft, case.config)(
         target_modules=list(targets), task_type="CAUSAL_LM", **{**case.options, **options}
     )

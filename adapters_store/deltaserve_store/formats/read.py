@@ -23,6 +23,8 @@ from deltaserve_store.file_names import (
     role_of,
 )
 from deltaserve_store.findings import Findings, refuse
+from deltaserve_store.formats.deltaserve_rotations import FORMAT as ROTATIONS
+from deltaserve_store.formats.deltaserve_rotations import parse_deltaserve_rotations
 from deltaserve_store.formats.deltaserve_sparse import parse_deltaserve_sparse
 from deltaserve_store.formats.deltaserve_terms import FORMAT as TERMS
 from deltaserve_store.formats.deltaserve_terms import parse_deltaserve_terms
@@ -122,6 +124,8 @@ def _parse_kind(
         return parse_deltaserve_vectors(config, tensors, base, findings)
     if not kind and config.get("format") == TERMS:
         return parse_deltaserve_terms(config, tensors, base, findings)
+    if not kind and config.get("format") == ROTATIONS:
+        return parse_deltaserve_rotations(config, tensors, base, findings)
     if kind in VECTOR_READERS:
         return VECTOR_READERS[kind](config, PEFT_CONFIG, tensors, base, findings)
     return parse_deltaserve_sparse(config, tensors, base, findings)

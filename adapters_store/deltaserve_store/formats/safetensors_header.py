@@ -20,7 +20,7 @@ from deltaserve_store.formats.json_file import parse_json_object
 
 MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 20_000
-MAX_DIMENSIONS = 3
+MAX_DIMENSIONS = 4
 MAX_METADATA_ENTRIES = 64
 PREFIX_BYTES = 8
 MAX_SIZE = (1 << 31) - 1

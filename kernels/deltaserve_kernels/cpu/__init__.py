@@ -17,6 +17,7 @@ from torch import Tensor
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.cpu import build
 from deltaserve_kernels.errors import DeviceMismatch, DtypeMismatch, OutOfRange, ShapeMismatch
+from deltaserve_kernels.rotation_tables import RotationTables
 from deltaserve_kernels.tables import LoraTables, SparseTables
 from deltaserve_kernels.vector_tables import VectorTables
 from deltaserve_kernels.worklist import WorkList
@@ -143,6 +144,18 @@ def scale_shift(
     columns = list(chain.from_iterable(members))
     torch.ops.deltaserve_cpu.scale_shift(
         y, _prepared(work), tables.pointers, tables.dims, columns, gain, shift, unit, depth
+    )
+
+
+def rotate_blocks(
+    y: Tensor, x: Tensor, work: WorkList, tables: RotationTables, members: Sequence[Member], depth: float
+) -> None:
+    if tables.dtype is not x.dtype and tables.dtype is not None:
+        raise DtypeMismatch(f"x is {x.dtype}; the tables hold {tables.dtype}")
+    if not tables.is_on_host:
+        raise DeviceMismatch(f"the tables are on {tables.device}; x is on the CPU")
+    torch.ops.deltaserve_cpu.rotate_blocks(
+        y, x, _prepared(work), tables.pointers, tables.dims, list(chain.from_iterable(members)), depth
     )
 
 

@@ -1,4 +1,4 @@
-"""The vector terms of a folded adapter in the form that tables take."""
+"""The vector terms and rotations of a folded adapter in the form that tables take."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from deltaserve.deltas.folded import FoldedAdapter
+from deltaserve.deltas.rotation_terms import RotationTerm
 from deltaserve.deltas.vector_terms import VectorTerm
-from deltaserve_kernels import VectorEntries, VectorEntry
+from deltaserve_kernels import RotationEntry, RotationFactor, VectorEntries, VectorEntry
 
 
 def vector_entries(
@@ -22,13 +23,24 @@ def vector_entries(
     def keep(tensor: Tensor | None) -> Tensor | None:
         return tensor.clone() if is_apart and tensor is not None else tensor
 
+    def turn(factors: RotationEntry) -> RotationEntry:
+        if not is_apart:
+            return factors
+        return tuple(
+            RotationFactor(blocks.clone(), None if order is None else order.clone()) for blocks, order in factors
+        )
+
     outputs: list[tuple[int, VectorEntry]] = []
     inputs: list[tuple[int, VectorEntry]] = []
+    rotations: dict[str, list[tuple[int, RotationEntry]]] = {"input": [], "output": []}
     for name, terms in folded.terms.items():
         for term in terms:
-            if not isinstance(term, VectorTerm):
+            if not isinstance(term, VectorTerm | RotationTerm):
                 continue
             index = _index(linears, name, "linear")
+            if isinstance(term, RotationTerm):
+                rotations[term.side].append((index, turn(term.factors)))
+                continue
             if term.scale is not None or term.bias is not None:
                 outputs.append((index, VectorEntry(keep(term.scale), keep(term.bias))))
             if term.in_scale is not None:
@@ -37,7 +49,8 @@ def vector_entries(
         (_index(norms, name, "norm"), VectorEntry(keep(term.gain), keep(term.shift)))
         for name, term in folded.norms.items()
     ]
-    return VectorEntries(tuple(outputs), tuple(inputs), tuple(gains))
+    of_side = {side: tuple(entries) for side, entries in rotations.items()}
+    return VectorEntries(tuple(outputs), tuple(inputs), tuple(gains), of_side["input"], of_side["output"])
 
 
 def _index(names: Mapping[str, int], name: str, noun: str) -> int:

@@ -177,10 +177,9 @@ class Prover:
         return Conversion(scale, error, effect, self._error_share * effect, rank, num_linears)
 
     def _change(self, adapter: ParsedAdapter, scale: float, *, as_served: bool) -> Change:
-        """Every change is linear in the strength: no linear has a scale on both of its sides."""
-        weights = dense_deltas(adapter, self._base.spec, self._base, as_served=as_served)
+        """Biases and norms are linear in the strength; so are weights, unless both sides of a linear change."""
         return Change(
-            {name: partial(_scaled, make, scale) for name, make in weights.items()},
+            dense_deltas(adapter, self._base.spec, self._base, scale, as_served=as_served),
             {name: partial(_scaled, make, scale) for name, make in dense_biases(adapter, self._base).items()},
             {name: (_times(w, scale), _times(b, scale)) for name, (w, b) in dense_norms(adapter, self._base).items()},
         )

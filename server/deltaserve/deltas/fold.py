@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.deltas.folded import FOLD_VERSION, FoldedAdapter, LowRankTerm, SparseTerm, Term, dtype_name
+from deltaserve.deltas.rotations import dense_rotation, fold_rotations, rotation_of
 from deltaserve.deltas.vector_terms import NormTerm
 from deltaserve.deltas.vectors import BaseWeights, dense_vectors, dora_scale, fold_vectors, needs_weights
 from deltaserve.errors import AdapterRefused, Reason
@@ -67,6 +68,8 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
         vectors, norms = fold_vectors(parsed, spec, base, scales, reasons)
         for name, vector in vectors.items():
             terms[name] = (*terms.get(name, ()), vector)
+    for name, rotation in fold_rotations(parsed, spec, dtype, reasons).items():
+        terms[name] = (*terms.get(name, ()), rotation)
     if reasons:
         raise AdapterRefused(
             f"The adapter cannot be folded with this base: {len(reasons)} finding(s), first {reasons[0].where!r}.",
@@ -82,10 +85,11 @@ def dense_delta(
     linear: str,
     spec: BaseSpec,
     base: BaseWeights | None = None,
+    strength: float = 1.0,
     *,
     as_served: bool = False,
 ) -> Tensor:
-    """The delta of one linear as a float32 matrix ``[out, in]``: what the runtime must be equivalent to.
+    """The delta of one linear at ``strength``, float32 ``[out, in]``: what the runtime must be equivalent to.
 
     From a ``ParsedAdapter`` it is computed from the file's own tensors, independently of ``fold``; zeros where the
     adapter leaves the linear alone. Of a folded adapter, low-rank and sparse terms only. ``as_served``: where a delta
@@ -100,9 +104,12 @@ def dense_delta(
             elif isinstance(term, SparseTerm):
                 rows = torch.repeat_interleave(torch.arange(shape.out_features), term.indptr.long().diff())
                 dense.index_put_((rows, term.cols.long()), term.values.float(), accumulate=True)
-        return dense
+        return dense.mul_(strength)
     if base is not None and needs_weights(adapter):
-        dense += dense_vectors(adapter, linear, base.linear(linear).rows(0, shape.out_features).cpu())
+        weight = base.linear(linear).rows(0, shape.out_features).cpu()
+        if (rotation := rotation_of(adapter, linear)) is not None:  # nothing else is on a linear that a method turns
+            return dense_rotation(rotation, weight, strength)
+        dense += dense_vectors(adapter, linear, weight)
     for delta in adapter.deltas:
         if delta.module != linear or (isinstance(delta, LoraDelta) and delta.magnitude is not None):
             continue
@@ -115,13 +122,14 @@ def dense_delta(
                 dense += delta.dense()
                 continue
             dense.index_put_((delta.rows.long(), delta.cols.long()), delta.values.float(), accumulate=True)
-    return dense
+    return dense.mul_(strength)
 
 
 def dense_deltas(
     adapter: ParsedAdapter | FoldedAdapter,
     spec: BaseSpec,
     base: BaseWeights | None = None,
+    strength: float = 1.0,
     *,
     as_served: bool = False,
 ) -> Mapping[str, Callable[[], Tensor]]:
@@ -130,7 +138,7 @@ def dense_deltas(
         names = list(adapter.terms)
     else:
         names = [delta.module for delta in adapter.deltas if not isinstance(delta, NormDelta)]
-    return {name: partial(dense_delta, adapter, name, spec, base, as_served=as_served) for name in names}
+    return {name: partial(dense_delta, adapter, name, spec, base, strength, as_served=as_served) for name in names}
 
 
 def _misfit(delta: LoraDelta | SparseDelta, linear: LinearSpec) -> Reason | None:

@@ -1,8 +1,8 @@
 """The runtime form of an adapter: per base linear, the terms that are added to its output, in the serving dtype.
 
 Of the delta algebra a folded adapter holds the low-rank and the sparse terms, each with its own scaling already inside
-(``b_t``, ``values``), and the vector terms (``vector_terms``): loading is then read and copy. Names are those of the
-base's linears and norms.
+(``b_t``, ``values``), the vector terms (``vector_terms``) and rotations (``rotation_terms``): loading is then read and
+copy. Names are those of the base's linears and norms.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.deltas.folded_file import FileDamaged, read_tensors, write_tensors
+from deltaserve.deltas.rotation_terms import RotationTerm, take_rotations
 from deltaserve.deltas.vector_terms import NormTerm, VectorTerm, take_norm, take_vectors
 from deltaserve.errors import AdapterUnavailable
 
@@ -65,18 +66,23 @@ class SparseTerm:
         return self.indptr.nbytes + self.cols.nbytes + self.values.nbytes
 
 
-Term = LowRankTerm | SparseTerm | VectorTerm
+Term = LowRankTerm | SparseTerm | VectorTerm | RotationTerm
 
 
-_FAMILIES: dict[type, str] = {LowRankTerm: "lora", SparseTerm: "sparse", VectorTerm: "vector"}
+_FAMILIES: dict[type, str] = {
+    LowRankTerm: "lora",
+    SparseTerm: "sparse",
+    VectorTerm: "vector",
+    RotationTerm: "rotation",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class FoldedAdapter:
     """All terms of one adapter version for one base and dtype. At most one term of each class per linear.
 
-    ``kinds`` names the term families present, sorted ("lora", "sparse", "vector"); ``rank`` is the largest, None
-    without low-rank terms.
+    ``kinds`` names the term families present, sorted ("lora", "rotation", "sparse", "vector"); ``rank`` is the
+    largest, None without low-rank terms.
     """
 
     terms: Mapping[str, tuple[Term, ...]]
@@ -108,7 +114,7 @@ class FoldedAdapter:
                 if isinstance(term, LowRankTerm):
                     tensors[f"{linear}:a"] = term.a
                     tensors[f"{linear}:b_t"] = term.b_t
-                elif isinstance(term, VectorTerm):
+                elif isinstance(term, VectorTerm | RotationTerm):
                     tensors |= {f"{linear}:{role}": tensor for role, tensor in term.tensors().items()}
                 else:
                     tensors[f"{linear}:indptr"] = term.indptr
@@ -189,6 +195,7 @@ def _linear_terms(linear: str, roles: dict[str, Tensor], spec: BaseSpec, dtype: 
     vectors = take_vectors(linear, roles, known)
     if vectors is not None:
         terms.append(vectors)
+    terms.extend(take_rotations(linear, roles, known, dtype))
     if roles or not terms:
         raise FileDamaged(f"{linear!r} has the unexpected parts {sorted(roles)}")
     return tuple(terms)

@@ -17,9 +17,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from deltaserve.deltas.rotations import rotation_biases
 from deltaserve.deltas.vector_terms import NormTerm, VectorTerm
 from deltaserve.errors import Reason
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter
+from deltaserve_store.rotation_deltas import RotationDelta
 from deltaserve_store.spec import BaseSpec
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
 
@@ -46,7 +48,8 @@ class BaseWeights(Protocol):
 def needs_weights(parsed: ParsedAdapter) -> bool:
     """Whether some delta can only be folded with the base's numbers."""
     return any(
-        isinstance(delta, VectorDelta | NormDelta) or (isinstance(delta, LoraDelta) and delta.magnitude is not None)
+        isinstance(delta, VectorDelta | NormDelta | RotationDelta)
+        or (isinstance(delta, LoraDelta) and delta.magnitude is not None)
         for delta in parsed.deltas
     )
 
@@ -74,6 +77,9 @@ def fold_vectors(
         if isinstance(delta, VectorDelta):
             if _fits(delta.module, delta.module in vectors, delta.module in spec.linears, reasons):
                 vectors[delta.module] = delta
+        elif isinstance(delta, RotationDelta):
+            if delta.out_scale is not None and delta.module in spec.linears:
+                vectors[delta.module] = VectorDelta(delta.module, out_scale=delta.out_scale)
         elif isinstance(delta, NormDelta) and _fits(
             delta.module, delta.module in norms, delta.module in spec.norms, reasons
         ):
@@ -153,7 +159,14 @@ def dense_vectors(parsed: ParsedAdapter, linear: str, weight: Tensor) -> Tensor:
 
 
 def dense_biases(parsed: ParsedAdapter, base: BaseWeights) -> Mapping[str, Callable[[], Tensor]]:
-    """Differences of biases [out] by linear: what the file adds, puts in the bias's place or multiplies it by."""
+    """Differences of biases [out] by linear: what the file adds, puts in its place, multiplies it by or turns."""
+    return {
+        **rotation_biases(parsed, base),
+        **_given_biases(parsed, base),
+    }
+
+
+def _given_biases(parsed: ParsedAdapter, base: BaseWeights) -> Mapping[str, Callable[[], Tensor]]:
     return {
         delta.module: partial(_dense_bias, delta, base.linear(delta.module).bias)
         for delta in parsed.deltas

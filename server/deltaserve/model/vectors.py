@@ -1,10 +1,11 @@
-"""A projection group in a step where some rows have vector terms: scales of inputs and outputs, biases.
+"""A projection group in a step where some rows have vector terms: scales and rotations of inputs and outputs, biases.
 
-Rows with vectors are the base's product, then scales and biases, then low rank, then sparse, each rounded; whatever
-their groups hold, and whoever else is in the step. All other rows go through the product as ever.
+Rows with vectors are the base's product, then scales, biases and rotations, then low rank, then sparse, each rounded;
+whatever their groups hold, and whoever else is in the step. All other rows go through the product as ever.
 
-Scales of an input act on the base's product alone. A row whose members need different inputs enters the product once
-more for each of them, so that weights are read once; a group of one has its rows replaced.
+Scales and rotations of an input act on the base's product alone. A row whose members need different inputs enters the
+product once more for each of them, so that weights are read once; a group of one has its rows replaced. On one side
+of a linear, scales and rotations of several adapters meet the same row, and what they change of it is summed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from deltaserve_kernels import VectorStep, lora_linear, scale_shift, sparse_linear
+from deltaserve_kernels import VectorStep, lora_linear, rotate_blocks, scale_shift, sparse_linear
 
 if TYPE_CHECKING:
     from deltaserve.model.context import ForwardContext
@@ -36,7 +37,7 @@ def apply_with_vectors(group: ProjectionGroup, rows: Tensor, ctx: ForwardContext
     for member, targets, first in moves:
         y[targets, member.start : member.stop] = y[first : first + len(targets), member.start : member.stop]
     y = y[: len(rows)]
-    scale_shift(y, step.work, step.family.outputs, members, depth)
+    _change_outputs(y, group, step)
     if ctx.lora is not None:
         lora_linear(y, rows, step.work, ctx.lora, members, depth)
     if ctx.sparse is not None and ctx.work is not None:
@@ -44,26 +45,44 @@ def apply_with_vectors(group: ProjectionGroup, rows: Tensor, ctx: ForwardContext
     return y
 
 
+def _change_outputs(y: Tensor, group: ProjectionGroup, step: VectorStep) -> None:
+    """Scales, biases and rotations of the base's product y [T, N], in place."""
+    outputs, rotations = step.family.outputs, step.family.out_rotations
+    if not rotations.has_any_of(group.members):
+        scale_shift(y, step.work, outputs, group.members, group.depth)
+        return
+    product = y[step.rows]
+    changed = product.clone()
+    scale_shift(changed, step.compact, outputs, group.members, group.depth)
+    rotate_blocks(changed, product, step.compact, rotations, group.members, group.depth)
+    y[step.rows] = changed
+
+
 def _feed(group: ProjectionGroup, rows: Tensor, step: VectorStep) -> tuple[Tensor, list[tuple[Member, Tensor, int]]]:
     """What the product is given, and which of its results belong elsewhere: (member, rows int64 [R], first row)."""
-    tables = step.family.inputs
-    scaled = [member for member in group.members if tables.has_any(member.linear)]
-    if not scaled:
+    scales, rotations = step.family.inputs, step.family.in_rotations
+    changed = [m for m in group.members if scales.has_any(m.linear) or rotations.has_any(m.linear)]
+    if not changed:
         return rows, []
     width = rows.shape[1]
     if len(group.members) == 1:
         fed = rows.clone()
-        scale_shift(fed, step.work, tables, ((scaled[0].linear, 0, width),), group.depth)
+        whole = ((changed[0].linear, 0, width),)
+        scale_shift(fed, step.work, scales, whole, group.depth)
+        rotate_blocks(fed, rows, step.work, rotations, whole, group.depth)
         return fed, []
     extras, moves, first = [rows], [], len(rows)
-    for member in scaled:
-        chosen = step.rows_with(tables, member.linear)
+    for member in changed:
+        chosen = step.rows_with(scales, member.linear, rotations)
         targets = step.rows if chosen is None else step.rows[chosen]
         if not len(targets):
             continue
         x = rows[step.rows]
-        scale_shift(x, step.compact, tables, ((member.linear, 0, width),), group.depth)
-        extras.append(x if chosen is None else x[chosen])
+        fed = x.clone()
+        whole = ((member.linear, 0, width),)
+        scale_shift(fed, step.compact, scales, whole, group.depth)
+        rotate_blocks(fed, x, step.compact, rotations, whole, group.depth)
+        extras.append(fed if chosen is None else fed[chosen])
         moves.append((member, targets, first))
         first += len(targets)
     return (torch.cat(extras) if moves else rows), moves

@@ -207,9 +207,9 @@ HEADER = (
         (("bad_shape", Q0_A),),
     ),
     BadAdapter(
-        "four dimensions",
+        "five dimensions",
         "lora",
-        edit_header(lambda header: header[Q0_A].update(shape=[1, 1, 4, 16])),
+        edit_header(lambda header: header[Q0_A].update(shape=[1, 1, 1, 4, 16])),
         (("bad_shape", Q0_A),),
     ),
     BadAdapter(

@@ -14,11 +14,12 @@ _INTRO = f"""# Kinds of adapters
 Made from the code by `python -m deltaserve_store.formats.peft_kinds.page`; edit the readers, not this page.
 
 The server adds two terms to a linear `y = W x + b`: low rank, `B (A x)`, and sparse, `S x`; and it serves vectors:
-scales, biases and norm differences. Every kind below is made of them. What PEFT stores in another parametrisation is
-converted when the adapter is read, in float32, before the one cast to the serving dtype. The proof at the door compares
-the engine with the base plus the method's own formula, evaluated from the file's tensors, so that it would also find a
-wrong conversion. Low-rank terms are served at their exact rank up to {MAX_RANK}, and nothing is approximated then. What
-becomes of deltas of a higher rank is told [below](#deltas-of-high-rank).
+scales, biases and norm differences; and rotations of a linear's input or output. Every kind below is made of them. What
+PEFT stores in another parametrisation is converted when the adapter is read, in float32, before the one cast to the
+serving dtype. The proof at the door compares the engine with the base plus the method's own formula, evaluated from the
+file's tensors, so that it would also find a wrong conversion. Low-rank terms are served at their exact rank up to
+{MAX_RANK}, and nothing is approximated then. What becomes of deltas of a higher rank is told
+[below](#deltas-of-high-rank).
 
 Files, targets, base names and reason codes are those of [adapter-format.md](adapter-format.md).
 
@@ -43,6 +44,14 @@ _OWN = (
         "named vectors",
         "scales, biases, norms",
         "vector",
+        "see adapter-format.md",
+    ),
+    (
+        "deltaserve rotations",
+        "`deltaserve-rotations`",
+        "`changes`, `order`",
+        "blocks on a permuted diagonal",
+        "rotation of inputs or outputs",
         "see adapter-format.md",
     ),
     (
@@ -88,6 +97,18 @@ adapter both are taken at a larger strength, where they stand out from rounding.
 part of the stored evidence (`conversion`: `error`, `effect`, `limit`, `scale`, `rank`, `num_linears`). A spectrum that
 hardly falls does not pass: of FourierFT's default, 1000 coefficients, drawn at random on a linear of 4096 x 4096, the
 best 256 directions miss 64 % of the delta's norm and the best 1024 still 11 %.
+"""
+
+_ROTATIONS = """
+## Rotations
+
+A rotation is whatever matrix PEFT computes from the file. Cayley transforms are orthogonal, and a file whose values are
+so large that PEFT's own float32 loses that is refused (`invalid_value`); RoAd scales as it turns; and with
+`use_cayley_neumann` OFT has a polynomial in place of the transform, orthogonal only up to what the polynomial leaves
+out, which is served as it was trained. An adapter with a rotation is applied whole or not at all: its scale is 0 or 1,
+else a request gets `unsupported_strength` (400). It takes as many numbers as features times the width of a block (on a
+square linear, blocks of 32 are as much as a LoRA of rank 16), and its rows enter the base's product once more for every
+linear of a projection group whose input it turns. On a GPU such rows run eagerly, by the PyTorch definition.
 """
 
 _INITIAL = """
@@ -137,6 +158,7 @@ def kinds_page() -> str:
     lines = [_INTRO, *_table(("kind", "format", "tensors of the file", "delta of a linear", "term", "refused"), served)]
     lines += [
         _HIGH_RANK,
+        _ROTATIONS,
         _INITIAL,
         *_table(("type", "why"), [(f"`{kind}`", why) for kind, why in sorted(REFUSED.items())]),
     ]

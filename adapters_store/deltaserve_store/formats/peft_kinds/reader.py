@@ -28,20 +28,24 @@ from deltaserve_store.formats.tensor_checks import (
 )
 from deltaserve_store.formats.tensor_file import TensorFile
 from deltaserve_store.parsed import FunctionDelta, Kind, LoraDelta, ParsedAdapter, SparseDelta, WeightDelta
+from deltaserve_store.rotation_deltas import RotationDelta
 from deltaserve_store.spec import BaseSpec, LinearSpec
+from deltaserve_store.vector_deltas import VectorDelta
 
 INDEX_DTYPES = ("I32", "I64")
-Delta = LoraDelta | SparseDelta | WeightDelta | FunctionDelta
+Delta = LoraDelta | SparseDelta | WeightDelta | FunctionDelta | RotationDelta | VectorDelta
+_RANKED = LoraDelta | WeightDelta | FunctionDelta
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRule:
-    """One expected tensor: its exact shape, and the dtypes it may have. Floats must be finite. ``optional``: files
-    without it are as good."""
+    """One expected tensor: its exact shape (or the ``other`` one), and the dtypes it may have. Floats must be finite.
+    ``optional``: files without it are as good."""
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...] = FLOAT_DTYPES
     optional: bool = False
+    other: tuple[int, ...] | None = None
 
 
 class PeftReader(ABC):
@@ -142,13 +146,13 @@ def read_kind(
     if findings:
         return None
     return ParsedAdapter(
-        kind="sparse" if all(isinstance(delta, SparseDelta) for delta in deltas) else reader.kind,
+        kind="sparse" if deltas and all(isinstance(delta, SparseDelta) for delta in deltas) else reader.kind,
         file_format=f"peft-{reader.peft_type.lower()}",
         deltas=tuple(delta for delta in deltas if not isinstance(delta, WeightDelta | FunctionDelta)),
         config=config,
         base_name=config.get("base_model_name_or_path") or None,
         base_fingerprint=None,
-        rank=max((delta.rank for delta in deltas if not isinstance(delta, SparseDelta)), default=None),
+        rank=max((delta.rank for delta in deltas if isinstance(delta, _RANKED)), default=None),
         num_parameters=sum(_count(info.shape) for info in tensors.header.tensors.values()),
         weight_deltas=tuple(delta for delta in deltas if isinstance(delta, WeightDelta | FunctionDelta)),
     )
@@ -179,7 +183,8 @@ def _check_layout(reader: PeftReader, tensors: TensorFile, base: BaseSpec, findi
                 findings.add("missing_tensor", name, "nothing", f"{list(rule.shape)}, by config and base")
             continue
         check_dtype(info, rule.dtypes, findings)
-        check_shape(info, rule.shape, "by config and base", findings)
+        if info.shape != rule.other:
+            check_shape(info, rule.shape, "by config and base", findings)
     for name in tensors.header.tensors:
         if name in expected:
             continue

@@ -8,16 +8,20 @@ from typing import Any
 
 from deltaserve_store.findings import refuse
 from deltaserve_store.formats.peft_kinds.adalora import AdaLora
+from deltaserve_store.formats.peft_kinds.beft import Beft
 from deltaserve_store.formats.peft_kinds.blocks import GraLora, Miss
+from deltaserve_store.formats.peft_kinds.boft import Boft
 from deltaserve_store.formats.peft_kinds.c3a import C3a
 from deltaserve_store.formats.peft_kinds.deft import Deft
 from deltaserve_store.formats.peft_kinds.delora import DeLora
 from deltaserve_store.formats.peft_kinds.fourierft import FourierFt
 from deltaserve_store.formats.peft_kinds.hira import Hira
 from deltaserve_store.formats.peft_kinds.hra import Hra
+from deltaserve_store.formats.peft_kinds.oft import Oft
 from deltaserve_store.formats.peft_kinds.products import LoHa, LoKr
 from deltaserve_store.formats.peft_kinds.randlora import RandLora
 from deltaserve_store.formats.peft_kinds.reader import PeftReader
+from deltaserve_store.formats.peft_kinds.road import Road
 from deltaserve_store.formats.peft_kinds.seeded import TinyLora, UniLora
 from deltaserve_store.formats.peft_kinds.supertuning import SuperTuning
 from deltaserve_store.formats.peft_kinds.vblora import VbLora
@@ -44,6 +48,10 @@ _ALL: tuple[type[PeftReader], ...] = (
     RandLora,
     Hira,
     Deft,
+    Oft,
+    Road,
+    Boft,
+    Beft,
 )
 READERS: Mapping[str, type[PeftReader]] = MappingProxyType({reader.peft_type: reader for reader in _ALL})
 """Types that are converted. ``LORA`` and ``SHIRA`` have readers of their own: they need no conversion."""
@@ -51,22 +59,18 @@ READERS: Mapping[str, type[PeftReader]] = MappingProxyType({reader.peft_type: re
 SERVED_PEFT_TYPES = ("LORA", "SHIRA", *sorted(VECTOR_READERS), *sorted(READERS))
 
 _PROMPT = "virtual tokens are not served yet"
-_ROTATION = "rotations of the base path are not served yet"
 _NOT_YET = "not served yet"
 _NOT_LINEAR = "it is not a fixed sum on a linear: its effect depends on the input"
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "ADAMSS": _NOT_YET,
         "ADAPTION_PROMPT": _NOT_LINEAR,
-        "BEFT": _NOT_YET,
-        "BOFT": _ROTATION,
         "CARTRIDGE": _PROMPT,
         "CPT": _PROMPT,
         "FROD": _NOT_YET,
         "GLORA": "it scales the base's weights; its delta has full rank",
         "LILY": _NOT_LINEAR,
         "MULTITASK_PROMPT_TUNING": _PROMPT,
-        "OFT": _ROTATION,
         "OSF": "it rewrites the base's spectrum",
         "P_TUNING": _PROMPT,
         "PEANUT": _NOT_LINEAR,
@@ -75,7 +79,6 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "PROMPT_TUNING": _PROMPT,
         "PSOFT": "it turns singular vectors of the base that are not in its file; their signs depend on the build",
         "PVERA": _NOT_YET,
-        "ROAD": _ROTATION,
         "SHADOW": "it brings a second model",
         "TRAINABLE_TOKENS": "trained token rows are not served yet",
         "XLORA": "it is a router over several adapters; upload those one by one",
