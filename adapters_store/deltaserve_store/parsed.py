@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from deltaserve_store.bottleneck_deltas import BottleneckDelta
+from deltaserve_store.dense_deltas import DenseDelta, MaskDelta, SignDelta
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
 
-Kind = Literal["lora", "sparse", "vector"]
+Kind = Literal["lora", "sparse", "vector", "dense", "bottleneck"]
 FileFormat = str
 """``peft-`` and the PEFT type in lower case with dashes, or one of our own formats (``deltaserve-...``)."""
 
@@ -77,6 +79,9 @@ class WeightDelta:
         return LoraDelta(self.module, self.right, b, 1.0, dense=lambda: self.dense(weight_of(self.module)))
 
 
+Delta = LoraDelta | SparseDelta | VectorDelta | NormDelta | DenseDelta | MaskDelta | SignDelta | BottleneckDelta
+
+
 @dataclass(frozen=True, slots=True)
 class ParsedAdapter:
     """Every tensor of the files is in ``deltas`` or ``weight_deltas``, every field of the config is in ``config`` and
@@ -89,7 +94,7 @@ class ParsedAdapter:
 
     kind: Kind
     file_format: FileFormat
-    deltas: tuple[LoraDelta | SparseDelta | VectorDelta | NormDelta, ...]
+    deltas: tuple[Delta, ...]
     config: Mapping[str, Any]
     base_name: str | None
     base_fingerprint: str | None

@@ -30,6 +30,7 @@ from torch import Tensor
 from deltaserve.admission.evidence import Comparison, Evidence, ProofKey
 from deltaserve.core import BASE_BINDING, Binding, BindingPart, Logits
 from deltaserve.deltas.fold import dense_deltas
+from deltaserve.deltas.modules import parallel_points, plain_modules
 from deltaserve.deltas.vectors import dense_biases, dense_norms
 from deltaserve.errors import Reason
 from deltaserve.model.base import BaseModel
@@ -87,6 +88,8 @@ class Change(NamedTuple):
     deltas: Mapping[str, Callable[[], Tensor]] = {}
     biases: Mapping[str, Callable[[], Tensor]] = {}
     norms: Mapping[str, tuple[Tensor | None, Tensor | None]] = {}
+    modules: Mapping[str, Callable[[Tensor], Tensor]] = {}
+    parallel: frozenset[str] = frozenset()
 
 
 class NonFiniteOutput(Exception):
@@ -155,12 +158,14 @@ class Prover:
         base_error: float | None,
     ) -> Comparison:
         binding = Binding((BindingPart(version, scale_first=scale, scale_last=scale),))
-        # Every change is linear in the strength: no linear has a scale on both of its sides.
+        # Every change is linear in the strength: no linear has a scale on both of its sides, of a module the output is.
         weights = dense_deltas(adapter, self._base.spec, self._base)
         change = Change(
             {name: partial(_scaled, make, scale) for name, make in weights.items()},
             {name: partial(_scaled, make, scale) for name, make in dense_biases(adapter, self._base).items()},
             {name: (_times(w, scale), _times(b, scale)) for name, (w, b) in dense_norms(adapter, self._base).items()},
+            {name: partial(_added, module, scale) for name, module in plain_modules(adapter).items()},
+            parallel_points(adapter),
         )
         served = await self._probe(ids, binding, "the engine's logits with the adapter")
         folded = await self._folded(ids, change, "the folded weights' logits")
@@ -223,6 +228,11 @@ def _rows(logits: Logits) -> Tensor:
 
 def _scaled(make: Callable[[], Tensor], scale: float) -> Tensor:
     return make().mul_(scale)
+
+
+def _added(module: torch.nn.Module, scale: float, hidden: Tensor) -> Tensor:
+    added: Tensor = module.to(hidden.device)(hidden)
+    return added * scale
 
 
 def _times(tensor: Tensor | None, scale: float) -> Tensor | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deltaserve.deltas.vector_terms import NormTerm, VectorTerm
 from deltaserve.errors import Reason
+from deltaserve_store.dense_deltas import MaskDelta
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter
 from deltaserve_store.spec import BaseSpec
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
@@ -46,7 +47,8 @@ class BaseWeights(Protocol):
 def needs_weights(parsed: ParsedAdapter) -> bool:
     """Whether some delta can only be folded with the base's numbers."""
     return any(
-        isinstance(delta, VectorDelta | NormDelta) or (isinstance(delta, LoraDelta) and delta.magnitude is not None)
+        isinstance(delta, VectorDelta | NormDelta | MaskDelta)
+        or (isinstance(delta, LoraDelta) and delta.magnitude is not None)
         for delta in parsed.deltas
     )
 

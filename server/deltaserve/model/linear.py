@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deltaserve.model.attach import Ends, apply_apart, folded_input, folded_output
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, current
 from deltaserve.model.vectors import apply_with_vectors
 from deltaserve.model.weight import BaseWeight
-from deltaserve_kernels import sparse_linear
+from deltaserve_kernels import WorkList, sparse_linear
 
 # Folded mode widens weights piece by piece; a piece holds at most this many elements (64 MiB in fp32).
 MAX_FOLDED_ELEMENTS = 16 * 1024 * 1024
@@ -38,12 +39,19 @@ class ProjectionGroup:
         self.bias = bias
         self.members = members
         self.depth = depth
+        self.ends = Ends()
 
     def apply(self, rows: Tensor, ctx: ForwardContext) -> Tensor:
         """``rows`` [T, K] -> [T, N]: base product plus the adapter terms of the step's work list."""
         work = ctx.work
         if work is None or work.is_empty:
             return self.weight.matmul(rows, self.bias)
+        if ctx.apart is not None:
+            return apply_apart(self, rows, work, ctx, ctx.apart)
+        return self.apply_terms(rows, work, ctx)
+
+    def apply_terms(self, rows: Tensor, work: WorkList, ctx: ForwardContext) -> Tensor:
+        """The base product and every term that is one operator for the whole step."""
         if ctx.vectors is not None:
             return apply_with_vectors(self, rows, ctx, ctx.vectors)
         lora, sparse = ctx.lora, ctx.sparse
@@ -126,6 +134,8 @@ class BaseLinear(nn.Module):
                 f"delta of {self.name} is {list(delta.shape)}; needed: {[self.out_features, self.in_features]}"
             )
         x = x.float()
+        if isinstance(ctx, FoldedContext) and ctx.modules:
+            x = folded_input(self.group, x, ctx)
         step = max(1, MAX_FOLDED_ELEMENTS // self.in_features)
         stored = self.weight
         pieces = []
@@ -138,7 +148,8 @@ class BaseLinear(nn.Module):
         bias = self.bias
         y = y if bias is None else y + bias.float()
         make_bias = ctx.biases.get(self.name) if isinstance(ctx, FoldedContext) else None
-        return y if make_bias is None else y + make_bias().to(y)
+        y = y if make_bias is None else y + make_bias().to(y)
+        return folded_output(self.group, y, ctx) if isinstance(ctx, FoldedContext) and ctx.modules else y
 
     def extra_repr(self) -> str:
         return f"{self.name}, in_features={self.in_features}, out_features={self.out_features}"
