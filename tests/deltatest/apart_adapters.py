@@ -20,7 +20,7 @@ from deltaserve_store.vector_deltas import NormDelta, VectorDelta
 
 # Where transformers keeps the sublayers of a layer; the rest of the names is Llama's.
 SUBLAYERS = {"gpt2": ("attn", "mlp"), "gpt-neox": ("attention", "mlp")}
-LAYERS = {"gpt2": "transformer.h", "gpt-neox": "gpt_neox.layers"}
+LAYERS = {"gpt2": "transformer.h", "gpt-neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
 
 
 def make_bottleneck(
@@ -107,7 +107,8 @@ def hooked_logits(
     layers: Any = model.get_submodule(LAYERS.get(arch, "model.layers"))
     for index, layer in enumerate(layers):
         around(layer.get_submodule(attention), f"layers.{index}.attn", by_point)
-        around(layer.get_submodule(mlp), f"layers.{index}.mlp", by_point)
+        if hasattr(layer, mlp):  # OPT has its linears in the layer itself
+            around(layer.get_submodule(mlp), f"layers.{index}.mlp", by_point)
     final = by_point.get("final_hidden")
     if final is not None:
         head: Any = model.get_output_embeddings()  # type: ignore[operator]

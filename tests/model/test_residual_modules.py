@@ -155,6 +155,17 @@ def test_where_attention_and_mlp_read_one_tensor_only_outputs_have_points(tmp_pa
     assert distance(batch.logits(IDS[1:2], ["it"])[0], wanted) < 1e-4
 
 
+def test_what_a_sublayer_is_fed_may_be_the_residual_stream_itself(tmp_path: Path) -> None:
+    """OPT with its norms behind the sublayers: a module at an input must not leak into the stream."""
+    config = tiny_config("opt", do_layer_norm_before=False, ffn_dim=96, word_embed_proj_dim=64)
+    base = load_base(save_random(config, tmp_path / "base"), dtype=torch.float32, cache_dir=tmp_path / "cache")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager").eval()
+    adapter = make_bottleneck(base.spec, tmp_path / "adapter", ("attn_in", "attn_out"), parallel=True)
+    batch = MixedBatch(base).load_all({"it": fold_folder(adapter, base)})
+    wanted = hooked_logits(model, "opt", read_adapter(adapter, base.spec).deltas, IDS[1])  # type: ignore[arg-type]
+    assert distance(batch.logits(IDS[1:2], ["it"])[0], wanted) < 1e-4
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_company_is_not_felt_where_sums_are_rounded(dtype: torch.dtype, tmp_path: Path) -> None:
     base = load_base(build_tiny_model("llama", tmp_path / "base"), dtype=dtype, cache_dir=tmp_path / "cache")
