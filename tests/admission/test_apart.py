@@ -23,7 +23,9 @@ from deltaserve.model.base import BaseModel
 from deltaserve_store.bottleneck_deltas import BottleneckDelta
 from deltaserve_store.dense_deltas import DenseDelta, SignDelta
 from deltaserve_store.formats import read_adapter
+from deltaserve_store.formats.deltaserve_vectors import write_vector_adapter
 from deltaserve_store.parsed import ParsedAdapter
+from deltaserve_store.vector_deltas import VectorDelta
 from deltatest.admission_rig import Rig, run
 from deltatest.apart_adapters import make_bottleneck, make_dense
 from deltatest.engine_fakes import request as make_request
@@ -187,6 +189,21 @@ def test_what_passes_is_committed_and_comes_back_as_it_was(
             before, after = getattr(one, field), getattr(other, field)
             assert torch.equal(before, after) if isinstance(before, torch.Tensor) else before == after
     assert rig.is_clean()
+
+
+def test_gates_of_both_sides_and_offsets_of_heads_pass_the_door(rig: Rig, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    deltas = []
+    for name, linear in rig.base.spec.linears.items():
+        gates = [(torch.rand(n, generator=generator) < 0.9).float() for n in (linear.out_features, linear.in_features)]
+        offset = torch.randn(linear.in_features, generator=generator) if name.endswith("o_proj") else None
+        deltas.append(VectorDelta(name, *gates, in_bias=offset))
+    write_vector_adapter(tmp_path / "gates", deltas, rig.base.spec.fingerprint)
+    result = run(rig.admit(tmp_path / "gates", "gates"))
+    assert result.evidence.effect > 0.1 > result.evidence.tolerance
+    faint = [VectorDelta(d.module, 1 - 1e-6 * (1 - d.out_scale), 1 - 1e-6 * (1 - d.in_scale)) for d in deltas]
+    write_vector_adapter(tmp_path / "faint", faint, rig.base.spec.fingerprint)
+    assert run(rig.admit(tmp_path / "faint", "faint")).evidence.amplified is not None
 
 
 def test_the_engine_answers_evicts_and_loads_again(base: BaseModel, folders: dict[str, Path]) -> None:

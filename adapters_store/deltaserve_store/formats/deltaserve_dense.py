@@ -57,7 +57,7 @@ def write_dense_adapter(
     modules: dict[str, list[str]] = {}
     for delta in deltas:
         if isinstance(delta, VectorDelta):
-            is_foreign = any(v is not None for v in (delta.out_scale, delta.in_scale, delta.new_bias))
+            is_foreign = any(v is not None for v in (delta.out_scale, delta.in_scale, delta.in_bias, delta.new_bias))
         else:
             is_foreign = isinstance(delta, NormDelta) and delta.replaces
         for part in (*PARTS, *NORM_PARTS):

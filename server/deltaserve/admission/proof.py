@@ -158,10 +158,9 @@ class Prover:
         base_error: float | None,
     ) -> Comparison:
         binding = Binding((BindingPart(version, scale_first=scale, scale_last=scale),))
-        # Every change is linear in the strength: no linear has a scale on both of its sides, of a module the output is.
-        weights = dense_deltas(adapter, self._base.spec, self._base)
+        # Biases, norms and what modules add are linear in the strength; so are weights, unless both sides are scaled.
         change = Change(
-            {name: partial(_scaled, make, scale) for name, make in weights.items()},
+            dense_deltas(adapter, self._base.spec, self._base, scale),
             {name: partial(_scaled, make, scale) for name, make in dense_biases(adapter, self._base).items()},
             {name: (_times(w, scale), _times(b, scale)) for name, (w, b) in dense_norms(adapter, self._base).items()},
             {name: partial(_added, module, scale) for name, module in plain_modules(adapter).items()},

@@ -18,7 +18,15 @@ from deltaserve.deltas.dense import DenseTerm, change_of, fold_mask, fold_signs_
 from deltaserve.deltas.folded import FOLD_VERSION, FoldedAdapter, LowRankTerm, SparseTerm, Term, dtype_name
 from deltaserve.deltas.modules import fold_modules
 from deltaserve.deltas.vector_terms import NormTerm
-from deltaserve.deltas.vectors import BaseWeights, dense_vectors, dora_scale, fold_vectors, needs_weights
+from deltaserve.deltas.vectors import (
+    BaseWeights,
+    dense_gates,
+    dense_vectors,
+    dora_scale,
+    fold_vectors,
+    gates_of,
+    needs_weights,
+)
 from deltaserve.errors import AdapterRefused, Reason
 from deltaserve_store.bottleneck_deltas import BottleneckDelta
 from deltaserve_store.dense_deltas import DenseDelta, MaskDelta, SignDelta
@@ -84,9 +92,13 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
 
 
 def dense_delta(
-    adapter: ParsedAdapter | FoldedAdapter, linear: str, spec: BaseSpec, base: BaseWeights | None = None
+    adapter: ParsedAdapter | FoldedAdapter,
+    linear: str,
+    spec: BaseSpec,
+    base: BaseWeights | None = None,
+    strength: float = 1.0,
 ) -> Tensor:
-    """The delta of one linear as a float32 matrix ``[out, in]``: what the runtime must be equivalent to.
+    """The delta of one linear at ``strength``, float32 ``[out, in]``: what the runtime must be equivalent to.
 
     From a ``ParsedAdapter`` it is computed from the file's own tensors, independently of ``fold``; zeros where the
     adapter leaves the linear alone. Of a folded adapter, low-rank, sparse and dense matrices only.
@@ -102,10 +114,12 @@ def dense_delta(
                 dense.index_put_((rows, term.cols.long()), term.values.float(), accumulate=True)
             elif isinstance(term, DenseTerm) and term.delta is not None:
                 dense += term.delta.float()
-        return dense
+        return dense.mul_(strength)
     weight = torch.zeros_like(dense)
     if base is not None and needs_weights(adapter):
         weight = base.linear(linear).rows(0, shape.out_features).cpu()
+        if (gates := gates_of(adapter, linear)) is not None:  # nothing else changes the weight of such a linear
+            return dense_gates(gates, weight, strength)
         dense += dense_vectors(adapter, linear, weight)
     for delta in adapter.deltas:
         if isinstance(delta, BottleneckDelta) or delta.module != linear:
@@ -119,18 +133,18 @@ def dense_delta(
             dense += delta.dense() if delta.dense is not None else delta.scaling * (delta.b.float() @ delta.a.float())
         elif isinstance(delta, SparseDelta):
             dense.index_put_((delta.rows.long(), delta.cols.long()), delta.values.float(), accumulate=True)
-    return dense
+    return dense.mul_(strength)
 
 
 def dense_deltas(
-    adapter: ParsedAdapter | FoldedAdapter, spec: BaseSpec, base: BaseWeights | None = None
+    adapter: ParsedAdapter | FoldedAdapter, spec: BaseSpec, base: BaseWeights | None = None, strength: float = 1.0
 ) -> Mapping[str, Callable[[], Tensor]]:
     """Lazy ``dense_delta`` of every linear the adapter changes: one dense matrix lives at a time."""
     if isinstance(adapter, FoldedAdapter):
         names = list(adapter.terms)
     else:
         names = [d.module for d in adapter.deltas if not isinstance(d, NormDelta | BottleneckDelta)]
-    return {name: partial(dense_delta, adapter, name, spec, base) for name in names}
+    return {name: partial(dense_delta, adapter, name, spec, base, strength) for name in names}
 
 
 def _refusal(reasons: list[Reason]) -> AdapterRefused:
