@@ -76,7 +76,7 @@ def with_module(folded: FoldedAdapter, point: str, change: Callable[[ModuleTerm]
         lambda f: with_module(f, "layers.1.mlp_out", lambda m: replace(m, up_t=m.up_t * 1.01)),
         lambda f: with_module(f, "layers.0.attn_out", lambda m: replace(m, is_parallel=not m.is_parallel)),
         lambda f: with_module(f, "layers.0.mlp_in", lambda m: replace(m, activation="identity")),
-        lambda f: with_module(f, "layers.1.attn_in", lambda m: replace(m, down_bias=None, up_bias=None)),
+        lambda f: with_module(f, "layers.0.mlp_out", lambda m: replace(m, down_bias=None, up_bias=None)),
         lambda f: replace(f, modules={name: m for name, m in f.modules.items() if name != "final_hidden"}),
         lambda f: replace(f, modules={**f.modules, "layers.0.mlp_out": f.modules["layers.1.mlp_out"]}),
     ],

@@ -34,7 +34,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = save_random(tiny_config("llama", vocab_size=tokenizer.vocab_size), root / BASE)
     tokenizer._hf.save_pretrained(folder)
     spec = load_base(folder, dtype=torch.float32, cache_dir=root / "cache").spec
-    found = {"base": folder, "houlsby": make_bottleneck(spec, root / "houlsby", ("_out",), activation="gelu")}
+    found = {
+        "base": folder,
+        "houlsby": make_bottleneck(spec, root / "houlsby", ("attn_out", "mlp_out"), activation="gelu"),
+    }
     return found | {form: make_dense(spec, root / form, form) for form in NAMES[1:]}
 
 

@@ -55,7 +55,7 @@ def corpus_base(*, transposed: bool = False) -> BaseSpec:
         hidden_size=16,
         num_tokens=90,
         norms=norms,
-        points=frozenset([*ends, "final_hidden"]),
+        points=frozenset([*ends, "embed_out", "final_hidden"]),
     )
 
 

@@ -48,7 +48,7 @@ def make_bottleneck(
         if points is not None and not point.endswith(tuple(points)):
             continue
         biases = [randn(rank) if index % 3 else None, randn(spec.hidden_size) if index % 2 else None]
-        is_parallel = parallel and point.endswith("_out")
+        is_parallel = parallel and point.endswith((".attn_out", ".mlp_out"))
         chosen = activation or ACTIVATIONS[(index + seed) % len(ACTIVATIONS)]
         matrices = randn(rank, spec.hidden_size), randn(spec.hidden_size, rank)
         deltas.append(BottleneckDelta(point, *matrices, chosen, *biases, is_parallel, scale))
@@ -109,6 +109,9 @@ def hooked_logits(
         around(layer.get_submodule(attention), f"layers.{index}.attn", by_point)
         if hasattr(layer, mlp):  # OPT has its linears in the layer itself
             around(layer.get_submodule(mlp), f"layers.{index}.mlp", by_point)
+    embedded = by_point.get("embed_out")
+    if embedded is not None:
+        layers[0].register_forward_pre_hook(lambda _, args: (change(embedded, args[0], args[0]), *args[1:]))
     final = by_point.get("final_hidden")
     if final is not None:
         head: Any = model.get_output_embeddings()  # type: ignore[operator]

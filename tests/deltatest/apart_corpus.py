@@ -89,7 +89,7 @@ def _module(name: str, code: str, field: str, value: Any, point: str = OUT0) -> 
 
 
 def _listed(kind: str, name: str, code: str, module: str, entry: Any) -> BadAdapter:
-    spoil = _edit_modules(lambda modules: modules.update({module: entry}))
+    spoil = _edit_modules(lambda modules: modules.update({module.partition(":")[0]: entry}))
     return _case(kind, name, spoil, (code, f"{JSON}:modules:{module}"), is_exact=False)
 
 
@@ -125,6 +125,13 @@ APART_CORPUS: tuple[BadAdapter, ...] = (
     _module("a rank that is true", "invalid_value", "rank", True),
     _module("parallel at an input", "unsupported_feature", "placement", "parallel", IN1),
     _module("parallel before the head", "unsupported_feature", "placement", "parallel", "final_hidden"),
+    _listed(
+        "bottleneck",
+        "parallel behind the embeddings",
+        "unsupported_feature",
+        "embed_out:placement",
+        GOOD_MODULE | {"placement": "parallel"},
+    ),
     _module("a placement of no meaning", "invalid_value", "placement", "beside"),
     _module("scale 0", "invalid_value", "scale", 0),
     _module("a scale beyond reason", "invalid_value", "scale", 10**400),

@@ -23,8 +23,8 @@ from deltatest.tiny_models import VOCAB_SIZE, build_tiny_model, save_random, tin
 
 torch.set_num_threads(1)
 
-IDS = prompts((21, 9, 30, 1, 17, 12, 8), VOCAB_SIZE)
-KINDS = ("houlsby", "parallel", "everywhere")
+IDS = prompts((21, 9, 30, 1, 17, 12, 8, 15), VOCAB_SIZE)
+KINDS = ("houlsby", "parallel", "gray-box", "everywhere")
 
 
 @dataclass
@@ -47,10 +47,11 @@ def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     base = load_base(folder, dtype=torch.float32, cache_dir=root / "cache")
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     folders = {
-        "houlsby": make_bottleneck(base.spec, root / "houlsby", ("_out",), activation="gelu", seed=1),
+        "houlsby": make_bottleneck(base.spec, root / "houlsby", ("attn_out", "mlp_out"), activation="gelu", seed=1),
         "parallel": make_bottleneck(
             base.spec, root / "parallel", ("mlp_out",), parallel=True, seed=2, scale=4, std=0.1
         ),
+        "gray-box": make_bottleneck(base.spec, root / "gray-box", ("embed_out", "final_hidden"), std=0.3),
         "everywhere": make_bottleneck(base.spec, root / "everywhere", parallel=True, seed=3, std=0.15),
         "sparse": make_sparse(base.spec, root / "sparse", targets=[n.rsplit(".", 1)[-1] for n in base.linears]),
         "bitfit": make_bitfit(base.spec, root / "bitfit"),
@@ -134,7 +135,7 @@ def test_points_are_where_transformers_has_the_sublayers(arch: str, tmp_path: Pa
     """One module at each point of architectures that are made in other ways."""
     folder = build_tiny_model(arch, tmp_path / "base")
     base = load_base(folder, dtype=torch.float32, cache_dir=tmp_path / "cache")
-    assert len(base.spec.points) == 4 * base.spec.num_layers + 1
+    assert len(base.spec.points) == 4 * base.spec.num_layers + 2
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     adapter = make_bottleneck(base.spec, tmp_path / "adapter", parallel=True, std=0.15)
     batch = MixedBatch(base).load_all({"it": fold_folder(adapter, base)})
@@ -147,7 +148,7 @@ def test_where_attention_and_mlp_read_one_tensor_only_outputs_have_points(tmp_pa
     base = load_base(folder, dtype=torch.float32, cache_dir=tmp_path / "cache")
     inputs = {point for point in base.spec.points if point.endswith("_in")}
     assert not inputs
-    assert len(base.spec.points) == 2 * base.spec.num_layers + 1
+    assert len(base.spec.points) == 2 * base.spec.num_layers + 2
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     adapter = make_bottleneck(base.spec, tmp_path / "adapter", parallel=True)
     batch = MixedBatch(base).load_all({"it": fold_folder(adapter, base)})
@@ -170,7 +171,7 @@ def test_what_a_sublayer_is_fed_may_be_the_residual_stream_itself(tmp_path: Path
 def test_company_is_not_felt_where_sums_are_rounded(dtype: torch.dtype, tmp_path: Path) -> None:
     base = load_base(build_tiny_model("llama", tmp_path / "base"), dtype=dtype, cache_dir=tmp_path / "cache")
     folders = {
-        "houlsby": make_bottleneck(base.spec, tmp_path / "houlsby", ("_out",)),
+        "houlsby": make_bottleneck(base.spec, tmp_path / "houlsby", ("attn_out", "mlp_out")),
         "everywhere": make_bottleneck(base.spec, tmp_path / "everywhere", parallel=True, seed=3),
         "sparse": make_sparse(base.spec, tmp_path / "sparse"),
     }

@@ -29,6 +29,7 @@ from deltaserve_store.spec import BaseSpec
 FORMAT: Final = "deltaserve-bottleneck"
 PLACEMENTS = ("sequential", "parallel")
 BIASES = ("down_bias", "up_bias")
+SUBLAYER_OUTPUTS = (".attn_out", ".mlp_out")
 MAX_SCALE = 65536.0
 FIELDS: Mapping[str, str] = fields_of(FORMAT, "object: attach point of the base to its module, as below")
 MODULE_FIELDS: Mapping[str, str] = {
@@ -178,7 +179,7 @@ def _problem(field: str, entry: Mapping[str, Any], point: str) -> str | None:
     if field == "activation":
         return None if isinstance(value, str) and value in ACTIVATIONS else "unsupported_feature"
     if field == "placement":
-        if value == "parallel" and not point.endswith("_out"):
+        if value == "parallel" and not point.endswith(SUBLAYER_OUTPUTS):
             return "unsupported_feature"
         return None if isinstance(value, str) and value in PLACEMENTS else "invalid_value"
     if field == "scale":

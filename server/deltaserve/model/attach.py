@@ -1,8 +1,9 @@
 """Attach points of residual modules, found by how the base calls its linears, not by names.
 
 Per layer i: ``layers.i.attn_in``, what the attention's first projections are fed; ``layers.i.attn_out``, what its last
-one gives; ``layers.i.mlp_in`` and ``layers.i.mlp_out`` likewise. ``final_hidden`` is what the head reads. Where a base
-normalises or scales a sublayer's output before it joins the residual stream, ``_out`` lies before that.
+one gives; ``layers.i.mlp_in`` and ``layers.i.mlp_out`` likewise. ``embed_out`` is what the first layer is fed,
+``final_hidden`` what the head reads. Where a base normalises or scales a sublayer's output before it joins the residual
+stream, its ``_out`` lies before that.
 
 A sublayer has points when it is one group of linears that are fed one tensor and then a single linear, both of the
 hidden size at their outer ends. Where attention and MLP are fed the same tensor (parallel blocks with one norm), a
@@ -11,18 +12,19 @@ module may read it, but not change it for one of them: such a base has no ``_in`
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from deltaserve.model.context import FoldedContext, ForwardContext
+from deltaserve.model.context import FoldedContext, ForwardContext, current_or_none
 from deltaserve_kernels import ApartStep, WorkList, add_modules, dense_linear
 
 if TYPE_CHECKING:
     from deltaserve.model.linear import BaseLinear, ProjectionGroup
 
+EMBED_OUT = "embed_out"
 FINAL_HIDDEN = "final_hidden"
 
 
@@ -42,11 +44,18 @@ class Ends:
 
 
 def find_points(
-    linears: Mapping[str, BaseLinear], attentions: Collection[str], prefix: str, num_layers: int, size: int
+    linears: Mapping[str, BaseLinear],
+    attentions: Collection[str],
+    prefix: str,
+    num_layers: int,
+    size: int,
+    *,
+    has_entry: bool,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """All points by number, and those that modules may be attached to. Tells the groups of theirs.
 
     ``linears`` in order of calls; ``attentions`` are paths of the modules that attend; ``prefix`` that of the layers.
+    ``has_entry``: the first layer takes hidden rows first. The last point is ``final_hidden``.
     """
     names: list[str] = []
     shared: set[str] = set()
@@ -69,7 +78,7 @@ def find_points(
             first.ends.reads += (len(names) - 2,)
             last.ends.gives = len(names) - 1
             found.append((first, last))
-    names.append(FINAL_HIDDEN)
+    names += [EMBED_OUT, FINAL_HIDDEN] if has_entry else [FINAL_HIDDEN]
     for group in (group for pair in found for group in pair):
         group.ends.names = tuple(names)
     return tuple(names), tuple(name for name in names if name not in shared)
@@ -105,13 +114,31 @@ def apply_apart(group: ProjectionGroup, rows: Tensor, work: WorkList, ctx: Forwa
     return y
 
 
-def change_final(hidden: Tensor, step: ApartStep, point: int) -> Tensor:
-    """``hidden`` [T, H] with the modules at ``final_hidden`` added; the tensor itself stays as it is."""
+def change_rows(hidden: Tensor, step: ApartStep, point: int, depth: float) -> Tensor:
+    """``hidden`` [T, H] with the modules at ``point`` added; the tensor itself stays as it is."""
     if not step.family.modules.has_any(point):
         return hidden
     changed = hidden.clone()
-    add_modules(changed, step, point, 1.0, {})
+    add_modules(changed, step, point, depth, {})
     return changed
+
+
+class EmbedPoint:
+    """The forward ``run`` of the first layer, which takes hidden rows [1, T, H] first: as it was, behind the modules at
+    ``embed_out`` where there are some."""
+
+    def __init__(self, run: Callable[..., Any], point: int) -> None:
+        self.run = run
+        self.point = point
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        ctx = current_or_none()
+        if isinstance(ctx, ForwardContext):
+            if ctx.apart is not None:
+                hidden = change_rows(hidden[0], ctx.apart, self.point, 0.0)[None]
+        elif isinstance(ctx, FoldedContext) and EMBED_OUT in ctx.modules:
+            hidden = hidden + ctx.modules[EMBED_OUT](hidden)
+        return self.run(hidden, *args, **kwargs)
 
 
 # ---- Folded mode: the same places, functions instead of tables ----

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from deltaserve.errors import ConfigError, UnsupportedBase
 from deltaserve.model import checkpoint, identity
-from deltaserve.model.attach import FINAL_HIDDEN, change_final, find_points
+from deltaserve.model.attach import EMBED_OUT, FINAL_HIDDEN, EmbedPoint, change_rows, find_points
 from deltaserve.model.attention import ATTENTION_NAME, attach_spec
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, use
 from deltaserve.model.folded import widen_in_folded_mode
@@ -113,7 +113,7 @@ class BaseModel:
     def forward(self, input_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """``input_ids`` int64 [T] of a step -> final hidden rows [T, hidden] in the serving dtype; writes K and V."""
         hidden = self._decode(input_ids, ctx.positions, ctx)
-        return hidden if ctx.apart is None else change_final(hidden, ctx.apart, len(self.points) - 1)
+        return hidden if ctx.apart is None else change_rows(hidden, ctx.apart, len(self.points) - 1, 1.0)
 
     def logits(self, hidden_rows: Tensor, ctx: PassContext, out: Tensor | None = None) -> Tensor:
         """Hidden rows [R, hidden] -> float32 [R, vocab], through the model's own head (soft-capping, scaling); into
@@ -240,12 +240,17 @@ def _take_over(
 ) -> tuple[dict[str, BaseLinear], dict[str, TunableNorm], tuple[tuple[str, ...], tuple[str, ...]], Trace]:
     """Trace the unmodified model, then put our linears, attention and rope in their places."""
     prefix, layers = find_layers(model, find_decoder(model), model.config.num_hidden_layers)
+    entry: list[torch.Size] = []
+    hook = layers[0].register_forward_pre_hook(lambda _, args: entry.extend(arg.shape for arg in args[:1]))
     with watch(model) as calls:
         seen = trace(model, find_linears(prefix, layers), probe)
+    hook.remove()
     norms = find_norms(model, calls, prefix, len(layers))
     linears = pack(model, prefix, len(layers), seen.groups())
     attentions = [name for name, module in model.named_modules() if module in seen.specs]
-    points = find_points(linears, attentions, prefix, len(layers), model.config.hidden_size)
+    size = model.config.hidden_size
+    has_entry = entry == [torch.Size((1, len(probe), size))]
+    points = find_points(linears, attentions, prefix, len(layers), size, has_entry=has_entry)
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is head and type(module) is torch.nn.Linear:
@@ -258,6 +263,8 @@ def _take_over(
     widen_in_folded_mode(model)
     fuse(model)
     make_tunable(norms.values())
+    if has_entry:
+        layers[0].__dict__["forward"] = EmbedPoint(layers[0].forward, points[0].index(EMBED_OUT))
     return linears, norms, points, seen
 
 
