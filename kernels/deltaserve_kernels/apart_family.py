@@ -84,6 +84,14 @@ class ApartStep:
     family: ApartFamily
     items: tuple[ApartItem, ...]
 
+    def rows_at(self, point: int) -> Tensor | None:
+        """Rows whose own bindings have a module at an attach point, int64; None when there are none."""
+        modules = self.family.modules
+        if not modules.has_any(point):
+            return None
+        found = [rows for rows, parts in self.items if any(modules.entry(point, slot) for slot, _, _ in parts)]
+        return torch.cat(found) if found else None
+
 
 def split_apart(runs: Sequence[Run], family: ApartFamily, device: torch.device | str = "cpu") -> ApartStep | None:
     """The rows with such terms among the runs of a step, None when there are none. A part at strength 0 is none."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from deltaserve.deltas.folded import FoldedAdapter
 from deltaserve.deltas.modules import parallel_points, plain_modules
-from deltaserve.engine.batch import ScheduledPart
+from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
+from deltaserve.model import weight
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve_store.formats import read_adapter
-from deltatest.apart_adapters import hooked_logits, make_bottleneck
+from deltatest.apart_adapters import hooked_logits, make_bottleneck, make_dense
 from deltatest.mixed_batch import MixedBatch, distance, prompts
 from deltatest.peft_adapters import make_bitfit, make_gates, make_sparse
 from deltatest.real_engine import fold_folder
@@ -165,6 +167,40 @@ def test_what_a_sublayer_is_fed_may_be_the_residual_stream_itself(tmp_path: Path
     batch = MixedBatch(base).load_all({"it": fold_folder(adapter, base)})
     wanted = hooked_logits(model, "opt", read_adapter(adapter, base.spec).deltas, IDS[1])  # type: ignore[arg-type]
     assert distance(batch.logits(IDS[1:2], ["it"])[0], wanted) < 1e-4
+
+
+def test_products_that_add_onto_the_stream_leave_all_other_rows_their_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As fused layers on a GPU call them: bf16, weights not reordered, one rounding for base product and residual."""
+    monkeypatch.setattr(weight, "_prepack", lambda _: None)
+    base = load_base(build_tiny_model("llama", tmp_path / "base"), dtype=torch.bfloat16, cache_dir=tmp_path / "cache")
+    folders = {
+        "modules": make_bottleneck(base.spec, tmp_path / "modules", ("attn_out", "mlp_in", "mlp_out"), parallel=True),
+        "dense": make_dense(base.spec, tmp_path / "dense", "delta"),
+        "sparse": make_sparse(base.spec, tmp_path / "sparse", targets=["o_proj", "down_proj"]),
+    }
+    batch = MixedBatch(base).load_all({name: fold_folder(path, base) for name, path in folders.items()})
+    parts = [(), *((ScheduledPart(slot, 1.0, 1.0),) for slot in batch.slots.values())]
+    sequences = [ScheduledSequence(i, (5,) * 4, 0, [i], part) for i, part in enumerate(parts)]
+    runner = batch.driver.runner
+    ctx, _, _ = runner._prepare(sequences, np.full(4, 4), np.zeros(4, dtype=np.int64))
+    assert ctx.apart is not None
+    # Rows of the base, of modules, of a difference with biases and norms (vectors), of a sparse delta.
+    others, with_modules, with_vectors = [*range(4), *range(12, 16)], list(range(4, 8)), list(range(8, 12))
+    for first, last in (("self_attn.q_proj", "self_attn.o_proj"), ("mlp.gate_proj", "mlp.down_proj")):
+        inlet, outlet = (base.linear(f"model.layers.1.{name}").group for name in (first, last))
+        fed, rows, stream = (torch.randn(16, n).bfloat16() for n in (64, outlet.weight.shape[1], 64))
+        inlet.apply(fed, ctx)  # keeps what parallel modules read
+        alone = outlet.apply(rows, ctx)
+        found = outlet.apply(rows, ctx, stream.clone())
+        bare = outlet.apply(rows, replace(ctx, apart=None, vectors=None), stream.clone())
+        assert torch.equal(found[others], bare[others])
+        assert torch.equal(found[with_modules], stream[with_modules] + alone[with_modules])
+        assert distance(found[with_vectors].float(), (stream + alone)[with_vectors].float()) < 0.1
+        changed = distance(found[with_vectors].float(), bare[with_vectors].float()) > 0.1
+        assert changed == (last == "self_attn.o_proj"), "the difference changes every second linear"
+        assert not torch.equal(alone[others] + stream[others], bare[others]), "one rounding is not two"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

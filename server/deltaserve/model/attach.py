@@ -95,7 +95,14 @@ def _ends_of(own: list[BaseLinear], size: int) -> tuple[ProjectionGroup, Project
     return (first, rest[0].group) if own[0].in_features == rest[0].out_features == size else None
 
 
-def apply_apart(group: ProjectionGroup, rows: Tensor, work: WorkList, ctx: ForwardContext, step: ApartStep) -> Tensor:
+def apply_apart(
+    group: ProjectionGroup,
+    rows: Tensor,
+    work: WorkList,
+    ctx: ForwardContext,
+    step: ApartStep,
+    residual: Tensor | None = None,
+) -> Tensor:
     """``ProjectionGroup.apply`` in a step where some rows have dense differences or residual modules."""
     ends, modules = group.ends, step.family.modules
     if ends.changes >= 0 and modules.has_any(ends.changes):
@@ -107,11 +114,23 @@ def apply_apart(group: ProjectionGroup, rows: Tensor, work: WorkList, ctx: Forwa
             given = (modules.entry(point + 1, slot) for slot, _, _ in parts)
             if any(entry is not None and entry.reads == point for entry in given):
                 ctx.taps[point, index] = rows[chosen].float()
+    with_module = step.rows_at(ends.gives) if ends.gives >= 0 else None
+    if with_module is None:
+        y = group.apply_terms(rows, work, ctx, residual)
+        dense_linear(y, rows, step, group.members, group.depth)
+        return y
     y = group.apply_terms(rows, work, ctx)
     dense_linear(y, rows, step, group.members, group.depth)
-    if ends.gives >= 0:
-        add_modules(y, step, ends.gives, group.depth, ctx.taps)
-    return y
+    add_modules(y, step, ends.gives, group.depth, ctx.taps)
+    if residual is None:
+        return y
+    # A module needs the sublayer's output by itself. All other rows take the product that adds onto the stream once
+    # more: it rounds once, and theirs are the bits that they have in any other step.
+    before = residual[with_module]
+    total = group.apply_terms(rows, work, ctx, residual)
+    dense_linear(total, rows, step, group.members, group.depth)
+    total[with_module] = before + y[with_module]
+    return total
 
 
 def change_rows(hidden: Tensor, step: ApartStep, point: int, depth: float) -> Tensor:

@@ -42,7 +42,8 @@ class ForwardContext(PassContext):
     valid after this step; ``block_tables`` int32 [S, B]; ``kv_index`` int64 [T] = block * 16 + offset, where each row's
     K and V go. ``work`` groups rows by binding; None or empty means base only. ``is_decode``: every sequence has one
     row, which spares a launch. ``vectors``: rows of ``work`` that have vector terms, ``apart``: those with dense
-    differences or residual modules; None when no row has.
+    differences or residual modules; None when no row has. ``stream`` is what a fused layer returned last: a tensor of
+    its own, which the next layer may add onto in place.
     """
 
     positions: Tensor
@@ -57,6 +58,7 @@ class ForwardContext(PassContext):
     vectors: VectorStep | None = None
     apart: ApartStep | None = None
     is_decode: bool = False
+    stream: Tensor | None = None
     # Results of a projection group waiting for its other members: linear index -> (input rows, output slice).
     pending: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 

@@ -7,6 +7,7 @@ is fixed: base product, then LoRA, then sparse.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -41,24 +42,35 @@ class ProjectionGroup:
         self.depth = depth
         self.ends = Ends()
 
-    def apply(self, rows: Tensor, ctx: ForwardContext) -> Tensor:
-        """``rows`` [T, K] -> [T, N]: base product plus the adapter terms of the step's work list."""
+    def apply(self, rows: Tensor, ctx: ForwardContext, residual: Tensor | None = None) -> Tensor:
+        """``rows`` [T, K] -> [T, N]: base product plus the adapter terms of the step's work list.
+
+        With ``residual`` [T, N] all of that is added to it in place, and it is returned.
+        """
         work = ctx.work
         if work is None or work.is_empty:
-            return self.weight.matmul(rows, self.bias)
+            return self.weight.matmul(rows, self.bias, residual)
         if ctx.apart is not None:
-            return apply_apart(self, rows, work, ctx, ctx.apart)
-        return self.apply_terms(rows, work, ctx)
+            return apply_apart(self, rows, work, ctx, ctx.apart, residual)
+        return self.apply_terms(rows, work, ctx, residual)
 
-    def apply_terms(self, rows: Tensor, work: WorkList, ctx: ForwardContext) -> Tensor:
-        """The base product and every term that is one operator for the whole step."""
+    def apply_terms(self, rows: Tensor, work: WorkList, ctx: ForwardContext, residual: Tensor | None = None) -> Tensor:
+        """``apply`` of the base product and every term that is one operator for the whole step."""
         if ctx.vectors is not None:
-            return apply_with_vectors(self, rows, ctx, ctx.vectors)
+            y = apply_with_vectors(self, rows, ctx, ctx.vectors)
+            if residual is None:
+                return y
+            # All other rows take the product that adds onto the stream: it rounds once, and so do they in any step.
+            changed = ctx.vectors.rows
+            own = residual[changed] + y[changed]
+            total = self.apply_terms(rows, work, replace(ctx, vectors=None), residual)
+            total[changed] = own
+            return total
         lora, sparse = ctx.lora, ctx.sparse
         if lora is not None and work.concerns(lora, self.members):
-            y = self.weight.matmul_lora(rows, self.bias, work, lora, self.members, self.depth)
+            y = self.weight.matmul_lora(rows, self.bias, work, lora, self.members, self.depth, residual)
         else:
-            y = self.weight.matmul(rows, self.bias)
+            y = self.weight.matmul(rows, self.bias, residual)
         if sparse is not None and work.concerns(sparse, self.members):
             sparse_linear(y, rows, work, sparse, self.members, self.depth)
         return y
