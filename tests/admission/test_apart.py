@@ -20,6 +20,7 @@ from deltaserve.deltas.folded import FoldedAdapter, FoldedFileInvalid, Term
 from deltaserve.deltas.modules import ModuleTerm
 from deltaserve.errors import AdapterRefused
 from deltaserve.model.base import BaseModel
+from deltaserve_kernels import use_backend
 from deltaserve_store.bottleneck_deltas import BottleneckDelta
 from deltaserve_store.dense_deltas import DenseDelta, SignDelta
 from deltaserve_store.formats import read_adapter
@@ -204,6 +205,25 @@ def test_gates_of_both_sides_and_offsets_of_heads_pass_the_door(rig: Rig, tmp_pa
     faint = [VectorDelta(d.module, 1 - 1e-6 * (1 - d.out_scale), 1 - 1e-6 * (1 - d.in_scale)) for d in deltas]
     write_vector_adapter(tmp_path / "faint", faint, rig.base.spec.fingerprint)
     assert run(rig.admit(tmp_path / "faint", "faint")).evidence.amplified is not None
+
+
+def test_steps_with_such_rows_are_not_replayed_as_graphs(base: BaseModel, folders: dict[str, Path]) -> None:
+    adapters = {kind: fold_folder(folders[kind], base) for kind in ("bottleneck", "signs")}
+    prompts = {"base": list(range(5, 15)), "bottleneck": list(range(7, 16)), "signs": list(range(9, 20))}
+
+    def answers(*, has_graphs: bool) -> Any:
+        rig = real_rig(base, adapters, num_blocks=16, max_num_seqs=4, has_graphs=has_graphs)
+        asked = (
+            make_request(name, ids, *([name] if name in adapters else []), max_tokens=4, ignore_eos=True)
+            for name, ids in prompts.items()
+        )
+        return rig.run(*asked)
+
+    before = use_backend("reference")
+    try:
+        assert answers(has_graphs=True) == answers(has_graphs=False)
+    finally:
+        use_backend(before)
 
 
 def test_the_engine_answers_evicts_and_loads_again(base: BaseModel, folders: dict[str, Path]) -> None:

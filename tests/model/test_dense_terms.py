@@ -67,6 +67,15 @@ def test_alone_equals_changed_weights(setting: Setting, kind: str) -> None:
     assert distance(found, wanted) < 1e-4
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_folded_is_what_the_file_says(setting: Setting, kind: str) -> None:
+    spec = setting.base.spec
+    folded = dense_deltas(setting.adapters[kind], spec)
+    wanted = dense_deltas(read_adapter(setting.folders[kind], spec), spec, setting.base)
+    for name, made in wanted.items():
+        torch.testing.assert_close(folded[name](), made(), atol=1e-6, rtol=0)
+
+
 def test_masks_become_the_smaller_form_and_signs_stay_packed(setting: Setting) -> None:
     def forms(kind: str) -> set[type]:
         return {type(term) for terms in setting.adapters[kind].terms.values() for term in terms}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltaserve.deltas.folded_file import FileDamaged
 from deltaserve.errors import Reason
-from deltaserve_kernels import unpack_bits
+from deltaserve_kernels import DenseEntry, unpack_bits
 from deltaserve_store.dense_deltas import WORD_BITS, DenseDelta, MaskDelta, SignDelta
 from deltaserve_store.parsed import SparseDelta
 from deltaserve_store.spec import LinearSpec
@@ -35,6 +35,11 @@ class DenseTerm:
     delta: Tensor | None = None
     signs: Tensor | None = None
     scale: Tensor | None = None
+
+    def matrix(self) -> Tensor:
+        """fp32 [out, in]."""
+        entry = DenseEntry(self.in_features, self.delta, self.signs, self.scale)
+        return entry.rows(0, entry.out_features)
 
     def tensors(self) -> dict[str, Tensor]:
         """By the roles they have in a folded file."""

@@ -112,10 +112,10 @@ def dense_delta(
             elif isinstance(term, SparseTerm):
                 rows = torch.repeat_interleave(torch.arange(shape.out_features), term.indptr.long().diff())
                 dense.index_put_((rows, term.cols.long()), term.values.float(), accumulate=True)
-            elif isinstance(term, DenseTerm) and term.delta is not None:
-                dense += term.delta.float()
+            elif isinstance(term, DenseTerm):
+                dense += term.matrix()
         return dense.mul_(strength)
-    weight = torch.zeros_like(dense)
+    weight = dense  # where nothing meets the base's numbers, only its shape is asked for
     if base is not None and needs_weights(adapter):
         weight = base.linear(linear).rows(0, shape.out_features).cpu()
         if (gates := gates_of(adapter, linear)) is not None:  # nothing else changes the weight of such a linear
