@@ -232,5 +232,4 @@ def expand_tile(
             acc = acc * factor[None, :] + shift[None, :]
         tl.store(out, acc.to(y.dtype.element_ty), mask=out_mask)
     elif WAIT == "launch":
-        # Whoever comes behind waits for this launch alone, so it must not end before those before it have.
-        gdc_wait()
+        gdc_wait()  # see ``early``
