@@ -12,11 +12,11 @@ module may read it, but not change it for one of them: such a base has no ``_in`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaserve.model.context import FoldedContext, ForwardContext, current_or_none
 from deltaserve_kernels import ApartStep, WorkList, add_modules, dense_linear
@@ -143,21 +143,20 @@ def change_rows(hidden: Tensor, step: ApartStep, point: int, depth: float) -> Te
 
 
 class EmbedPoint:
-    """The forward ``run`` of the first layer, which takes hidden rows [1, T, H] first: as it was, behind the modules at
-    ``embed_out`` where there are some."""
+    """A hook before the first layer, which is given hidden rows [1, T, H] first: adds the modules at ``embed_out``."""
 
-    def __init__(self, run: Callable[..., Any], point: int) -> None:
-        self.run = run
+    def __init__(self, point: int) -> None:
         self.point = point
 
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         ctx = current_or_none()
         if isinstance(ctx, ForwardContext):
-            if ctx.apart is not None:
-                hidden = change_rows(hidden[0], ctx.apart, self.point, 0.0)[None]
-        elif isinstance(ctx, FoldedContext) and EMBED_OUT in ctx.modules:
-            hidden = hidden + ctx.modules[EMBED_OUT](hidden)
-        return self.run(hidden, *args, **kwargs)
+            if ctx.apart is None:
+                return None
+            return (change_rows(args[0][0], ctx.apart, self.point, 0.0)[None], *args[1:])
+        if isinstance(ctx, FoldedContext) and EMBED_OUT in ctx.modules:
+            return (args[0] + ctx.modules[EMBED_OUT](args[0]), *args[1:])
+        return None
 
 
 # ---- Folded mode: the same places, functions instead of tables ----

@@ -266,7 +266,7 @@ def _take_over(
     fuse_layers(model)
     make_tunable(norms.values())
     if has_entry:
-        layers[0].__dict__["forward"] = EmbedPoint(layers[0].forward, points[0].index(EMBED_OUT))
+        layers[0].register_forward_pre_hook(EmbedPoint(points[0].index(EMBED_OUT)))
     return linears, norms, points, seen
 
 
