@@ -78,7 +78,7 @@ def _csr_loop(case: SparseCase) -> AddDelta:
 
 
 OURS = (
-    Implementation("sparse kernel", "ours", _form("DECODE", "DEFAULT"), exact=True),
+    Implementation("sparse kernel", "ours", _form("DECODE"), exact=True),
     Implementation("sparse prefill form", "ours", _form("PREFILL"), decode=False, prefill=True),
 )
 BASELINES = (

@@ -10,10 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltaserve_kernels.triton_ops.lora_kernels import load_b, pick
+from deltaserve_kernels.triton_ops.lora_kernels import load_b, pick, scale_of
 from deltaserve_kernels.triton_ops.lora_programs import VARYING as LORA_VARYING
 from deltaserve_kernels.triton_ops.lora_programs import place
-from deltaserve_kernels.triton_ops.sparse_kernels import scale_of
 
 VARYING = [*(name for name in LORA_VARYING if name != "ranks"), "sizes"]
 

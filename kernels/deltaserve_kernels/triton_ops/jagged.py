@@ -1,13 +1,16 @@
 """Windowed jagged diagonals: a sparse delta laid out so that a kernel reads it in wide, aligned pieces.
 
-Output rows go in windows of 128. Inside a window rows are sorted by their number of nonzeros, most first; a row's place
-is its *lane*. *Diagonal* j of a window holds the j-th nonzero of every row that has one: lanes 0 to its length, without
-a gap, since shorter rows come later. Each diagonal is padded to 8 entries, which is 16 bytes of 16-bit numbers.
+Output rows go in windows of 128. A row's nonzeros are cut into *packs* of four, in order. Inside a window rows are
+sorted by their number of packs, most first; a row's place is its *lane*. *Diagonal* j of a window holds the j-th pack of
+every row that has one: lanes 0 to its length, without a gap, since shorter rows come later. So a thread that owns a lane
+reads whole packs of its own row, and no sum crosses threads. A row's last pack is filled up with its last column and
+zeros: what the row does not read anyway is not read for it.
 
 A window may be cut by columns too, into *buckets*: window and bucket make a *cell*, of lanes and diagonals of its own,
 so that a program that goes through one cell touches a bounded piece of x. One bucket: a cell is a window.
 
-About 4.2 bytes a nonzero in 16 bits: a value, a 16-bit column, and little else. Plain torch; no GPU, no triton.
+About 4.4 bytes a nonzero in 16 bits where rows have some twenty: a value, a 16-bit column, and little else. Plain torch;
+no GPU, no triton.
 """
 
 from __future__ import annotations
@@ -20,20 +23,21 @@ from torch import Tensor
 from deltaserve_kernels.errors import OutOfRange
 
 WINDOW = 128
-PAD = 8
+PACK = 4
 MAX_COLUMNS = 1 << 16
-MAX_ENTRIES = PAD << 23  # a diagonal's first entry, in units of PAD, has 23 bits of an int32; its length has 8
+MAX_ENTRIES = PACK << 23  # a diagonal's first pack has 23 bits of an int32; its length has 8
 
 
 @dataclass(frozen=True)
 class JaggedDelta:
     """One sparse delta of ``num_rows`` output features.
 
-    cols:         int16 [E]    columns, the bits of an unsigned number; padding is 0
+    cols:         int16 [E]    columns, the bits of an unsigned number; padding repeats a row's last
     values:       float [E]    padding is 0
-    diagonals:    int32 [D]    (first entry / 8) * 256 + length
+    diagonals:    int32 [D]    (first entry / 4) * 256 + length in lanes
     cell_first:   int32 [C+1]  cell c has diagonals ``cell_first[c]:cell_first[c+1]``; cell = window * buckets + bucket
-    lane_of_row:  int16 [C * 128]  lane of each row of a cell's window, rows past ``num_rows`` too
+    lane_of_row:  int16 [C * 128]  lane of each row of a cell's window, rows past ``num_rows`` too, plus 256 times the
+                  number of entries that fill up its last pack
     num_columns:  largest column + 1
     num_buckets:  buckets of a window
     """
@@ -82,48 +86,62 @@ def from_csr(
     order = piece.argsort(stable=True)
     piece = piece[order]
     counts = torch.bincount(piece, minlength=cells * WINDOW)
-    row_of_lane = counts.view(cells, WINDOW).argsort(dim=1, descending=True, stable=True)
+    packs = (counts + PACK - 1) // PACK
+    row_of_lane = packs.view(cells, WINDOW).argsort(dim=1, descending=True, stable=True)
     lane_of_row = torch.empty_like(row_of_lane)
     lane_of_row.scatter_(1, row_of_lane, torch.arange(WINDOW).expand(cells, WINDOW))
+    lane_of_row = lane_of_row.flatten()
     cell_first = torch.zeros(cells + 1, dtype=torch.int64)
-    cell_first[1:] = counts.view(cells, WINDOW).amax(dim=1).cumsum(0)
-    step = torch.arange(piece.numel()) - (counts.cumsum(0) - counts)[piece]
-    diagonal = cell_first[piece // WINDOW] + step
-    lengths = torch.bincount(diagonal, minlength=int(cell_first[-1]))
-    padded = (lengths + PAD - 1) // PAD * PAD
-    starts = padded.cumsum(0) - padded
-    entries = int(padded.sum())
+    cell_first[1:] = packs.view(cells, WINDOW).amax(dim=1).cumsum(0)
+    # One number a pack: its row's piece, and which of the row's packs it is.
+    owner = torch.repeat_interleave(torch.arange(cells * WINDOW), packs)
+    ordinal = torch.arange(owner.numel()) - (packs.cumsum(0) - packs)[owner]
+    lengths = torch.bincount(cell_first[owner // WINDOW] + ordinal, minlength=int(cell_first[-1]))
+    starts = lengths.cumsum(0) - lengths
+    entries = owner.numel() * PACK
     if entries > MAX_ENTRIES:
         raise OutOfRange(f"{entries} entries with padding; jagged diagonals hold at most {MAX_ENTRIES}")
-    place = starts[diagonal] + lane_of_row.flatten()[piece]
+    place = (starts[cell_first[owner // WINDOW] + ordinal] + lane_of_row[owner]) * PACK
+    # Where in its row each entry of each pack lies; what fills up a row's last pack repeats its last column.
+    step = ordinal[:, None] * PACK + torch.arange(PACK)
+    is_padding = step >= counts[owner, None]
+    source = (counts.cumsum(0) - counts)[owner, None] + step.minimum(counts[owner, None] - 1)
+    target = place[:, None] + torch.arange(PACK)
     packed_cols = torch.zeros(entries, dtype=torch.int16)
-    packed_cols[place] = cols[order].to(torch.int16)  # the low 16 bits
+    packed_cols[target] = cols[order].to(torch.int16)[source]  # the low 16 bits
     packed_values = torch.zeros(entries, dtype=values.dtype)
-    packed_values[place] = values[order]
+    packed_values[target] = values[order][source].masked_fill(is_padding, 0)
+    padding = packs * PACK - counts
     return JaggedDelta(
         num_rows=num_rows,
         num_columns=num_columns,
         num_buckets=num_buckets,
         cols=packed_cols,
         values=packed_values,
-        diagonals=(starts // PAD * 256 + lengths).to(torch.int32),
+        diagonals=(starts * 256 + lengths).to(torch.int32),
         cell_first=cell_first.to(torch.int32),
-        lane_of_row=lane_of_row.flatten().to(torch.int16),
+        lane_of_row=(lane_of_row + 256 * padding).to(torch.int16),
     )
 
 
 def to_csr(delta: JaggedDelta) -> tuple[Tensor, Tensor, Tensor]:
     """(indptr, cols, values) as ``from_csr`` was given them, bit for bit, but a row's buckets one after another."""
     cells = delta.cell_first.numel() - 1
-    row_of_lane = delta.lane_of_row.view(cells, WINDOW).argsort(dim=1)
-    lengths, starts = delta.diagonals.long() % 256, delta.diagonals.long() // 256 * PAD
+    words = delta.lane_of_row.long().view(cells, WINDOW)
+    row_of_lane = (words % 256).argsort(dim=1)
+    lengths, starts = delta.diagonals.long() % 256, delta.diagonals.long() // 256
     diagonal = torch.repeat_interleave(torch.arange(lengths.numel()), lengths)
     lane = torch.arange(diagonal.numel()) - (lengths.cumsum(0) - lengths)[diagonal]
     cell = torch.searchsorted(delta.cell_first.long(), diagonal, right=True) - 1
-    row = cell // delta.num_buckets * WINDOW + row_of_lane[cell, lane]
-    # By row, then by bucket; diagonals rise with the position inside a row, so ties are in order.
-    order = (row * delta.num_buckets + cell % delta.num_buckets).argsort(stable=True)
-    place = (starts[diagonal] + lane)[order]
+    row = row_of_lane[cell, lane]
+    # Diagonals rise with the position inside a row, so ties are in order: by row, then by bucket.
+    whole_row = cell // delta.num_buckets * WINDOW + row
+    order = (whole_row * delta.num_buckets + cell % delta.num_buckets).argsort(stable=True)
+    piece = (cell * WINDOW + row)[order]
+    is_last = torch.ones(piece.numel(), dtype=torch.bool)
+    is_last[:-1] = piece[1:] != piece[:-1]
+    kept = PACK - torch.where(is_last, (words // 256).flatten()[piece], 0)
+    place = ((starts[diagonal] + lane)[order, None] * PACK + torch.arange(PACK))[torch.arange(PACK) < kept[:, None]]
     indptr = torch.zeros(delta.num_rows + 1, dtype=torch.int32)
-    indptr[1:] = torch.bincount(row, minlength=delta.num_rows).cumsum(0)
+    indptr[1:] = torch.zeros(delta.num_rows, dtype=torch.int64).index_add_(0, whole_row[order], kept).cumsum(0)
     return indptr, delta.cols[place].to(torch.int32) & 0xFFFF, delta.values[place]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -16,6 +17,9 @@ from deltaserve_kernels.triton_ops.row_items import row_items
 from deltaserve_kernels.vector_tables import NormTables, VectorTables
 from deltaserve_kernels.worklist import WorkList
 
+# Fewer ranks at a time than without vectors, which take registers too.
+FORM = replace(lora.DECODE, b_ranks=8)
+
 
 def lora_vector_linear(
     y: Tensor,
@@ -25,7 +29,7 @@ def lora_vector_linear(
     vectors: VectorTables,
     members: Sequence[Member],
     depth: float,
-    form: lora.LoraForm = lora.DECODE,
+    form: lora.LoraForm = FORM,
 ) -> None:
     """``y = (y + low-rank delta) * s + b`` for rows that have one; see ``terms.lora_vector_linear``.
 

@@ -37,6 +37,7 @@ from deltaserve_kernels.triton_ops import (
     sparse_kernels,
     sparse_wide,
     tile_kernels,
+    vectors,
 )
 
 BF16, FP32 = "*bf16", "*fp32"
@@ -103,7 +104,6 @@ def fused_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
 HEAD = {"D": 128, "BLOCK_D": 128, "BLOCK_N": 32, "HAS_WINDOW": True}
 SEGMENTS = {"SEGMENTS": attention.DEFAULT.segments, "MIN_SEGMENT": attention.DEFAULT.min_segment}
 FOLDED = {"h": BF16}
-STAGED = sparse.SparseForm(tile_rows=2, few=2, staged=True)
 
 
 def sparse_of(form: sparse.SparseForm, in_features: int) -> dict[str, Any]:
@@ -111,8 +111,8 @@ def sparse_of(form: sparse.SparseForm, in_features: int) -> dict[str, Any]:
         "K": in_features,
         "BUCKET": form.bucket_of(in_features),
         "TILE_ROWS": form.tile_rows,
-        "FEW": form.few,
         "STAGE": form.stage(in_features),
+        "STEP": form.step,
         **QKV,
     }
 
@@ -151,8 +151,8 @@ SPECS = {
     # Vectors are fp32: a thread's eight of each are two loads.
     "expand_rows_vectors": Spec(
         lora_rows.expand_rows,
-        {**of_kernel(lora_rows.expand_rows, expand_of(lora.DECODE, 14336)), "VECTORS": True},
-        wide=2 * 16 + 4,
+        {**of_kernel(lora_rows.expand_rows, expand_of(vectors.FORM, 14336)), "VECTORS": True},
+        wide=2 * 8 + 4,
         num_warps=lora.DECODE.b_warps,
     ),
     "fused_vectors": Spec(
@@ -210,11 +210,17 @@ SPECS = {
         narrow=4,
     ),
     "store_kv": Spec(attention_kernels.store_kv, {"KV_HEADS": 8, "TILE_HEADS": 8, "D": 128, "BLOCK_D": 128}, wide=2),
-    # Narrow: the lanes of a window, one element a thread; where x is gathered, 8 elements a row and thread. Wide: two
-    # of the adapter for each 8 diagonals of a way to read x; transposed, x's 8 lines a thread, and y.
-    "sparse": Spec(sparse_kernels.sparse, sparse_of(sparse.DECODE, 4096), narrow=2 * 8 + 2, wide=2 + 2 + 8 + 1),
-    "sparse_gathered": Spec(sparse_kernels.sparse, sparse_of(sparse.GATHERED, 4096), narrow=4 * 8 + 1, wide=2),
-    "sparse_staged": Spec(sparse_kernels.sparse, sparse_of(STAGED, 14336), narrow=1, wide=2 * (2 * 4 + 14)),
+    # Narrow: lanes, and y, one element a thread. A pack is 64 bits; wide: x on its way to shared memory.
+    "sparse": Spec(
+        sparse_kernels.sparse, of_kernel(sparse_kernels.sparse, sparse_of(sparse.DECODE, 14336)), narrow=2, wide=14336 // 8 // 128
+    ),
+    # x element by element: 32 a thread.
+    "sparse_gathered": Spec(
+        sparse_kernels.sparse,
+        of_kernel(sparse_kernels.sparse, sparse_of(sparse.SparseForm(staged=False), 4096)),
+        narrow=32 + 2,
+        wide=0,
+    ),
     # x through a list: 16 rows of 128 columns over 128 threads; 16 of 32.
     "shrink_blocks": Spec(
         block_kernels.shrink_blocks,
@@ -228,13 +234,12 @@ SPECS = {
         narrow=4,
         wide=4,
     ),
-    "transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 8, "FEW": 2}),
-    "prefill_transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 64, "FEW": 0}),
+    "transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 64}),
     "sparse_wide": Spec(
         sparse_wide.sparse_wide,
         of_kernel(sparse_wide.sparse_wide, sparse_of(sparse.PREFILL, 14336)),
         narrow=1,
-        wide=2 + 8 * 8 + 8,
+        wide=4 * 8 + 8,
         num_warps=sparse.PREFILL.num_warps,
     ),
     # A few numbers an item: nothing to read wide.

@@ -136,9 +136,7 @@ def test_lora_equals_the_definition(num_rows: int, form: lora.LoraForm, low_rank
 
 SPARSE_FORMS = {
     "decode": sparse.DECODE,
-    "gathered": sparse.GATHERED,
-    "staged": sparse.SparseForm(few=2, staged=True),
-    "staged by bucket": sparse.SparseForm(few=2, staged=True, bucket=1024 if ON_GPU else 40),
+    "gathered": sparse.SparseForm(staged=False),
     "prefill": sparse.PREFILL,
 }
 
