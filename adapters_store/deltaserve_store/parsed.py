@@ -9,10 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deltaserve_store.bottleneck_deltas import BottleneckDelta
+from deltaserve_store.dense_deltas import DenseDelta, MaskDelta, SignDelta
 from deltaserve_store.rotation_deltas import RotationDelta
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
 
-Kind = Literal["lora", "sparse", "vector", "rotation"]
+Kind = Literal["lora", "sparse", "vector", "rotation", "dense", "bottleneck"]
 FileFormat = str
 """``peft-`` and the PEFT type in lower case with dashes, or one of our own formats (``deltaserve-...``)."""
 
@@ -82,6 +84,11 @@ class WeightDelta:
         return LoraDelta(self.module, self.right, b, 1.0, dense=lambda: self.dense(weight_of(self.module)))
 
 
+Matrix = LoraDelta | SparseDelta | DenseDelta | MaskDelta | SignDelta
+"""Deltas that are added to the weight of a linear."""
+Delta = Matrix | VectorDelta | NormDelta | RotationDelta | BottleneckDelta
+
+
 @dataclass(frozen=True, slots=True)
 class FunctionDelta:
     """A delta that is another function of the base weight.
@@ -145,7 +152,7 @@ class ParsedAdapter:
 
     kind: Kind
     file_format: FileFormat
-    deltas: tuple[LoraDelta | SparseDelta | VectorDelta | NormDelta | RotationDelta, ...]
+    deltas: tuple[Delta, ...]
     config: Mapping[str, Any]
     base_name: str | None
     base_fingerprint: str | None

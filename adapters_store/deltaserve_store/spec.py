@@ -48,7 +48,8 @@ class BaseSpec:
 
     ``fingerprint`` identifies config, weights, tokenizer and template by content. ``names`` are the names under which
     this base is known, the served id first. ``vocab_size`` is the number of rows of the embedding; ``num_tokens`` the
-    number of tokens the tokenizer knows, where that is known (checkpoints pad the embedding).
+    number of tokens the tokenizer knows, where that is known (checkpoints pad the embedding). ``points`` are where
+    residual modules may be attached, all of ``hidden_size``.
     """
 
     fingerprint: str
@@ -61,3 +62,4 @@ class BaseSpec:
     tied_embeddings: bool = False
     num_tokens: int | None = None
     norms: Mapping[str, NormSpec] = field(default_factory=dict)
+    points: frozenset[str] = frozenset()

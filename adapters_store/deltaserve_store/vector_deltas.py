@@ -9,10 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class VectorDelta:
-    """``y = out_scale * W (in_scale * x) + b + bias``; any of them may be missing.
+    """``y = out_scale * W (in_scale * x) + W in_bias + b + bias``; any of them may be missing.
 
-    ``out_scale`` and ``bias`` [out], ``in_scale`` [in]. ``scales_bias``: ``out_scale`` multiplies the base's bias too.
-    ``new_bias`` [out] stands in place of the base's bias. A linear has a scale on one of its sides at most.
+    ``out_scale`` and ``bias`` [out], ``in_scale`` and ``in_bias`` [in]. ``scales_bias``: ``out_scale`` multiplies the
+    base's bias too. ``new_bias`` [out] stands in place of the base's bias.
     """
 
     module: str
@@ -21,6 +21,12 @@ class VectorDelta:
     bias: Tensor | None = None
     new_bias: Tensor | None = None
     scales_bias: bool = False
+    in_bias: Tensor | None = None
+
+    @property
+    def is_two_sided(self) -> bool:
+        """Whether both sides are scaled: its change of the weight is then not linear in the strength."""
+        return self.out_scale is not None and self.in_scale is not None
 
 
 @dataclass(frozen=True, slots=True)

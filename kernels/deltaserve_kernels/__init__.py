@@ -5,9 +5,12 @@ Imports torch only; the C++ library is built at its first use.
 
 from __future__ import annotations
 
+from deltaserve_kernels.apart_family import ApartEntries, ApartFamily, ApartStep, split_apart
+from deltaserve_kernels.apart_reference import add_modules, dense_linear
 from deltaserve_kernels.backend import BACKENDS, select, use_backend
 from deltaserve_kernels.block_tables import BlockEntry, BlockTables
 from deltaserve_kernels.checks import BLOCK_SIZE
+from deltaserve_kernels.dense_tables import DenseEntry, DenseTables, pack_bits, unpack_bits
 from deltaserve_kernels.errors import (
     BackendUnavailable,
     DeviceMismatch,
@@ -18,6 +21,7 @@ from deltaserve_kernels.errors import (
     OutOfRange,
     ShapeMismatch,
 )
+from deltaserve_kernels.module_tables import ACTIVATIONS, ModuleEntry, ModuleTables
 from deltaserve_kernels.operators import lora_linear, paged_attention, sparse_linear, write_kv
 from deltaserve_kernels.padded_list import PaddedLayout
 from deltaserve_kernels.rotation_tables import RotationEntry, RotationFactor, RotationTables
@@ -31,16 +35,24 @@ from deltaserve_kernels.vector_tables import NormTables, VectorEntry, VectorTabl
 from deltaserve_kernels.worklist import WorkList, build_work_list, build_work_list_runs
 
 __all__ = [
+    "ACTIVATIONS",
     "BACKENDS",
     "BLOCK_SIZE",
+    "ApartEntries",
+    "ApartFamily",
+    "ApartStep",
     "BackendUnavailable",
     "BlockEntry",
     "BlockTables",
+    "DenseEntry",
+    "DenseTables",
     "DeviceMismatch",
     "DtypeMismatch",
     "KernelError",
     "LoraTables",
     "Misaligned",
+    "ModuleEntry",
+    "ModuleTables",
     "NormTables",
     "NotContiguous",
     "OutOfRange",
@@ -57,11 +69,14 @@ __all__ = [
     "VectorStep",
     "VectorTables",
     "WorkList",
+    "add_modules",
     "block_linear",
     "build_work_list",
     "build_work_list_runs",
+    "dense_linear",
     "lora_linear",
     "lora_vector_linear",
+    "pack_bits",
     "paged_attention",
     "rms_norm",
     "rotate_and_write_kv",
@@ -71,7 +86,9 @@ __all__ = [
     "select",
     "source_digest",
     "sparse_linear",
+    "split_apart",
     "split_runs",
+    "unpack_bits",
     "upload",
     "use_backend",
     "write_kv",

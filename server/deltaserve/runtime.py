@@ -41,6 +41,7 @@ from deltaserve.model.base import BaseModel, load_base
 from deltaserve.model.kv_cache import KVCache
 from deltaserve.text import Tokenizer
 from deltaserve_kernels import (
+    ApartFamily,
     BackendUnavailable,
     LoraTables,
     SparseTables,
@@ -173,6 +174,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
     has_csr = select(base.device) != "triton"
     sparse = SparseTables(len(base.linears), limits.adapter_slots, base.device, has_csr=has_csr)
     vectors = VectorFamily(len(base.linears), len(base.norms), limits.adapter_slots, base.device)
+    apart = ApartFamily(len(base.linears), len(base.points), limits.adapter_slots, base.device)
     pool = DevicePool(
         base.linears,
         lora,
@@ -182,6 +184,8 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
         device=base.device,
         vectors=vectors,
         norms=base.norms,
+        apart=apart,
+        points=base.points,
     )
     loader = FoldedLoader(base.spec, base.dtype, proven.locate)
     residency = AdapterResidency(
@@ -205,7 +209,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
     if has_graphs:
         max_blocks = -(-max_model_len // BLOCK_SIZE)
         graphs = DecodeGraphs(base, kv, lora, sparse, max_seqs=limits.max_num_seqs, max_blocks=max_blocks)
-    runner = ModelRunner(base, kv, lora, sparse, vectors=vectors, graphs=graphs)
+    runner = ModelRunner(base, kv, lora, sparse, vectors=vectors, apart=apart, graphs=graphs)
     began = time.monotonic()
     _apart(runner.warm_up, max_tokens=limits.max_num_batched_tokens)
     if graphs is not None:

@@ -9,6 +9,7 @@ import pytest
 
 from deltaserve.admission.reason_codes import PROOF_REASON_CODES
 from deltaserve_store.file_names import CHECKED_FILES, STORED_FILES, FileRole, role_of
+from deltaserve_store.formats import deltaserve_bottleneck, deltaserve_dense
 from deltaserve_store.formats.deltaserve_rotations import FIELDS as ROTATION_FIELDS
 from deltaserve_store.formats.deltaserve_sparse import FIELDS
 from deltaserve_store.formats.deltaserve_terms import FIELDS as TERM_FIELDS
@@ -41,6 +42,14 @@ def _own_fields(fields: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+def _module_fields() -> str:
+    lines = ["| field of a module | accepted |", "| --- | --- |"]
+    for field, allowed in deltaserve_bottleneck.MODULE_FIELDS.items():
+        required = " (required)" if field in deltaserve_bottleneck.REQUIRED_OF_MODULE else ""
+        lines.append(f"| `{field}`{required} | {allowed} |")
+    return "\n".join(lines)
+
+
 def _files() -> str:
     lines = ["| file | at most | what becomes of it |", "| --- | --- | --- |"]
     lines += [f"| `{name}` | {cap >> 20} MB | stored |" for name, cap in STORED_FILES.items()]
@@ -70,6 +79,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "vector-fields": lambda: _own_fields(VECTOR_FIELDS),
     "term-fields": lambda: _own_fields(TERM_FIELDS),
     "rotation-fields": lambda: _own_fields(ROTATION_FIELDS),
+    "dense-fields": lambda: _own_fields(deltaserve_dense.FIELDS),
+    "bottleneck-fields": lambda: _own_fields(deltaserve_bottleneck.FIELDS),
+    "module-fields": _module_fields,
     "reason-codes": _codes,
     "proof-reason-codes": _proof_codes,
 }

@@ -15,6 +15,7 @@ from deltaserve_store.errors import StoreError
 from deltaserve_store.staging import Staging
 from deltatest.adapter_corpus import CORPUS, GOOD, BadAdapter, corpus_base
 from deltatest.admission_rig import Rig, open_rig, run
+from deltatest.apart_corpus import APART_CORPUS, APART_GOOD
 from deltatest.tiny_models import save_random, tiny_config
 from deltatest.vector_corpus import VECTOR_CORPUS, VECTOR_GOOD
 
@@ -40,15 +41,15 @@ def before_and_after(rig: Rig) -> tuple[object, ...]:
     return rig.store.snapshot(), rig.engine.num_probes, len(rig.engine.published), rig.store.used_bytes()
 
 
-@pytest.mark.parametrize("kind", GOOD | VECTOR_GOOD)
+@pytest.mark.parametrize("kind", GOOD | VECTOR_GOOD | APART_GOOD)
 def test_the_good_adapter_behind_each_case_passes(rig: Rig, tmp_path: Path, kind: str) -> None:
     """Without this, a door that refuses everything would pass the cases below."""
-    result = run(rig.admit((GOOD | VECTOR_GOOD)[kind](tmp_path / kind), f"good-{kind}"))
+    result = run(rig.admit((GOOD | VECTOR_GOOD | APART_GOOD)[kind](tmp_path / kind), f"good-{kind}"))
     assert result.created
     assert rig.engine.names.resolve("default", f"good-{kind}").version == result.record.version
 
 
-@pytest.mark.parametrize("case", CORPUS + VECTOR_CORPUS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CORPUS + VECTOR_CORPUS + APART_CORPUS, ids=lambda case: case.name)
 def test_no_hostile_adapter_is_served(rig: Rig, tmp_path: Path, case: BadAdapter) -> None:
     """However the bytes got into the folder: nothing is proven, stored, published or left behind."""
     folder = case.write(tmp_path / "adapter")

@@ -114,6 +114,18 @@ def test_biases_are_added_or_stand_in_place() -> None:
     assert torch.equal(vector_of(folded(VectorDelta("a.up", new_bias=given)).terms["a.up"]).bias, given)
 
 
+def test_what_is_added_to_an_input_becomes_a_bias() -> None:
+    offset, scale, x, base = randn(7, seed=1), 1 + randn(5, seed=2), randn(4, 7, seed=4), FakeBase()
+    weight, bias = base.weight["a.q"].double(), base.bias["a.q"]
+    assert bias is not None
+    both = folded(VectorDelta("a.q", bias=randn(5, seed=3), in_bias=offset))
+    wanted = (x + offset).double() @ weight.t() + bias + randn(5, seed=3)
+    torch.testing.assert_close(outputs(both, "a.q", x), wanted, atol=1e-5, rtol=1e-5)
+    gated = folded(VectorDelta("a.q", out_scale=scale, in_scale=randn(7, seed=5), in_bias=offset))
+    wanted = (x * randn(7, seed=5)).double() @ weight.t() * scale + bias + weight @ offset.double()
+    torch.testing.assert_close(outputs(gated, "a.q", x), wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_norms_become_differences() -> None:
     gain, shift, base = randn(7, seed=1), randn(7, seed=2), FakeBase()
     weight, bias = base.norm("a.ln")
@@ -136,6 +148,7 @@ def test_what_does_not_fit_is_refused() -> None:
     assert refused(VectorDelta("a.q", bias=randn(6)[:4])) == [("shape_mismatch", "a.q (bias)")]
     assert refused(VectorDelta("a.q", in_scale=randn(5))) == [("shape_mismatch", "a.q (in_scale)")]
     assert refused(NormDelta("a.norm", randn(5))) == [("shape_mismatch", "a.norm (gain)")]
+    assert refused(VectorDelta("a.q", in_bias=randn(5))) == [("shape_mismatch", "a.q (in_bias)")]
     twice = VectorDelta("a.q", bias=randn(5))
     assert refused(twice, twice) == [("duplicate_module", "a.q")]
     base = FakeBase().weight["a.up"]

@@ -1,8 +1,10 @@
 """The project's own format of vectors: ``adapter.json`` and ``adapter.safetensors``. See ``docs/adapter-format.md``.
 
-Per linear ``<module>.bias`` and ``.out_scale`` [out] and ``.in_scale`` [in]: ``y = out_scale * W (in_scale * x) + b +
-bias``; per norm ``<norm>.gain`` and ``.shift`` [H], added to the norm's weight and bias. BitFit (Zaken et al.,
-arXiv:2106.10199) is ``bias`` and ``shift`` alone. The JSON carries the base's fingerprint and, per module, what it has.
+Per linear ``<module>.bias`` and ``.out_scale`` [out], ``.in_scale`` and ``.in_bias`` [in]: ``y = out_scale * W
+(in_scale * x) + W in_bias + b + bias``; per norm ``<norm>.gain`` and ``.shift`` [H], added to the norm's weight and
+bias. BitFit (Zaken et al., arXiv:2106.10199) is ``bias`` and ``shift`` alone, LoFiT (Yin et al., arXiv:2406.01563)
+``in_bias`` of attention's output projections; gates of rows and columns are scales of both sides. The JSON carries the
+base's fingerprint and, per module, what it has.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from deltaserve_store.spec import BaseSpec
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
 
 FORMAT: Final = "deltaserve-vectors"
-LINEAR_PARTS = ("bias", "out_scale", "in_scale")
+LINEAR_PARTS = ("bias", "out_scale", "in_scale", "in_bias")
 NORM_PARTS = ("gain", "shift")
 FIELDS: Mapping[str, str] = fields_of(
     FORMAT,
@@ -128,12 +130,8 @@ def sizes_of(
         findings.add("unknown_module", where, module, "names of linears and norms of the base")
     elif not is_one_of(parts, LINEAR_PARTS if linear is not None else NORM_PARTS):
         findings.add("invalid_value", where, parts, allowed)
-    elif linear is not None and {"in_scale", "out_scale"} <= set(parts):
-        # Its strength would not be linear, and a sum of such changes has no form of its own.
-        findings.add("unsupported_feature", where, "scales on both sides of one linear", "a scale on one side")
     elif linear is not None:
-        of_part = {"bias": linear.out_features, "out_scale": linear.out_features, "in_scale": linear.in_features}
-        return {f"{module}.{part}": of_part[part] for part in parts}
+        return {f"{module}.{p}": linear.in_features if p.startswith("in_") else linear.out_features for p in parts}
     elif norm is not None and "shift" in parts and not norm.has_bias:
         findings.add("unsupported_feature", where, "a shift of a norm that has no bias", "a gain")
     elif norm is not None:

@@ -23,6 +23,7 @@ from deltaserve_store.file_names import (
     role_of,
 )
 from deltaserve_store.findings import Findings, refuse
+from deltaserve_store.formats import deltaserve_bottleneck, deltaserve_dense
 from deltaserve_store.formats.deltaserve_rotations import FORMAT as ROTATIONS
 from deltaserve_store.formats.deltaserve_rotations import parse_deltaserve_rotations
 from deltaserve_store.formats.deltaserve_sparse import parse_deltaserve_sparse
@@ -126,6 +127,10 @@ def _parse_kind(
         return parse_deltaserve_terms(config, tensors, base, findings)
     if not kind and config.get("format") == ROTATIONS:
         return parse_deltaserve_rotations(config, tensors, base, findings)
+    if not kind and config.get("format") == deltaserve_bottleneck.FORMAT:
+        return deltaserve_bottleneck.parse_deltaserve_bottleneck(config, tensors, base, findings)
+    if not kind and config.get("format") == deltaserve_dense.FORMAT:
+        return deltaserve_dense.parse_deltaserve_dense(config, tensors, base, findings)
     if kind in VECTOR_READERS:
         return VECTOR_READERS[kind](config, PEFT_CONFIG, tensors, base, findings)
     return parse_deltaserve_sparse(config, tensors, base, findings)

@@ -11,11 +11,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltaserve.adapters.apart_entries import apart_entries
 from deltaserve.adapters.vector_entries import vector_entries
 from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm, SparseTerm
-from deltaserve_kernels import LoraTables, SparseEntry, SparseTables, VectorEntries, VectorFamily
+from deltaserve_kernels import (
+    ApartEntries,
+    ApartFamily,
+    LoraTables,
+    SparseEntry,
+    SparseTables,
+    VectorEntries,
+    VectorFamily,
+)
 
 NO_VECTORS = VectorEntries()
+NOTHING_APART = ApartEntries()
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,25 +36,26 @@ class StagedAdapter:
     lora: tuple[tuple[int, Tensor, Tensor], ...]
     sparse: tuple[tuple[int, SparseEntry], ...]
     vectors: VectorEntries = NO_VECTORS
+    apart: ApartEntries = NOTHING_APART
 
     @property
     def nbytes(self) -> int:
         """On the host as on the device."""
         lora, sparse = sum(a.nbytes + b_t.nbytes for _, a, b_t in self.lora), sum(e.nbytes for _, e in self.sparse)
-        return lora + sparse + self.vectors.nbytes
+        return lora + sparse + self.vectors.nbytes + self.apart.nbytes
 
     def to(self, device: torch.device) -> StagedAdapter:
         lora = tuple((index, a.to(device), b_t.to(device)) for index, a, b_t in self.lora)
         sparse = tuple((index, entry.to(device)) for index, entry in self.sparse)
-        return StagedAdapter(lora, sparse, self.vectors.to(device))
+        return StagedAdapter(lora, sparse, self.vectors.to(device), self.apart.to(device))
 
 
 class DevicePool:
     """``num_slots`` slots and ``max_bytes`` bytes. For the engine thread; ``convert`` and ``stage`` for any, best for a
     worker.
 
-    ``linears`` are the base's linears in table order, ``norms`` its norms. Without ``vectors`` adapters that have
-    vector terms are refused.
+    ``linears`` are the base's linears in table order, ``norms`` its norms, ``points`` its attach points. Without
+    ``vectors`` adapters that have vector terms are refused, without ``apart`` those with dense differences or modules.
     """
 
     def __init__(
@@ -58,8 +69,10 @@ class DevicePool:
         device: torch.device | str = "cpu",
         vectors: VectorFamily | None = None,
         norms: Sequence[str] = (),
+        apart: ApartFamily | None = None,
+        points: Sequence[str] = (),
     ) -> None:
-        available = [tables.num_slots for tables in (lora, sparse, vectors) if tables is not None]
+        available = [tables.num_slots for tables in (lora, sparse, vectors, apart) if tables is not None]
         if num_slots > min(available):
             raise ValueError(f"{num_slots} slots asked for; the tables have {', '.join(map(str, available))}")
         self.num_slots = num_slots
@@ -69,6 +82,8 @@ class DevicePool:
         self._linear_index = {name: index for index, name in enumerate(linears)}
         self._norm_index = {name: index for index, name in enumerate(norms)}
         self._vectors = vectors
+        self._point_index = {name: index for index, name in enumerate(points)}
+        self._apart = apart
         self._lora = lora
         self._sparse = sparse
         self._free = list(range(num_slots - 1, -1, -1))
@@ -108,7 +123,10 @@ class DevicePool:
         vectors = vector_entries(folded, self._linear_index, self._norm_index, is_apart=is_apart)
         if self._vectors is None and vectors.nbytes:
             raise ValueError("this pool has no tables for vector terms")
-        return StagedAdapter(tuple(lora), tuple(sparse), vectors)
+        terms_apart = apart_entries(folded, self._linear_index, self._point_index, is_apart=is_apart)
+        if self._apart is None and terms_apart.nbytes:
+            raise ValueError("this pool has no tables for dense differences and residual modules")
+        return StagedAdapter(tuple(lora), tuple(sparse), vectors, terms_apart)
 
     def stage(self, converted: StagedAdapter) -> StagedAdapter:
         """Bring the terms to the device; complete when it returns."""
@@ -135,6 +153,8 @@ class DevicePool:
             self._sparse.set_all(slot, staged.sparse)
             if self._vectors is not None:
                 self._vectors.set_all(slot, staged.vectors)
+            if self._apart is not None:
+                self._apart.set_all(slot, staged.apart)
         except Exception:
             self._clear(slot)
             raise
@@ -151,6 +171,8 @@ class DevicePool:
         self._sparse.clear(slot)
         if self._vectors is not None:
             self._vectors.clear(slot)
+        if self._apart is not None:
+            self._apart.clear(slot)
 
     def versions(self) -> list[str]:
         """Versions that hold a slot."""

@@ -41,6 +41,7 @@ from deltaserve.admission.conversion import (
 from deltaserve.admission.evidence import Comparison, Evidence, ProofKey
 from deltaserve.core import BASE_BINDING, Binding, BindingPart, Logits
 from deltaserve.deltas.fold import dense_deltas
+from deltaserve.deltas.modules import parallel_points, plain_modules
 from deltaserve.deltas.vectors import dense_biases, dense_norms
 from deltaserve.errors import Reason
 from deltaserve.model.base import BaseModel
@@ -98,6 +99,8 @@ class Change(NamedTuple):
     deltas: Mapping[str, Callable[[], Tensor]] = {}
     biases: Mapping[str, Callable[[], Tensor]] = {}
     norms: Mapping[str, tuple[Tensor | None, Tensor | None]] = {}
+    modules: Mapping[str, Callable[[Tensor], Tensor]] = {}
+    parallel: frozenset[str] = frozenset()
 
 
 class NonFiniteOutput(Exception):
@@ -177,11 +180,13 @@ class Prover:
         return Conversion(scale, error, effect, self._error_share * effect, rank, num_linears)
 
     def _change(self, adapter: ParsedAdapter, scale: float, *, as_served: bool) -> Change:
-        """Biases and norms are linear in the strength; so are weights, unless both sides of a linear change."""
+        """Biases, norms and what modules add are linear in the strength; so are weights, unless both sides change."""
         return Change(
             dense_deltas(adapter, self._base.spec, self._base, scale, as_served=as_served),
             {name: partial(_scaled, make, scale) for name, make in dense_biases(adapter, self._base).items()},
             {name: (_times(w, scale), _times(b, scale)) for name, (w, b) in dense_norms(adapter, self._base).items()},
+            {name: partial(_added, module, scale) for name, module in plain_modules(adapter).items()},
+            parallel_points(adapter),
         )
 
     async def _compare(
@@ -260,6 +265,11 @@ def _rows(logits: Logits) -> Tensor:
 
 def _scaled(make: Callable[[], Tensor], scale: float) -> Tensor:
     return make().mul_(scale)
+
+
+def _added(module: torch.nn.Module, scale: float, hidden: Tensor) -> Tensor:
+    added: Tensor = module.to(hidden.device)(hidden)
+    return added * scale
 
 
 def _times(tensor: Tensor | None, scale: float) -> Tensor | None:

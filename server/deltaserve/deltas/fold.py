@@ -3,6 +3,7 @@
 Low rank (Hu et al., LoRA, arXiv:2106.09685; rank-stabilised scaling, arXiv:2312.03732): ``dW = scaling * B A``; the
 file's reader has already turned alpha and rank into ``scaling``. It is multiplied into ``B`` in float32 before the one
 cast to the serving dtype. Sparse (SHiRA, arXiv:2406.13175, and our own format): coordinates become compressed rows.
+Whole weights are in ``dense``, residual modules in ``modules``.
 """
 
 from __future__ import annotations
@@ -13,14 +14,29 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from deltaserve.deltas.dense import DenseTerm, change_of, fold_mask, fold_signs_or_matrix, misfit
 from deltaserve.deltas.folded import FOLD_VERSION, FoldedAdapter, LowRankTerm, SparseTerm, Term, dtype_name
+from deltaserve.deltas.modules import fold_modules
 from deltaserve.deltas.rotations import dense_rotation, fold_rotations, rotation_of
 from deltaserve.deltas.vector_terms import NormTerm
-from deltaserve.deltas.vectors import BaseWeights, dense_vectors, dora_scale, fold_vectors, needs_weights
+from deltaserve.deltas.vectors import (
+    BaseWeights,
+    dense_gates,
+    dense_vectors,
+    dora_scale,
+    fold_vectors,
+    gates_of,
+    needs_weights,
+)
 from deltaserve.errors import AdapterRefused, Reason
+from deltaserve_store.bottleneck_deltas import BottleneckDelta
+from deltaserve_store.dense_deltas import DenseDelta, MaskDelta, SignDelta
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter, SparseDelta
 from deltaserve_store.spec import BaseSpec, LinearSpec
 from deltaserve_store.vector_deltas import NormDelta
+
+Matrix = LoraDelta | SparseDelta | DenseDelta | MaskDelta | SignDelta
+_MATRICES = (LoraDelta, SparseDelta, DenseDelta, MaskDelta, SignDelta)
 
 
 def fold_key(fingerprint: str, dtype: torch.dtype) -> str:
@@ -41,27 +57,27 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
     reasons: list[Reason] = []
     terms: dict[str, tuple[Term, ...]] = {}
     scales: dict[str, Tensor] = {}
-    seen: set[tuple[str, type]] = set()
     if base is None and needs_weights(parsed):
         raise ValueError("these deltas are folded with the base's weights; give the base")
-    matrices = [delta for delta in parsed.deltas if isinstance(delta, LoraDelta | SparseDelta)]
+    matrices = [delta for delta in parsed.deltas if isinstance(delta, _MATRICES)]
     for delta in sorted(matrices, key=lambda delta: (delta.module, isinstance(delta, SparseDelta))):
         linear = spec.linears.get(delta.module)
         if linear is None:
             reasons.append(Reason("unknown_module", delta.module, "a delta", "a linear of the base"))
-        elif (delta.module, type(delta)) in seen:
-            reasons.append(Reason("duplicate_module", delta.module, "two deltas", "one delta of a kind per linear"))
-        elif misfit := _misfit(delta, linear):
-            reasons.append(misfit)
+        elif wrong := _misfit(delta, linear):
+            reasons.append(wrong)
         else:
             if isinstance(delta, LoraDelta):
                 if delta.magnitude is not None and base is not None:
                     scales[delta.module] = dora_scale(delta, delta.magnitude, base.linear(delta.module))
                 term: Term = _fold_low_rank(delta, dtype, scales.get(delta.module))
+            elif isinstance(delta, DenseDelta | SignDelta):
+                term = fold_signs_or_matrix(delta, linear, dtype)
             else:
-                term = _fold_sparse(delta, linear, dtype)
+                term = _fold_entries(delta, linear, dtype, base)
             reasons.extend(_overflow(delta.module, term, dtype))
-            seen.add((delta.module, type(delta)))
+            if any(isinstance(other, type(term)) for other in terms.get(delta.module, ())):
+                reasons.append(Reason("duplicate_module", delta.module, "two deltas", "one delta of a kind per linear"))
             terms[delta.module] = (*terms.get(delta.module, ()), term)
     norms: dict[str, NormTerm] = {}
     if base is not None:
@@ -70,14 +86,12 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
             terms[name] = (*terms.get(name, ()), vector)
     for name, rotation in fold_rotations(parsed, spec, dtype, reasons).items():
         terms[name] = (*terms.get(name, ()), rotation)
+    modules = fold_modules(parsed, spec, dtype, reasons)
     if reasons:
-        raise AdapterRefused(
-            f"The adapter cannot be folded with this base: {len(reasons)} finding(s), first {reasons[0].where!r}.",
-            reasons=reasons,
-        )
+        raise _refusal(reasons)
     order = {name: index for index, name in enumerate(spec.linears)}
     ordered = {name: terms[name] for name in sorted(terms, key=order.__getitem__)}
-    return FoldedAdapter(terms=ordered, base_fingerprint=spec.fingerprint, dtype=dtype, norms=norms)
+    return FoldedAdapter(terms=ordered, base_fingerprint=spec.fingerprint, dtype=dtype, norms=norms, modules=modules)
 
 
 def dense_delta(
@@ -92,8 +106,8 @@ def dense_delta(
     """The delta of one linear at ``strength``, float32 ``[out, in]``: what the runtime must be equivalent to.
 
     From a ``ParsedAdapter`` it is computed from the file's own tensors, independently of ``fold``; zeros where the
-    adapter leaves the linear alone. Of a folded adapter, low-rank and sparse terms only. ``as_served``: where a delta
-    was converted with loss, what its factors multiply to instead of the method's own formula.
+    adapter leaves the linear alone. Of a folded adapter, low-rank, sparse and dense matrices only. ``as_served``: where
+    a delta was converted with loss, what its factors multiply to instead of the method's own formula.
     """
     shape = spec.linears[linear]
     dense = torch.zeros(shape.out_features, shape.in_features)
@@ -104,16 +118,26 @@ def dense_delta(
             elif isinstance(term, SparseTerm):
                 rows = torch.repeat_interleave(torch.arange(shape.out_features), term.indptr.long().diff())
                 dense.index_put_((rows, term.cols.long()), term.values.float(), accumulate=True)
+            elif isinstance(term, DenseTerm):
+                dense += term.matrix()
         return dense.mul_(strength)
+    weight = dense  # where nothing meets the base's numbers, only its shape is asked for
     if base is not None and needs_weights(adapter):
         weight = base.linear(linear).rows(0, shape.out_features).cpu()
-        if (rotation := rotation_of(adapter, linear)) is not None:  # nothing else is on a linear that a method turns
+        # Nothing else changes the weight of a linear that is gated on both sides or turned.
+        if (gates := gates_of(adapter, linear)) is not None:
+            return dense_gates(gates, weight, strength)
+        if (rotation := rotation_of(adapter, linear)) is not None:
             return dense_rotation(rotation, weight, strength)
         dense += dense_vectors(adapter, linear, weight)
     for delta in adapter.deltas:
-        if delta.module != linear or (isinstance(delta, LoraDelta) and delta.magnitude is not None):
+        if isinstance(delta, BottleneckDelta) or delta.module != linear:
             continue
-        if isinstance(delta, LoraDelta):
+        if isinstance(delta, MaskDelta) and base is None:
+            raise ValueError("a mask is met with the base's weights; give the base")
+        if isinstance(delta, DenseDelta | MaskDelta | SignDelta):
+            dense += change_of(delta, weight)
+        elif isinstance(delta, LoraDelta) and delta.magnitude is None:
             # A converted delta is checked against its own method's formula, not against the conversion.
             own = delta.dense if delta.is_exact or not as_served else None
             dense += own() if own is not None else delta.scaling * (delta.b.float() @ delta.a.float())
@@ -137,11 +161,18 @@ def dense_deltas(
     if isinstance(adapter, FoldedAdapter):
         names = list(adapter.terms)
     else:
-        names = [delta.module for delta in adapter.deltas if not isinstance(delta, NormDelta)]
+        names = [d.module for d in adapter.deltas if not isinstance(d, NormDelta | BottleneckDelta)]
     return {name: partial(dense_delta, adapter, name, spec, base, strength, as_served=as_served) for name in names}
 
 
-def _misfit(delta: LoraDelta | SparseDelta, linear: LinearSpec) -> Reason | None:
+def _refusal(reasons: list[Reason]) -> AdapterRefused:
+    message = f"The adapter cannot be folded with this base: {len(reasons)} finding(s), first {reasons[0].where!r}."
+    return AdapterRefused(message, reasons=reasons)
+
+
+def _misfit(delta: Matrix, linear: LinearSpec) -> Reason | None:
+    if isinstance(delta, DenseDelta | MaskDelta | SignDelta):
+        return misfit(delta, linear)
     if isinstance(delta, LoraDelta):
         found, rank = (tuple(delta.a.shape), tuple(delta.b.shape)), delta.a.shape[0]
         allowed = ((rank, linear.in_features), (linear.out_features, rank))
@@ -163,6 +194,17 @@ def _fold_low_rank(delta: LoraDelta, dtype: torch.dtype, row_scale: Tensor | Non
     return LowRankTerm(a=delta.a.to(dtype).contiguous(), b_t=b_t.to(dtype))
 
 
+def _fold_entries(
+    delta: SparseDelta | MaskDelta, linear: LinearSpec, dtype: torch.dtype, base: BaseWeights | None
+) -> Term:
+    if isinstance(delta, MaskDelta):
+        if base is None:
+            raise ValueError("a mask is folded with the base's weights; give the base")
+        taken_out = fold_mask(delta, linear, base.linear(delta.module), dtype)
+        return taken_out if isinstance(taken_out, DenseTerm) else _fold_sparse(taken_out, linear, dtype)
+    return _fold_sparse(delta, linear, dtype)
+
+
 def _fold_sparse(delta: SparseDelta, linear: LinearSpec, dtype: torch.dtype) -> SparseTerm:
     flat = delta.rows.long() * linear.in_features + delta.cols.long()
     order = torch.argsort(flat)
@@ -178,6 +220,7 @@ def _overflow(module: str, term: Term, dtype: torch.dtype) -> list[Reason]:
     """A finite file can still overflow where scaling is multiplied in or the dtype is narrower."""
     parts = {"A": term.a, "scaling * B": term.b_t} if isinstance(term, LowRankTerm) else {}
     parts |= {"values": term.values} if isinstance(term, SparseTerm) else {}
+    parts |= term.tensors() if isinstance(term, DenseTerm) else {}
     allowed = f"magnitudes up to {torch.finfo(dtype).max:g} ({dtype_name(dtype)})"
     return [
         Reason("value_out_of_range", f"{module} ({part})", "values that overflow the serving dtype", allowed)

@@ -7,6 +7,7 @@ copy. Names are those of the base's linears and norms.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from deltaserve.deltas.dense import DenseTerm, take_dense
 from deltaserve.deltas.folded_file import FileDamaged, read_tensors, write_tensors
+from deltaserve.deltas.modules import ModuleTerm, take_module
 from deltaserve.deltas.rotation_terms import RotationTerm, take_rotations
 from deltaserve.deltas.vector_terms import NormTerm, VectorTerm, take_norm, take_vectors
 from deltaserve.errors import AdapterUnavailable
@@ -66,7 +69,7 @@ class SparseTerm:
         return self.indptr.nbytes + self.cols.nbytes + self.values.nbytes
 
 
-Term = LowRankTerm | SparseTerm | VectorTerm | RotationTerm
+Term = LowRankTerm | SparseTerm | VectorTerm | RotationTerm | DenseTerm
 
 
 _FAMILIES: dict[type, str] = {
@@ -74,6 +77,7 @@ _FAMILIES: dict[type, str] = {
     SparseTerm: "sparse",
     VectorTerm: "vector",
     RotationTerm: "rotation",
+    DenseTerm: "dense",
 }
 
 
@@ -81,19 +85,21 @@ _FAMILIES: dict[type, str] = {
 class FoldedAdapter:
     """All terms of one adapter version for one base and dtype. At most one term of each class per linear.
 
-    ``kinds`` names the term families present, sorted ("lora", "rotation", "sparse", "vector"); ``rank`` is the
-    largest, None without low-rank terms.
+    ``modules`` are residual modules by attach point. ``kinds`` names the term families present, sorted ("bottleneck",
+    "dense", "lora", "rotation", "sparse", "vector"); ``rank`` is the largest, None without low-rank terms.
     """
 
     terms: Mapping[str, tuple[Term, ...]]
     base_fingerprint: str
     dtype: torch.dtype
     norms: Mapping[str, NormTerm] = field(default_factory=dict)
+    modules: Mapping[str, ModuleTerm] = field(default_factory=dict)
 
     @property
     def kinds(self) -> tuple[str, ...]:
         found = {_FAMILIES[type(term)] for part in self.terms.values() for term in part}
         found |= {"vector"} if self.norms else set()
+        found |= {"bottleneck"} if self.modules else set()
         return tuple(sorted(found))
 
     @property
@@ -104,7 +110,8 @@ class FoldedAdapter:
     @property
     def nbytes(self) -> int:
         linears = sum(term.nbytes for part in self.terms.values() for term in part)
-        return linears + sum(term.nbytes for term in self.norms.values())
+        norms = sum(term.nbytes for term in self.norms.values())
+        return linears + norms + sum(term.nbytes for term in self.modules.values())
 
     def save(self, path: Path) -> None:
         """Write one safetensors file (``folded_file``), atomically and durably. Raises ``OSError``."""
@@ -114,7 +121,7 @@ class FoldedAdapter:
                 if isinstance(term, LowRankTerm):
                     tensors[f"{linear}:a"] = term.a
                     tensors[f"{linear}:b_t"] = term.b_t
-                elif isinstance(term, VectorTerm | RotationTerm):
+                elif isinstance(term, VectorTerm | RotationTerm | DenseTerm):
                     tensors |= {f"{linear}:{role}": tensor for role, tensor in term.tensors().items()}
                 else:
                     tensors[f"{linear}:indptr"] = term.indptr
@@ -122,7 +129,11 @@ class FoldedAdapter:
                     tensors[f"{linear}:values"] = term.values
         for norm, change in self.norms.items():
             tensors |= {f"{norm}:{role}": tensor for role, tensor in change.tensors().items()}
-        write_tensors(path, tensors, {**_identity(self.base_fingerprint, self.dtype), **_content(self)})
+        for point, module in self.modules.items():
+            tensors |= {f"{point}:{role}": tensor for role, tensor in module.tensors().items()}
+        told = {point: [module.activation, module.is_parallel] for point, module in self.modules.items()}
+        identity = {**_identity(self.base_fingerprint, self.dtype), **_content(self)}
+        write_tensors(path, tensors, {**identity, "modules": json.dumps(told)})
 
     @classmethod
     def load(cls, path: Path, spec: BaseSpec, dtype: torch.dtype, *, mmap: bool = False) -> FoldedAdapter:
@@ -138,8 +149,13 @@ class FoldedAdapter:
             changes = {
                 name: take_norm(name, grouped.pop(name), norm) for name, norm in spec.norms.items() if name in grouped
             }
+            told = json.loads(metadata.get("modules", "{}"))
+            modules = {
+                name: take_module(name, grouped.pop(name), told.get(name), spec.hidden_size, dtype)
+                for name in sorted(spec.points & set(grouped))
+            }
             terms = {linear: _linear_terms(linear, roles, spec, dtype) for linear, roles in grouped.items()}
-            folded = cls(terms=terms, base_fingerprint=spec.fingerprint, dtype=dtype, norms=changes)
+            folded = cls(terms, spec.fingerprint, dtype, changes, modules)
             _require(metadata, _content(folded))
         except FileDamaged as error:
             raise FoldedFileInvalid(f"The folded adapter file is damaged: {error}. Fold the version again.") from error
@@ -192,6 +208,9 @@ def _linear_terms(linear: str, roles: dict[str, Tensor], spec: BaseSpec, dtype: 
         terms.append(_low_rank(linear, roles.pop("a"), roles.pop("b_t"), known, dtype))
     if "indptr" in roles and "cols" in roles and "values" in roles:
         terms.append(_sparse(linear, roles.pop("indptr"), roles.pop("cols"), roles.pop("values"), known, dtype))
+    dense = take_dense(linear, roles, known, dtype)
+    if dense is not None:
+        terms.append(dense)
     vectors = take_vectors(linear, roles, known)
     if vectors is not None:
         terms.append(vectors)

@@ -18,6 +18,7 @@ from torch import Tensor
 from deltaserve.deltas.rotation_terms import RotationTerm
 from deltaserve.errors import Reason
 from deltaserve_kernels import RotationFactor
+from deltaserve_store.bottleneck_deltas import BottleneckDelta
 from deltaserve_store.parsed import ParsedAdapter
 from deltaserve_store.rotation_deltas import RotationDelta
 from deltaserve_store.spec import BaseSpec
@@ -37,7 +38,7 @@ def fold_rotations(
 ) -> dict[str, RotationTerm]:
     """Terms by linear, blocks cast to ``dtype``. What does not fit is added to ``reasons``."""
     terms: dict[str, RotationTerm] = {}
-    others = {delta.module for delta in parsed.deltas if not isinstance(delta, RotationDelta)}
+    others = {delta.module for delta in parsed.deltas if not isinstance(delta, RotationDelta | BottleneckDelta)}
     for delta in parsed.deltas:
         if not isinstance(delta, RotationDelta):
             continue

@@ -11,6 +11,7 @@ the base back at 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -20,12 +21,14 @@ from torch import Tensor
 from deltaserve.deltas.rotations import rotation_biases
 from deltaserve.deltas.vector_terms import NormTerm, VectorTerm
 from deltaserve.errors import Reason
+from deltaserve_store.dense_deltas import MaskDelta
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter
 from deltaserve_store.rotation_deltas import RotationDelta
 from deltaserve_store.spec import BaseSpec
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
 
 ROWS_AT_ONCE = 1024
+_END = 1 << 40
 
 
 class LinearWeights(Protocol):
@@ -48,7 +51,7 @@ class BaseWeights(Protocol):
 def needs_weights(parsed: ParsedAdapter) -> bool:
     """Whether some delta can only be folded with the base's numbers."""
     return any(
-        isinstance(delta, VectorDelta | NormDelta | RotationDelta)
+        isinstance(delta, VectorDelta | NormDelta | RotationDelta | MaskDelta)
         or (isinstance(delta, LoraDelta) and delta.magnitude is not None)
         for delta in parsed.deltas
     )
@@ -86,7 +89,16 @@ def fold_vectors(
             norms[delta.module] = _fold_norm(delta, base)
     for name in dict.fromkeys([*scales, *vectors]):
         delta = vectors.get(name) or VectorDelta(name)
-        terms[name] = _fold_linear(delta, scales.get(name), base.linear(name).bias)
+        weights, shape = base.linear(name), spec.linears[name]
+        if delta.in_bias is not None and delta.in_bias.numel() != shape.in_features:
+            found = str(delta.in_bias.numel())
+            reasons.append(Reason("shape_mismatch", f"{name} (in_bias)", found, str(shape.in_features)))
+            delta = replace(delta, in_bias=None)
+        term = _fold_linear(delta, scales.get(name), weights.bias)
+        if delta.in_bias is not None:
+            shift = _through(delta.in_bias.float(), weights, shape.out_features)
+            term = replace(term, bias=shift if term.bias is None else term.bias + shift)
+        terms[name] = term
     for name, tensors in [(n, t.tensors()) for n, t in terms.items()] + [(n, t.tensors()) for n, t in norms.items()]:
         size = spec.norms[name].size if name in norms else spec.linears[name].out_features
         for role, tensor in tensors.items():
@@ -97,6 +109,13 @@ def fold_vectors(
                 found = "values that overflow float32 (a row of zeros?)"
                 reasons.append(Reason("value_out_of_range", f"{name} ({role})", found, "finite values"))
     return terms, norms
+
+
+def _through(vector: Tensor, weights: LinearWeights, out_features: int) -> Tensor:
+    """``W vector``, fp32 [out], a few rows of W at a time."""
+    starts = range(0, out_features, ROWS_AT_ONCE)
+    pieces = [weights.rows(i, min(i + ROWS_AT_ONCE, out_features)).cpu() @ vector for i in starts]
+    return torch.cat(pieces)
 
 
 def _fits(module: str, is_second: bool, is_known: bool, reasons: list[Reason]) -> bool:
@@ -158,6 +177,20 @@ def dense_vectors(parsed: ParsedAdapter, linear: str, weight: Tensor) -> Tensor:
     return changed - weight
 
 
+def gates_of(parsed: ParsedAdapter, linear: str) -> VectorDelta | None:
+    """The delta that scales both sides of a linear, if there is one."""
+    found = (d for d in parsed.deltas if isinstance(d, VectorDelta) and d.module == linear and d.is_two_sided)
+    return next(found, None)
+
+
+def dense_gates(delta: VectorDelta, weight: Tensor, strength: float) -> Tensor:
+    """fp32 [out, in]: what scales of both sides change of a weight, each ``1 + strength * (scale - 1)``."""
+    if delta.out_scale is None or delta.in_scale is None:
+        raise ValueError(f"{delta.module} is scaled on one side")
+    rows, columns = (1 + strength * (scale.float() - 1) for scale in (delta.out_scale, delta.in_scale))
+    return rows.view(-1, 1) * weight * columns - weight
+
+
 def dense_biases(parsed: ParsedAdapter, base: BaseWeights) -> Mapping[str, Callable[[], Tensor]]:
     """Differences of biases [out] by linear: what the file adds, puts in its place, multiplies it by or turns."""
     return {
@@ -168,21 +201,25 @@ def dense_biases(parsed: ParsedAdapter, base: BaseWeights) -> Mapping[str, Calla
 
 def _given_biases(parsed: ParsedAdapter, base: BaseWeights) -> Mapping[str, Callable[[], Tensor]]:
     return {
-        delta.module: partial(_dense_bias, delta, base.linear(delta.module).bias)
+        delta.module: partial(_dense_bias, delta, base.linear(delta.module))
         for delta in parsed.deltas
         if isinstance(delta, VectorDelta)
         and (
-            delta.bias is not None or delta.new_bias is not None or (delta.scales_bias and delta.out_scale is not None)
+            any(vector is not None for vector in (delta.bias, delta.new_bias, delta.in_bias))
+            or (delta.scales_bias and delta.out_scale is not None)
         )
     }
 
 
-def _dense_bias(delta: VectorDelta, stored: Tensor | None) -> Tensor:
-    given = [t for t in (delta.bias, delta.new_bias, delta.out_scale) if t is not None]
-    before = torch.zeros(given[0].numel()) if stored is None else stored.float().cpu()
+def _dense_bias(delta: VectorDelta, weights: LinearWeights) -> Tensor:
+    # A slice ends where the weight does.
+    moved = None if delta.in_bias is None else (weights.rows(0, _END).cpu() * delta.in_bias.float()).sum(dim=1)
+    given = [t for t in (delta.bias, delta.new_bias, delta.out_scale, moved) if t is not None]
+    before = torch.zeros(given[0].numel()) if weights.bias is None else weights.bias.float().cpu()
     after = before if delta.new_bias is None else delta.new_bias.float()
     if delta.scales_bias and delta.out_scale is not None:
         after = delta.out_scale.float().flatten() * after
+    after = after if moved is None else after + moved
     return after - before if delta.bias is None else after - before + delta.bias.float()
 
 

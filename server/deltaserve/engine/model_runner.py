@@ -22,6 +22,8 @@ from deltaserve.model.base import BaseModel
 from deltaserve.model.context import ForwardContext
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
 from deltaserve_kernels import (
+    ApartFamily,
+    ApartStep,
     LoraTables,
     PaddedLayout,
     SparseTables,
@@ -30,6 +32,7 @@ from deltaserve_kernels import (
     WorkList,
     build_work_list_runs,
     select,
+    split_apart,
     split_runs,
     upload,
 )
@@ -49,6 +52,7 @@ class ModelRunner:
         sparse: SparseTables | None = None,
         *,
         vectors: VectorFamily | None = None,
+        apart: ApartFamily | None = None,
         graphs: DecodeGraphs | None = None,
     ) -> None:
         self.base = base
@@ -56,6 +60,7 @@ class ModelRunner:
         self.lora = lora
         self.sparse = sparse
         self.vectors = vectors
+        self.apart = apart
         self.graphs = graphs
         self._is_host = base.device.type == "cpu"
         self._staging = np.empty(0, dtype=np.int64)
@@ -64,6 +69,8 @@ class ModelRunner:
         self._work: WorkList | None = None
         self._vector_slots: frozenset[int] = frozenset()
         self._vector_step: VectorStep | None = None
+        self._apart_slots: frozenset[int] = frozenset()
+        self._apart_step: ApartStep | None = None
 
     @torch.inference_mode()
     def execute(self, batch: Sequence[ScheduledSequence]) -> Tensor:
@@ -76,7 +83,7 @@ class ModelRunner:
         check_batch(batch, sizes, starts, self.base.max_context)
         if self.base.device.index is not None:  # Triton launches on the calling thread's device
             torch.cuda.set_device(self.base.device)
-        if self.graphs is not None and not self._slots_with_vectors(part[0] for seq in batch for part in seq.parts):
+        if self.graphs is not None and not self._is_eager(batch):
             logits = self.graphs.run(batch)
             if logits is not None:
                 return logits
@@ -157,7 +164,7 @@ class ModelRunner:
 
         device_copy = upload(torch.from_numpy(staging), self.base.device)
         wide, thin = device_copy[: 3 * num_rows].view(3, num_rows), device_copy[3 * num_rows :].view(torch.int32)
-        work = self._work_list(batch, bounds)  # also sets the vectors' step
+        work = self._work_list(batch, bounds)  # also sets the steps of rows with other terms
         ctx = ForwardContext(
             positions=wide[1],
             cu_seqlens_q=thin[: num_sequences + 1],
@@ -169,6 +176,7 @@ class ModelRunner:
             lora=self.lora,
             sparse=self.sparse,
             vectors=self._vector_step,
+            apart=self._apart_step,
             kv_regimes=self._regimes(batch, owner),
             is_decode=num_rows == num_sequences,
         )
@@ -213,10 +221,10 @@ class ModelRunner:
                 active = tuple((slot, first, last) for slot, first, last, since in seq.parts if since <= begin)
                 if active:
                     runs.append((row + begin, end - begin, active))
-        slots = self._slots_with_vectors(slot for _, _, parts in runs for slot, _, _ in parts)
         if not runs:
-            self._vector_step = None
+            self._vector_step = self._apart_step = None
             return None
+        slots, apart = _slots_in(self.vectors, runs), _slots_in(self.apart, runs)
         num_rows = int(bounds[-1])
         is_same = runs == self._runs and num_rows == self._num_rows
         if not is_same or self._work is None:
@@ -227,13 +235,17 @@ class ModelRunner:
         elif not is_same or slots != self._vector_slots or self._vector_step is None:
             self._vector_step = split_runs(runs, num_rows, self.vectors, self.base.device)
             self._vector_slots = slots
+        if not apart or self.apart is None:
+            self._apart_step = None
+        elif not is_same or apart != self._apart_slots or self._apart_step is None:
+            self._apart_step = split_apart(runs, self.apart, self.base.device)
+            self._apart_slots = apart
         return self._work
 
-    def _slots_with_vectors(self, slots: Iterable[int]) -> frozenset[int]:
-        """Those that hold vector terms: a slot may hold another adapter than it did in an equal step before."""
-        if self.vectors is None or self.vectors.is_empty:
-            return frozenset()
-        return frozenset(filter(self.vectors.has_slot, slots))
+    def _is_eager(self, batch: Sequence[ScheduledSequence]) -> bool:
+        """Whether some row has terms that captured graphs do not know."""
+        families = [family for family in (self.vectors, self.apart) if family is not None and not family.is_empty]
+        return any(family.has_slot(part[0]) for family in families for seq in batch for part in seq.parts)
 
     def _regimes(self, batch: Sequence[ScheduledSequence], owner: Any) -> Tensor | None:
         if not self.base.has_kv_regimes:
@@ -242,6 +254,13 @@ class ModelRunner:
         if not per_sequence.any():
             return None
         return upload(torch.from_numpy(per_sequence[owner]), self.base.device)
+
+
+def _slots_in(family: VectorFamily | ApartFamily | None, runs: Iterable[Run]) -> frozenset[int]:
+    """Slots with terms of a family: one may hold another adapter than it did in an equal step before."""
+    if family is None or family.is_empty:
+        return frozenset()
+    return frozenset(slot for _, _, parts in runs for slot, _, _ in parts if family.has_slot(slot))
 
 
 def rehearsals(table: Sequence[int], longest: int) -> list[list[ScheduledSequence]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from deltaserve.errors import ConfigError, UnsupportedBase
 from deltaserve.model import checkpoint, identity
+from deltaserve.model.attach import EMBED_OUT, FINAL_HIDDEN, EmbedPoint, change_rows, find_points
 from deltaserve.model.attention import ATTENTION_NAME, attach_spec
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, use
 from deltaserve.model.folded import widen_in_folded_mode
@@ -34,8 +35,8 @@ MAX_FOLDED_TOKENS = 64
 
 
 class BaseModel:
-    """A loaded base. ``linears[i]`` is the name of the linear that tables call i, ``norms[i]`` that of a norm; the head
-    is not among them.
+    """A loaded base. ``linears[i]`` is the name of the linear that tables call i, ``norms[i]`` that of a norm,
+    ``points[i]`` that of an attach point; the head is not among them.
 
     Passes on different threads do not disturb each other: all state of a pass is in its context.
     """
@@ -45,6 +46,7 @@ class BaseModel:
         model: PreTrainedModel,
         linears: Mapping[str, BaseLinear],
         norms: Mapping[str, TunableNorm],
+        points: tuple[str, ...],
         spec: BaseSpec,
         kv_layout: KVLayout,
         *,
@@ -60,6 +62,7 @@ class BaseModel:
         self.eos_token_ids = eos_token_ids
         self.linears = tuple(linears)
         self.norms = tuple(norms)
+        self.points = points
         self.dtype = kv_layout.dtype
         self.device = model.device
         self._model = model
@@ -110,7 +113,8 @@ class BaseModel:
 
     def forward(self, input_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """``input_ids`` int64 [T] of a step -> final hidden rows [T, hidden] in the serving dtype; writes K and V."""
-        return self._decode(input_ids, ctx.positions, ctx)
+        hidden = self._decode(input_ids, ctx.positions, ctx)
+        return hidden if ctx.apart is None else change_rows(hidden, ctx.apart, len(self.points) - 1, 1.0)
 
     def logits(self, hidden_rows: Tensor, ctx: PassContext, out: Tensor | None = None) -> Tensor:
         """Hidden rows [R, hidden] -> float32 [R, vocab], through the model's own head (soft-capping, scaling); into
@@ -130,24 +134,34 @@ class BaseModel:
         deltas: Mapping[str, Callable[[], Tensor]],
         biases: Mapping[str, Callable[[], Tensor]] | None = None,
         norms: Mapping[str, tuple[Tensor | None, Tensor | None]] | None = None,
+        modules: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        parallel: Collection[str] = (),
     ) -> Tensor:
         """The proof's half: ``ids`` int64 [T <= 64] -> float32 [T, vocab] with every linear at ``W + dW`` in fp32.
 
         ``deltas`` maps names of ``linears`` to functions that make the fp32 [out, in] difference; one exists at a time.
-        ``biases`` and ``norms``: as in ``FoldedContext``.
+        ``biases``, ``norms``, ``modules`` and ``parallel``: as in ``FoldedContext``.
         """
         if not 1 <= len(ids) <= MAX_FOLDED_TOKENS:
             raise ValueError(f"{len(ids)} ids; folded mode takes 1 to {MAX_FOLDED_TOKENS}")
-        biases, norms = biases or {}, norms or {}
+        biases, norms, modules = biases or {}, norms or {}, modules or {}
         unknown = sorted({*deltas, *biases} - set(self._linears)) + sorted(set(norms) - set(self._norms))
+        unknown += sorted(set(modules) - set(self.points))
         if unknown:
             raise ValueError(f"the base has no linear {unknown[0]!r} to fold a delta into")
         ids = ids.to(self.device)
         regime = self.kv_regime(len(ids))
         ctx = FoldedContext(
-            deltas=deltas, biases=biases, norms=norms, kv_regimes=torch.full_like(ids, regime) if regime else None
+            deltas=deltas,
+            biases=biases,
+            norms=norms,
+            modules=modules,
+            parallel=frozenset(parallel),
+            kv_regimes=torch.full_like(ids, regime) if regime else None,
         )
         hidden = self._decode(ids, torch.arange(len(ids), device=self.device), ctx)
+        if FINAL_HIDDEN in modules:
+            hidden = hidden + modules[FINAL_HIDDEN](hidden)
         return self.logits(hidden, ctx)
 
     def _decode(self, ids: Tensor, positions: Tensor, ctx: PassContext) -> Tensor:
@@ -191,7 +205,7 @@ def load_base(
     max_context = _max_context(config)
     probes = probe_sequences(config.vocab_size, max_context, device)
     references = reference_logits(model, probes)
-    linears, norms, seen = _take_over(model, probes[0], longrope_limit)
+    linears, norms, points, seen = _take_over(model, probes[0], longrope_limit)
     kv_heads, head_dim = _uniform(seen)
     spec = BaseSpec(
         fingerprint=identity.fingerprint(folder, raw, weights, cache_dir),
@@ -199,6 +213,7 @@ def load_base(
         model_type=config.model_type,
         linears={name: _linear_spec(linear) for name, linear in linears.items()},
         norms={name: NormSpec(name, norm.size, norm.bias is not None) for name, norm in norms.items()},
+        points=frozenset(points[1]),
         vocab_size=config.vocab_size,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -209,6 +224,7 @@ def load_base(
         model,
         linears,
         norms,
+        points[0],
         spec,
         KVLayout(config.num_hidden_layers, kv_heads, head_dim, dtype),
         longrope_limit=longrope_limit,
@@ -222,13 +238,20 @@ def load_base(
 
 def _take_over(
     model: PreTrainedModel, probe: Tensor, longrope_limit: int | None
-) -> tuple[dict[str, BaseLinear], dict[str, TunableNorm], Trace]:
+) -> tuple[dict[str, BaseLinear], dict[str, TunableNorm], tuple[tuple[str, ...], tuple[str, ...]], Trace]:
     """Trace the unmodified model, then put our linears, attention and rope in their places."""
     prefix, layers = find_layers(model, find_decoder(model), model.config.num_hidden_layers)
+    entry: list[torch.Size] = []
+    hook = layers[0].register_forward_pre_hook(lambda _, args: entry.extend(arg.shape for arg in args[:1]))
     with watch(model) as calls:
         seen = trace(model, find_linears(prefix, layers), probe)
+    hook.remove()
     norms = find_norms(model, calls, prefix, len(layers))
     linears = pack(model, prefix, len(layers), seen.groups())
+    attentions = [name for name, module in model.named_modules() if module in seen.specs]
+    size = model.config.hidden_size
+    has_entry = entry == [torch.Size((1, len(probe), size))]
+    points = find_points(linears, attentions, prefix, len(layers), size, has_entry=has_entry)
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is head and type(module) is torch.nn.Linear:
@@ -242,7 +265,9 @@ def _take_over(
     fuse(model)
     fuse_layers(model)
     make_tunable(norms.values())
-    return linears, norms, seen
+    if has_entry:
+        layers[0].register_forward_pre_hook(EmbedPoint(points[0].index(EMBED_OUT)))
+    return linears, norms, points, seen
 
 
 def _uniform(seen: Trace) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from deltaserve.model.kv_cache import KVCache
-    from deltaserve_kernels import LoraTables, SparseTables, VectorStep, WorkList
+    from deltaserve_kernels import ApartStep, LoraTables, SparseTables, VectorStep, WorkList
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,6 +30,8 @@ class PassContext:
 
     kv_regimes: Tensor | None = None
     head_rows: Tensor | None = None
+    # What parallel modules read at the inputs of sublayers: (point, item of the step) -> rows, fp32.
+    taps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -39,8 +41,9 @@ class ForwardContext(PassContext):
     ``positions`` int64 [T]; ``cu_seqlens_q`` int32 [S+1], row ranges of the sequences; ``kv_lens`` int32 [S], positions
     valid after this step; ``block_tables`` int32 [S, B]; ``kv_index`` int64 [T] = block * 16 + offset, where each row's
     K and V go. ``work`` groups rows by binding; None or empty means base only. ``is_decode``: every sequence has one
-    row, which spares a launch. ``vectors``: rows of ``work`` that have vector terms, None when no row has.
-    ``stream`` is what a fused layer returned last: a tensor of its own, which the next layer may add onto in place.
+    row, which spares a launch. ``vectors``: rows of ``work`` that have vector terms, ``apart``: those with dense
+    differences or residual modules; None when no row has. ``stream`` is what a fused layer returned last: a tensor of
+    its own, which the next layer may add onto in place.
     """
 
     positions: Tensor
@@ -53,6 +56,7 @@ class ForwardContext(PassContext):
     lora: LoraTables | None = None
     sparse: SparseTables | None = None
     vectors: VectorStep | None = None
+    apart: ApartStep | None = None
     is_decode: bool = False
     stream: Tensor | None = None
     # Results of a projection group waiting for its other members: linear index -> (input rows, output slice).
@@ -65,12 +69,15 @@ class FoldedContext(PassContext):
 
     ``deltas`` maps a linear's name to a function giving its fp32 ``[out, in]`` difference; called once per pass.
     ``biases`` maps it to one giving the difference of its bias, ``[out]``. ``norms`` maps a norm's name to the
-    differences of its weight and bias, ``[H]`` each or None.
+    differences of its weight and bias, ``[H]`` each or None. ``modules`` maps an attach point's name to a function of
+    fp32 rows ``[..., H]`` whose result is added there; those in ``parallel`` read the sublayer's input.
     """
 
     deltas: Mapping[str, Callable[[], Tensor]]
     biases: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
     norms: Mapping[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+    modules: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    parallel: frozenset[str] = frozenset()
 
 
 _local = threading.local()

@@ -7,16 +7,18 @@ is fixed: base product, then LoRA, then sparse.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deltaserve.model.attach import Ends, apply_apart, folded_input, folded_output
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, current
 from deltaserve.model.vectors import apply_with_vectors
 from deltaserve.model.weight import BaseWeight
-from deltaserve_kernels import sparse_linear
+from deltaserve_kernels import WorkList, sparse_linear
 
 # Folded mode widens weights piece by piece; a piece holds at most this many elements (64 MiB in fp32).
 MAX_FOLDED_ELEMENTS = 16 * 1024 * 1024
@@ -38,6 +40,7 @@ class ProjectionGroup:
         self.bias = bias
         self.members = members
         self.depth = depth
+        self.ends = Ends()
 
     def apply(self, rows: Tensor, ctx: ForwardContext, residual: Tensor | None = None) -> Tensor:
         """``rows`` [T, K] -> [T, N]: base product plus the adapter terms of the step's work list.
@@ -47,9 +50,22 @@ class ProjectionGroup:
         work = ctx.work
         if work is None or work.is_empty:
             return self.weight.matmul(rows, self.bias, residual)
+        if ctx.apart is not None:
+            return apply_apart(self, rows, work, ctx, ctx.apart, residual)
+        return self.apply_terms(rows, work, ctx, residual)
+
+    def apply_terms(self, rows: Tensor, work: WorkList, ctx: ForwardContext, residual: Tensor | None = None) -> Tensor:
+        """``apply`` of the base product and every term that is one operator for the whole step."""
         if ctx.vectors is not None:
             y = apply_with_vectors(self, rows, ctx, ctx.vectors)
-            return y if residual is None else residual.add_(y)
+            if residual is None:
+                return y
+            # All other rows take the product that adds onto the stream: it rounds once, and so do they in any step.
+            changed = ctx.vectors.rows
+            own = residual[changed] + y[changed]
+            total = self.apply_terms(rows, work, replace(ctx, vectors=None), residual)
+            total[changed] = own
+            return total
         lora, sparse = ctx.lora, ctx.sparse
         if lora is not None and work.concerns(lora, self.members):
             y = self.weight.matmul_lora(rows, self.bias, work, lora, self.members, self.depth, residual)
@@ -130,6 +146,8 @@ class BaseLinear(nn.Module):
                 f"delta of {self.name} is {list(delta.shape)}; needed: {[self.out_features, self.in_features]}"
             )
         x = x.float()
+        if isinstance(ctx, FoldedContext) and ctx.modules:
+            x = folded_input(self.group, x, ctx)
         step = max(1, MAX_FOLDED_ELEMENTS // self.in_features)
         stored = self.weight
         pieces = []
@@ -142,7 +160,8 @@ class BaseLinear(nn.Module):
         bias = self.bias
         y = y if bias is None else y + bias.float()
         make_bias = ctx.biases.get(self.name) if isinstance(ctx, FoldedContext) else None
-        return y if make_bias is None else y + make_bias().to(y)
+        y = y if make_bias is None else y + make_bias().to(y)
+        return folded_output(self.group, y, ctx) if isinstance(ctx, FoldedContext) and ctx.modules else y
 
     def extra_repr(self) -> str:
         return f"{self.name}, in_features={self.in_features}, out_features={self.out_features}"

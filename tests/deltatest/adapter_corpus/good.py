@@ -35,7 +35,19 @@ def corpus_base(*, transposed: bool = False) -> BaseSpec:
             linears[name] = LinearSpec(name, out_features, in_features, False, transposed)
     paths = [f"model.layers.{layer}.input_layernorm" for layer in range(2)] + ["model.norm"]
     norms = {name: NormSpec(name, 16) for name in paths}
-    return BaseSpec(FINGERPRINT, ("tests/corpus-base",), "llama", linears, 100, 2, 16, num_tokens=90, norms=norms)
+    ends = [f"layers.{layer}.{end}" for layer in range(2) for end in ("attn_in", "attn_out", "mlp_in", "mlp_out")]
+    return BaseSpec(
+        FINGERPRINT,
+        ("tests/corpus-base",),
+        "llama",
+        linears,
+        vocab_size=100,
+        num_layers=2,
+        hidden_size=16,
+        num_tokens=90,
+        norms=norms,
+        points=frozenset([*ends, "embed_out", "final_hidden"]),
+    )
 
 
 def write_good_lora(folder: Path, *, rank: int = 4, seed: int = 0, fan_in_fan_out: bool = False) -> Path:

@@ -18,7 +18,10 @@ from deltaserve.model.fuse_layer import FusedLayer
 from deltaserve.model.kv_cache import KVCache
 from deltaserve_kernels import LoraTables, paged_attention, use_backend
 from deltaserve_kernels.triton_ops import attention, entry, guard
+from deltatest.apart_adapters import make_bottleneck
 from deltatest.graph_rig import GraphRig
+from deltatest.mixed_batch import MixedBatch
+from deltatest.real_engine import fold_folder
 from deltatest.tape import Tape
 from deltatest.tiny_models import build_tiny_model, save_random, tiny_config
 
@@ -117,6 +120,24 @@ def test_adapters_add_onto_the_stream(tmp_path, monkeypatch):
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
     assert (found[[1, 3]] - alone[[1, 3]]).norm() > 0.1 * alone[[1, 3]].norm()
     torch.testing.assert_close(found[[0, 2]], alone[[0, 2]])
+
+
+def test_residual_modules_have_the_sublayer_s_output_to_themselves(tmp_path, monkeypatch):
+    """At the ends of fused layers, whose products add onto the stream."""
+    base = small_llama(tmp_path, layers=1)
+    adapter = fold_folder(make_bottleneck(base.spec, tmp_path / "modules", parallel=True), base)
+
+    def rows(base: BaseModel) -> list[torch.Tensor]:
+        batch = MixedBatch(base).load_all({"it": adapter})
+        return batch.logits(ids, ["it", None])
+
+    ids = [[40, 41, 42], [7, 8, 9]]
+    found, without = rows(base), MixedBatch(base).logits(ids, [None, None])
+    assert torch.equal(found[1], without[1])
+    assert (found[0] - without[0]).norm() > 0.1 * without[0].norm()
+    monkeypatch.setattr(base_module, "fuse", lambda _: None)
+    wanted = rows(load(tmp_path))
+    assert (found[0] - wanted[0]).norm() <= 1e-5 * wanted[0].norm()
 
 
 def test_a_layer_is_ten_launches_and_a_step_few_more(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from deltaserve_store.bottleneck_deltas import BottleneckDelta
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter, SparseDelta
 from deltaserve_store.spec import BaseSpec
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
@@ -84,6 +85,8 @@ def update_of(adapter: ParsedAdapter, spec: BaseSpec, base: BaseWeights) -> Upda
     linears: dict[str, LinearUpdate] = {}
     norms: dict[str, Mapping[str, Tensor]] = {}
     for delta in adapter.on_base(base.weight).deltas:
+        if isinstance(delta, BottleneckDelta):
+            raise MergeRefused(f"the residual module at {delta.point} is no term of a linear; only those add up")
         _check_known(delta, _KNOWN, delta.module)
         if isinstance(delta, NormDelta):
             norms[delta.module] = _norm_change(delta, base)

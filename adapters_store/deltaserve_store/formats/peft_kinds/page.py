@@ -13,13 +13,13 @@ _INTRO = f"""# Kinds of adapters
 
 Made from the code by `python -m deltaserve_store.formats.peft_kinds.page`; edit the readers, not this page.
 
-The server adds two terms to a linear `y = W x + b`: low rank, `B (A x)`, and sparse, `S x`; and it serves vectors:
-scales, biases and norm differences; and rotations of a linear's input or output. Every kind below is made of them. What
-PEFT stores in another parametrisation is converted when the adapter is read, in float32, before the one cast to the
-serving dtype. The proof at the door compares the engine with the base plus the method's own formula, evaluated from the
-file's tensors, so that it would also find a wrong conversion. Low-rank terms are served at their exact rank up to
-{MAX_RANK}, and nothing is approximated then. What becomes of deltas of a higher rank is told
-[below](#deltas-of-high-rank).
+The server adds three terms to a linear `y = W x + b`: low rank, `B (A x)`, sparse, `S x`, and dense, `Q x`; it serves
+vectors: scales, biases and norm differences; rotations of a linear's input or output; and bottlenecks on the residual
+stream. Every kind below is made of them. What PEFT stores in another parametrisation is converted when the adapter is
+read, in float32, before the one cast to the serving dtype. The proof at the door compares the engine with the base plus
+the method's own formula, evaluated from the file's tensors, so that it would also find a wrong conversion. Low-rank
+terms are served at their exact rank up to {MAX_RANK}, and nothing is approximated then. What becomes of deltas of a
+higher rank is told [below](#deltas-of-high-rank).
 
 Files, targets, base names and reason codes are those of [adapter-format.md](adapter-format.md).
 
@@ -52,6 +52,22 @@ _OWN = (
         "`changes`, `order`",
         "blocks on a permuted diagonal",
         "rotation of inputs or outputs",
+        "see adapter-format.md",
+    ),
+    (
+        "deltaserve dense",
+        "`deltaserve-dense`",
+        "`delta`; `mask`; `signs`, `scale`",
+        "a whole matrix, `-W` where a bit is set, `scale · ±1`",
+        "dense; a thin mask: sparse",
+        "see adapter-format.md",
+    ),
+    (
+        "deltaserve bottleneck",
+        "`deltaserve-bottleneck`",
+        "`down`, `up`, biases",
+        "`up φ(down h)` on the residual stream",
+        "bottleneck",
         "see adapter-format.md",
     ),
     (

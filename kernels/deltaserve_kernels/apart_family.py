@@ -1,0 +1,107 @@
+"""Terms that are computed apart, one item of the step after the other: dense differences and residual modules.
+
+They are matrices of an adapter's own that its rows alone multiply, so nothing is gained by one launch for all adapters.
+Which rows use them is found on the host, once a step; no operator here looks at the device. Everybody else's rows are
+never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltaserve_kernels.dense_tables import DenseEntry, DenseTables
+from deltaserve_kernels.module_tables import ModuleEntry, ModuleTables
+from deltaserve_kernels.transfer import upload
+from deltaserve_kernels.worklist import Parts, Run
+
+
+class ApartEntries(NamedTuple):
+    """Of one adapter: ``dense`` by linear, ``modules`` by attach point."""
+
+    dense: tuple[tuple[int, DenseEntry], ...] = ()
+    modules: tuple[tuple[int, ModuleEntry], ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for _, entry in self.dense) + sum(entry.nbytes for _, entry in self.modules)
+
+    def to(self, device: torch.device) -> ApartEntries:
+        return ApartEntries(
+            tuple((linear, entry.to(device)) for linear, entry in self.dense),
+            tuple((point, entry.to(device)) for point, entry in self.modules),
+        )
+
+
+class ApartFamily:
+    """Two tables over the same slots. For the engine thread, as all tables."""
+
+    def __init__(self, num_linears: int, num_points: int, num_slots: int, device: torch.device | str = "cpu") -> None:
+        self.dense = DenseTables(num_linears, num_slots, device)
+        self.modules = ModuleTables(num_points, num_slots, device)
+        self.num_slots = num_slots
+        self._used: set[int] = set()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._used
+
+    def has_slot(self, slot: int) -> bool:
+        return slot in self._used
+
+    def set_all(self, slot: int, entries: ApartEntries) -> None:
+        """Point a slot at an adapter's terms. Raises a KernelError; ``clear`` the slot then."""
+        if entries.dense:
+            self.dense.set_all(slot, entries.dense)
+            self._used.add(slot)
+        if entries.modules:
+            self.modules.set_all(slot, entries.modules)
+            self._used.add(slot)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot and let go of its tensors."""
+        if slot in self._used:
+            self._used.remove(slot)
+            self.dense.clear(slot)
+            self.modules.clear(slot)
+
+
+class ApartItem(NamedTuple):
+    """Rows that share a binding: int64 [R] on the step's device; and its parts that are not 0 throughout."""
+
+    rows: Tensor
+    parts: Parts
+
+
+@dataclass(frozen=True)
+class ApartStep:
+    """The rows of a step whose bindings have terms of the family, by binding."""
+
+    family: ApartFamily
+    items: tuple[ApartItem, ...]
+
+    def rows_at(self, point: int) -> Tensor | None:
+        """Rows whose own bindings have a module at an attach point, int64; None when there are none."""
+        modules = self.family.modules
+        if not modules.has_any(point):
+            return None
+        found = [rows for rows, parts in self.items if any(modules.entry(point, slot) for slot, _, _ in parts)]
+        return torch.cat(found) if found else None
+
+
+def split_apart(runs: Sequence[Run], family: ApartFamily, device: torch.device | str = "cpu") -> ApartStep | None:
+    """The rows with such terms among the runs of a step, None when there are none. A part at strength 0 is none."""
+    rows: dict[Parts, list[int]] = {}
+    for start, count, binding in sorted(runs, key=lambda run: run[0]):
+        parts = tuple(part for part in binding if family.has_slot(part[0]) and (part[1] or part[2]))
+        if parts and count:
+            rows.setdefault(parts, []).extend(range(start, start + count))
+    if not rows:
+        return None
+    host = torch.tensor([row for of_item in rows.values() for row in of_item])
+    pieces = upload(host, device).split([len(of_item) for of_item in rows.values()])
+    return ApartStep(family, tuple(map(ApartItem, pieces, rows)))
