@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from deltaserve_store.block_deltas import RowsDelta
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
 
-Kind = Literal["lora", "sparse", "vector"]
+Kind = Literal["lora", "sparse", "vector", "rows"]
 FileFormat = str
 """``peft-`` and the PEFT type in lower case with dashes, or one of our own formats (``deltaserve-...``)."""
 
@@ -89,7 +90,7 @@ class ParsedAdapter:
 
     kind: Kind
     file_format: FileFormat
-    deltas: tuple[LoraDelta | SparseDelta | VectorDelta | NormDelta, ...]
+    deltas: tuple[LoraDelta | SparseDelta | VectorDelta | NormDelta | RowsDelta, ...]
     config: Mapping[str, Any]
     base_name: str | None
     base_fingerprint: str | None

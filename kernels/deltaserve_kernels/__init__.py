@@ -26,11 +26,24 @@ from deltaserve_kernels.terms import block_linear, lora_vector_linear, rms_norm,
 from deltaserve_kernels.transfer import upload
 from deltaserve_kernels.vector_family import VectorEntries, VectorFamily, VectorStep, split_runs
 from deltaserve_kernels.vector_tables import NormTables, VectorEntry, VectorTables
+from deltaserve_kernels.vocabulary import (
+    EMBEDDING,
+    HEAD,
+    RowsEntry,
+    VocabularyEntries,
+    VocabularyFamily,
+    VocabularyStep,
+    change_head,
+    changed_embeddings,
+    split_vocabulary,
+)
 from deltaserve_kernels.worklist import WorkList, build_work_list, build_work_list_runs
 
 __all__ = [
     "BACKENDS",
     "BLOCK_SIZE",
+    "EMBEDDING",
+    "HEAD",
     "BackendUnavailable",
     "BlockEntry",
     "BlockTables",
@@ -43,6 +56,7 @@ __all__ = [
     "NotContiguous",
     "OutOfRange",
     "PaddedLayout",
+    "RowsEntry",
     "ShapeMismatch",
     "SparseEntry",
     "SparseTables",
@@ -51,10 +65,15 @@ __all__ = [
     "VectorFamily",
     "VectorStep",
     "VectorTables",
+    "VocabularyEntries",
+    "VocabularyFamily",
+    "VocabularyStep",
     "WorkList",
     "block_linear",
     "build_work_list",
     "build_work_list_runs",
+    "change_head",
+    "changed_embeddings",
     "lora_linear",
     "lora_vector_linear",
     "paged_attention",
@@ -65,6 +84,7 @@ __all__ = [
     "source_digest",
     "sparse_linear",
     "split_runs",
+    "split_vocabulary",
     "upload",
     "use_backend",
     "write_kv",

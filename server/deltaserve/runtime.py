@@ -45,6 +45,7 @@ from deltaserve_kernels import (
     LoraTables,
     SparseTables,
     VectorFamily,
+    VocabularyFamily,
     select,
     source_digest,
     use_backend,
@@ -165,6 +166,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
     has_csr = select(base.device) != "triton"
     sparse = SparseTables(len(base.linears), limits.adapter_slots, base.device, has_csr=has_csr)
     vectors = VectorFamily(len(base.linears), len(base.norms), limits.adapter_slots, base.device)
+    vocabulary = VocabularyFamily(limits.adapter_slots, base.device)
     pool = DevicePool(
         base.linears,
         lora,
@@ -174,6 +176,8 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
         device=base.device,
         vectors=vectors,
         norms=base.norms,
+        vocabulary=vocabulary,
+        matrices=base.matrices,
     )
     loader = FoldedLoader(base.spec, base.dtype, proven.locate)
     residency = AdapterResidency(
@@ -197,7 +201,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
     if has_graphs:
         max_blocks = -(-max_model_len // BLOCK_SIZE)
         graphs = DecodeGraphs(base, kv, lora, sparse, max_seqs=limits.max_num_seqs, max_blocks=max_blocks)
-    runner = ModelRunner(base, kv, lora, sparse, vectors=vectors, graphs=graphs)
+    runner = ModelRunner(base, kv, lora, sparse, vectors=vectors, vocabulary=vocabulary, graphs=graphs)
     began = time.monotonic()
     _apart(runner.warm_up, max_tokens=limits.max_num_batched_tokens)
     if graphs is not None:

@@ -12,7 +12,7 @@ from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.deltas.folded import FoldedAdapter
 from deltaserve.engine.batch import ScheduledPart
 from deltaserve.model.base import BaseModel
-from deltaserve_kernels import LoraTables, SparseTables, VectorFamily
+from deltaserve_kernels import LoraTables, SparseTables, VectorFamily, VocabularyFamily
 from deltatest.paged_driver import PagedDriver
 
 
@@ -23,11 +23,22 @@ class MixedBatch:
         lora, sparse = LoraTables(len(base.linears), num_slots), SparseTables(len(base.linears), num_slots)
         vectors = VectorFamily(len(base.linears), len(base.norms), num_slots)
         self.base = base
+        vocabulary = VocabularyFamily(num_slots)
         self.pool = DevicePool(
-            base.linears, lora, sparse, num_slots=num_slots, max_bytes=1 << 30, vectors=vectors, norms=base.norms
+            base.linears,
+            lora,
+            sparse,
+            num_slots=num_slots,
+            max_bytes=1 << 30,
+            vectors=vectors,
+            norms=base.norms,
+            vocabulary=vocabulary,
+            matrices=base.matrices,
         )
         self.slots: dict[str, int] = {}
-        self.driver = PagedDriver(base, num_blocks=128, lora=lora, sparse=sparse, vectors=vectors)
+        self.driver = PagedDriver(
+            base, num_blocks=128, lora=lora, sparse=sparse, vectors=vectors, vocabulary=vocabulary
+        )
 
     def load(self, name: str, folded: FoldedAdapter) -> None:
         staged = self.pool.convert(folded)

@@ -33,11 +33,18 @@ class PagedDriver:
     """One base with its own cache; blocks are handed out in random order, so that no table is contiguous."""
 
     def __init__(
-        self, base: BaseModel, *, num_blocks: int = 64, lora: Any = None, sparse: Any = None, vectors: Any = None
+        self,
+        base: BaseModel,
+        *,
+        num_blocks: int = 64,
+        lora: Any = None,
+        sparse: Any = None,
+        vectors: Any = None,
+        vocabulary: Any = None,
     ) -> None:
         self.base = base
         kv = KVCache(base.kv_layout, num_blocks, base.device)
-        self.runner = ModelRunner(base, kv, lora, sparse, vectors=vectors)
+        self.runner = ModelRunner(base, kv, lora, sparse, vectors=vectors, vocabulary=vocabulary)
         # Whatever is left over from earlier use must not matter.
         self.runner.kv.pool.normal_(generator=torch.Generator(base.device).manual_seed(1))
         self.free = list(range(num_blocks))

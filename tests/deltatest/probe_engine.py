@@ -15,7 +15,7 @@ from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import KVCache
-from deltaserve_kernels import LoraTables, SparseTables, VectorFamily
+from deltaserve_kernels import LoraTables, SparseTables, VectorFamily, VocabularyFamily
 from deltaserve_store.names import NameMap
 
 
@@ -38,10 +38,20 @@ class SerialEngine:
         self.published: list[NameMap] = []
         lora, sparse = LoraTables(len(base.linears), 1, base.device), SparseTables(len(base.linears), 1, base.device)
         vectors = VectorFamily(len(base.linears), len(base.norms), 1, base.device)
+        vocabulary = VocabularyFamily(1, base.device)
         self._pool = DevicePool(
-            base.linears, lora, sparse, num_slots=1, max_bytes=1 << 30, vectors=vectors, norms=base.norms
+            base.linears,
+            lora,
+            sparse,
+            num_slots=1,
+            max_bytes=1 << 30,
+            vectors=vectors,
+            norms=base.norms,
+            vocabulary=vocabulary,
+            matrices=base.matrices,
         )
-        self._runner = ModelRunner(base, KVCache(base.kv_layout, 8, base.device), lora, sparse, vectors=vectors)
+        kv = KVCache(base.kv_layout, 8, base.device)
+        self._runner = ModelRunner(base, kv, lora, sparse, vectors=vectors, vocabulary=vocabulary)
 
     def publish(self, names: NameMap) -> None:
         self.names = names

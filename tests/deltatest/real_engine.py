@@ -25,7 +25,7 @@ from deltaserve.engine.sampler import Sampler
 from deltaserve.engine.scheduler import Scheduler
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import KVCache
-from deltaserve_kernels import LoraTables, SparseTables, VectorFamily
+from deltaserve_kernels import LoraTables, SparseTables, VectorFamily, VocabularyFamily
 from deltaserve_store.formats import read_adapter
 
 
@@ -98,6 +98,7 @@ def real_rig(
     lora = LoraTables(len(base.linears), num_slots, base.device)
     sparse = SparseTables(len(base.linears), num_slots, base.device)
     vectors = VectorFamily(len(base.linears), len(base.norms), num_slots, base.device)
+    vocabulary = VocabularyFamily(num_slots, base.device)
     pool = DevicePool(
         base.linears,
         lora,
@@ -107,6 +108,8 @@ def real_rig(
         device=base.device,
         vectors=vectors,
         norms=base.norms,
+        vocabulary=vocabulary,
+        matrices=base.matrices,
     )
     residency = AdapterResidency(pool, HostCache(1 << 30), MemoryLoader(adapters or {}))
     limits = EngineLimits(
@@ -126,7 +129,8 @@ def real_rig(
     if has_graphs:  # each a pass that is run again; wants the reference operators
         graphs = DecodeGraphs(base, kv, lora, sparse, max_seqs=max_num_seqs, capture=lambda run: run)
         graphs.capture()
-    runner = RecordingRunner(ModelRunner(base, kv, lora, sparse, vectors=vectors, graphs=graphs))
+    inner = ModelRunner(base, kv, lora, sparse, vectors=vectors, vocabulary=vocabulary, graphs=graphs)
+    runner = RecordingRunner(inner)
     engine = Engine(runner, residency, blocks, scheduler, Sampler(base.vocab_size), limits)
     return RealRig(engine, runner, residency)
 

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from deltaserve_store.findings import Findings
+from deltaserve_store.formats import lora_vocabulary
 from deltaserve_store.formats.lora_vectors import LoraVectors, split_config, vector_names
+from deltaserve_store.formats.lora_vocabulary import LoraVocabulary
 from deltaserve_store.formats.peft_config import PeftLoraConfig, parse_lora_config
 from deltaserve_store.formats.tensor_checks import (
     FLOAT_DTYPES,
@@ -30,6 +32,7 @@ def parse_peft_lora(
 ) -> ParsedAdapter | None:
     """None when ``findings`` got a reason. Shapes are settled from the header before a tensor is read."""
     plain, options = split_config(config, config_name, findings)
+    plain, wanted = lora_vocabulary.split_config(plain, config_name, findings)
     lora = parse_lora_config(plain, base, config_name, findings)
     if lora is None or findings:
         _name_strays_without_config(tensors, base, findings)
@@ -37,10 +40,16 @@ def parse_peft_lora(
     modules = lora.targets.select(base)
     vectors = LoraVectors(options, modules, base)
     vectors.check_layout(tensors, findings)
-    _check_layout(lora, modules, tensors, base, findings, others=vectors.sizes)
+    vocabulary = LoraVocabulary(wanted, lora, tensors, base, config_name, findings)
+    vocabulary.check_layout(tensors, findings)
+    if vocabulary.low_rank and (options["use_dora"] or options["lora_bias"]):
+        allowed = "plain LoRA on embedding and head"
+        findings.add("unsupported_feature", f"{config_name}:target_modules", vocabulary.low_rank[0], allowed)
+    _check_layout(lora, modules, tensors, base, findings, others={*vectors.sizes, *vocabulary.names})
     if findings:
         return None
     found = vectors.read(tensors, findings)
+    of_vocabulary = vocabulary.read(tensors, findings)
     deltas = []
     for module in modules:
         name_a, name_b = _names(module)
@@ -53,12 +62,14 @@ def parse_peft_lora(
     return ParsedAdapter(
         kind="lora",
         file_format="peft-lora",
-        deltas=(*deltas, *vectors.deltas(found, {delta.module: delta.scaling for delta in deltas})),
+        deltas=(*deltas, *vectors.deltas(found, {d.module: d.scaling for d in deltas}), *of_vocabulary),
         config=config,
         base_name=lora.base_name,
         base_fingerprint=None,
-        rank=max(delta.rank for delta in deltas),
-        num_parameters=sum(delta.a.numel() + delta.b.numel() for delta in deltas) + sum(vectors.sizes.values()),
+        rank=max(delta.rank for delta in (*deltas, *of_vocabulary) if isinstance(delta, LoraDelta)),
+        num_parameters=sum(delta.a.numel() + delta.b.numel() for delta in deltas)
+        + sum(vectors.sizes.values())
+        + vocabulary.num_parameters,
     )
 
 
@@ -95,6 +106,7 @@ def _check_layout(
 def _name_strays_without_config(tensors: TensorFile, base: BaseSpec, findings: Findings) -> None:
     """With a refused config, name at least the tensors that no LoRA config could account for."""
     possible = {name for module in base.linears for name in (*_names(module), *vector_names(module))}
+    possible |= lora_vocabulary.possible_names(base)
     for name in tensors.header.tensors:
         if name not in possible:
             name_stray_tensor(name, base, findings)

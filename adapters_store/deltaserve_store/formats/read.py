@@ -31,6 +31,7 @@ from deltaserve_store.formats.peft_kinds.reader import read_kind
 from deltaserve_store.formats.peft_kinds.table import READERS, peft_type_of
 from deltaserve_store.formats.peft_lora import parse_peft_lora
 from deltaserve_store.formats.peft_shira import parse_peft_shira
+from deltaserve_store.formats.peft_trainable_tokens import parse_peft_trainable_tokens
 from deltaserve_store.formats.peft_vectors import VECTOR_READERS
 from deltaserve_store.formats.tensor_file import TensorFile
 from deltaserve_store.parsed import ParsedAdapter
@@ -102,6 +103,8 @@ def _parse_kind(
         return parse_peft_lora(config, PEFT_CONFIG, tensors, base, findings)
     if kind == "SHIRA":
         return parse_peft_shira(config, PEFT_CONFIG, tensors, base, findings)
+    if kind == "TRAINABLE_TOKENS":
+        return parse_peft_trainable_tokens(config, PEFT_CONFIG, tensors, base, findings)
     if kind in READERS:
         return read_kind(READERS[kind], config, PEFT_CONFIG, tensors, base, findings)
     if not kind and config.get("format") == VECTORS:

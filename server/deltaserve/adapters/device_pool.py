@@ -12,10 +12,20 @@ import torch
 from torch import Tensor
 
 from deltaserve.adapters.vector_entries import vector_entries
+from deltaserve.adapters.vocabulary_entries import vocabulary_entries
 from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm, SparseTerm
-from deltaserve_kernels import LoraTables, SparseEntry, SparseTables, VectorEntries, VectorFamily
+from deltaserve_kernels import (
+    LoraTables,
+    SparseEntry,
+    SparseTables,
+    VectorEntries,
+    VectorFamily,
+    VocabularyEntries,
+    VocabularyFamily,
+)
 
 NO_VECTORS = VectorEntries()
+NO_VOCABULARY = VocabularyEntries()
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,25 +36,26 @@ class StagedAdapter:
     lora: tuple[tuple[int, Tensor, Tensor], ...]
     sparse: tuple[tuple[int, SparseEntry], ...]
     vectors: VectorEntries = NO_VECTORS
+    vocabulary: VocabularyEntries = NO_VOCABULARY
 
     @property
     def nbytes(self) -> int:
         """On the host as on the device."""
         lora, sparse = sum(a.nbytes + b_t.nbytes for _, a, b_t in self.lora), sum(e.nbytes for _, e in self.sparse)
-        return lora + sparse + self.vectors.nbytes
+        return lora + sparse + self.vectors.nbytes + self.vocabulary.nbytes
 
     def to(self, device: torch.device) -> StagedAdapter:
         lora = tuple((index, a.to(device), b_t.to(device)) for index, a, b_t in self.lora)
         sparse = tuple((index, entry.to(device)) for index, entry in self.sparse)
-        return StagedAdapter(lora, sparse, self.vectors.to(device))
+        return StagedAdapter(lora, sparse, self.vectors.to(device), self.vocabulary.to(device))
 
 
 class DevicePool:
     """``num_slots`` slots and ``max_bytes`` bytes. For the engine thread; ``convert`` and ``stage`` for any, best for a
     worker.
 
-    ``linears`` are the base's linears in table order, ``norms`` its norms. Without ``vectors`` adapters that have
-    vector terms are refused.
+    ``linears`` are the base's linears in table order, ``norms`` its norms, ``matrices`` the names of its embedding and
+    head. Without ``vectors`` or ``vocabulary`` adapters that have such terms are refused.
     """
 
     def __init__(
@@ -58,8 +69,10 @@ class DevicePool:
         device: torch.device | str = "cpu",
         vectors: VectorFamily | None = None,
         norms: Sequence[str] = (),
+        vocabulary: VocabularyFamily | None = None,
+        matrices: Sequence[str | None] = (None, None),
     ) -> None:
-        available = [tables.num_slots for tables in (lora, sparse, vectors) if tables is not None]
+        available = [tables.num_slots for tables in (lora, sparse, vectors, vocabulary) if tables is not None]
         if num_slots > min(available):
             raise ValueError(f"{num_slots} slots asked for; the tables have {', '.join(map(str, available))}")
         self.num_slots = num_slots
@@ -68,7 +81,9 @@ class DevicePool:
         self.device = torch.device(device)
         self._linear_index = {name: index for index, name in enumerate(linears)}
         self._norm_index = {name: index for index, name in enumerate(norms)}
+        self._matrix_index = {name: index for index, name in enumerate(matrices) if name is not None}
         self._vectors = vectors
+        self._vocabulary = vocabulary
         self._lora = lora
         self._sparse = sparse
         self._free = list(range(num_slots - 1, -1, -1))
@@ -96,6 +111,8 @@ class DevicePool:
         # A file's tensors share one buffer: whatever stays of it would keep the CSR arrays that nobody reads.
         is_apart = not self._sparse.has_csr and "sparse" in folded.kinds
         for name, terms in folded.terms.items():
+            if name in self._matrix_index:
+                continue
             index = self._linear_index.get(name)
             if index is None:
                 raise ValueError(f"the base has no linear {name!r}")
@@ -108,7 +125,10 @@ class DevicePool:
         vectors = vector_entries(folded, self._linear_index, self._norm_index, is_apart=is_apart)
         if self._vectors is None and vectors.nbytes:
             raise ValueError("this pool has no tables for vector terms")
-        return StagedAdapter(tuple(lora), tuple(sparse), vectors)
+        vocabulary = vocabulary_entries(folded, self._matrix_index, is_apart=is_apart)
+        if self._vocabulary is None and vocabulary.nbytes:
+            raise ValueError("this pool has no tables for terms of embedding and head")
+        return StagedAdapter(tuple(lora), tuple(sparse), vectors, vocabulary)
 
     def stage(self, converted: StagedAdapter) -> StagedAdapter:
         """Bring the terms to the device; complete when it returns."""
@@ -135,6 +155,8 @@ class DevicePool:
             self._sparse.set_all(slot, staged.sparse)
             if self._vectors is not None:
                 self._vectors.set_all(slot, staged.vectors)
+            if self._vocabulary is not None:
+                self._vocabulary.set_all(slot, staged.vocabulary)
         except Exception:
             self._clear(slot)
             raise
@@ -151,6 +173,8 @@ class DevicePool:
         self._sparse.clear(slot)
         if self._vectors is not None:
             self._vectors.clear(slot)
+        if self._vocabulary is not None:
+            self._vocabulary.clear(slot)
 
     def versions(self) -> list[str]:
         """Versions that hold a slot."""

@@ -19,7 +19,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -31,6 +31,7 @@ from deltaserve.admission.evidence import Comparison, Evidence, ProofKey
 from deltaserve.core import BASE_BINDING, Binding, BindingPart, Logits
 from deltaserve.deltas.fold import dense_deltas
 from deltaserve.deltas.vectors import dense_biases, dense_norms
+from deltaserve.deltas.vocabulary import row_changes, trained_tokens
 from deltaserve.errors import Reason
 from deltaserve.model.base import BaseModel
 from deltaserve_store.parsed import ParsedAdapter
@@ -71,14 +72,18 @@ class Judgement:
     waivers: tuple[str, ...] = ()
 
 
-def probe_ids(version: str, spec: BaseSpec, max_model_len: int) -> tuple[int, ...]:
+def probe_ids(version: str, spec: BaseSpec, max_model_len: int, trained: Sequence[int] = ()) -> tuple[int, ...]:
     """Token ids drawn from the version's digest, so that the same bytes always meet the same tokens.
 
-    They come from the range the tokenizer can produce (a checkpoint may pad its embedding beyond it).
+    They come from the range the tokenizer can produce (a checkpoint may pad its embedding beyond it); every second one
+    from the tokens whose own rows the adapter has ``trained``, which chance would hardly meet.
     """
     generator = random.Random(hashlib.sha256(f"probe {version}".encode()).digest())
     count = max(1, min(MAX_PROBE_TOKENS, max_model_len - 1))
-    return tuple(generator.randrange(spec.num_tokens or spec.vocab_size) for _ in range(count))
+    drawn = [generator.randrange(spec.num_tokens or spec.vocab_size) for _ in range(count)]
+    if trained:
+        drawn[::2] = [trained[generator.randrange(len(trained))] for _ in drawn[::2]]
+    return tuple(drawn)
 
 
 class Change(NamedTuple):
@@ -87,6 +92,7 @@ class Change(NamedTuple):
     deltas: Mapping[str, Callable[[], Tensor]] = {}
     biases: Mapping[str, Callable[[], Tensor]] = {}
     norms: Mapping[str, tuple[Tensor | None, Tensor | None]] = {}
+    rows: Mapping[str, Callable[[Tensor], Tensor]] = {}
 
 
 class NonFiniteOutput(Exception):
@@ -120,7 +126,8 @@ class Prover:
         Raises ``NonFiniteOutput``, or what the engine raises when the candidate cannot be run.
         """
         started = time.monotonic()
-        ids = probe_ids(version, self._base.spec, self._engine.limits.max_model_len)
+        trained = await self._in_worker(lambda: trained_tokens(adapter, self._base))
+        ids = probe_ids(version, self._base.spec, self._engine.limits.max_model_len, trained)
         folded_base = await self._folded(ids, Change(), "the base's own logits")
         base_error = None
         if self._base.dtype != torch.float32:
@@ -161,6 +168,10 @@ class Prover:
             {name: partial(_scaled, make, scale) for name, make in weights.items()},
             {name: partial(_scaled, make, scale) for name, make in dense_biases(adapter, self._base).items()},
             {name: (_times(w, scale), _times(b, scale)) for name, (w, b) in dense_norms(adapter, self._base).items()},
+            {
+                name: partial(_scaled_rows, change, scale)
+                for name, change in row_changes(adapter, self._base.spec, self._base).items()
+            },
         )
         served = await self._probe(ids, binding, "the engine's logits with the adapter")
         folded = await self._folded(ids, change, "the folded weights' logits")
@@ -223,6 +234,10 @@ def _rows(logits: Logits) -> Tensor:
 
 def _scaled(make: Callable[[], Tensor], scale: float) -> Tensor:
     return make().mul_(scale)
+
+
+def _scaled_rows(change: Callable[[Tensor], Tensor], scale: float, ids: Tensor) -> Tensor:
+    return change(ids).mul_(scale)
 
 
 def _times(tensor: Tensor | None, scale: float) -> Tensor | None:

@@ -16,7 +16,9 @@ from torch import Tensor
 from deltaserve.deltas.folded import FOLD_VERSION, FoldedAdapter, LowRankTerm, SparseTerm, Term, dtype_name
 from deltaserve.deltas.vector_terms import NormTerm
 from deltaserve.deltas.vectors import BaseWeights, dense_vectors, dora_scale, fold_vectors, needs_weights
+from deltaserve.deltas.vocabulary import fold_rows, is_of_vocabulary, needs_token_rows
 from deltaserve.errors import AdapterRefused, Reason
+from deltaserve_store.block_deltas import RowsDelta
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter, SparseDelta
 from deltaserve_store.spec import BaseSpec, LinearSpec
 from deltaserve_store.vector_deltas import NormDelta
@@ -40,11 +42,13 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
     reasons: list[Reason] = []
     terms: dict[str, tuple[Term, ...]] = {}
     scales: dict[str, Tensor] = {}
-    if base is None and needs_weights(parsed):
+    if base is None and (needs_weights(parsed) or needs_token_rows(parsed)):
         raise ValueError("these deltas are folded with the base's weights; give the base")
     matrices = [delta for delta in parsed.deltas if isinstance(delta, LoraDelta | SparseDelta)]
     for delta in sorted(matrices, key=lambda delta: delta.module):
-        linear = spec.linears.get(delta.module)
+        linear = spec.linears.get(delta.module) or (
+            spec.vocabulary.get(delta.module) if isinstance(delta, LoraDelta) else None
+        )
         if linear is None:
             reasons.append(Reason("unknown_module", delta.module, "a delta", "a linear of the base"))
         elif delta.module in terms:
@@ -65,12 +69,15 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
         vectors, norms = fold_vectors(parsed, spec, base, scales, reasons)
         for name, vector in vectors.items():
             terms[name] = (*terms.get(name, ()), vector)
+        rows = [delta for delta in parsed.deltas if isinstance(delta, RowsDelta)]
+        for name, trained in fold_rows(rows, spec, dtype, base, reasons).items():
+            terms[name] = (*terms.get(name, ()), trained)
     if reasons:
         raise AdapterRefused(
             f"The adapter cannot be folded with this base: {len(reasons)} finding(s), first {reasons[0].where!r}.",
             reasons=reasons,
         )
-    order = {name: index for index, name in enumerate(spec.linears)}
+    order = {name: index for index, name in enumerate((*spec.linears, *spec.vocabulary))}
     ordered = {name: terms[name] for name in sorted(terms, key=order.__getitem__)}
     return FoldedAdapter(terms=ordered, base_fingerprint=spec.fingerprint, dtype=dtype, norms=norms)
 
@@ -111,9 +118,13 @@ def dense_deltas(
 ) -> Mapping[str, Callable[[], Tensor]]:
     """Lazy ``dense_delta`` of every linear the adapter changes: one dense matrix lives at a time."""
     if isinstance(adapter, FoldedAdapter):
-        names = list(adapter.terms)
+        names = [name for name in adapter.terms if name in spec.linears]
     else:
-        names = [delta.module for delta in adapter.deltas if not isinstance(delta, NormDelta)]
+        names = [
+            delta.module
+            for delta in adapter.deltas
+            if not isinstance(delta, NormDelta) and not is_of_vocabulary(delta, spec)
+        ]
     return {name: partial(dense_delta, adapter, name, spec, base) for name in names}
 
 

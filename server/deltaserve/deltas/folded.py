@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deltaserve.deltas.folded_file import FileDamaged, read_tensors, write_tensors
 from deltaserve.deltas.vector_terms import NormTerm, VectorTerm, take_norm, take_vectors
+from deltaserve.deltas.vocabulary import RowsTerm, take_rows
 from deltaserve.errors import AdapterUnavailable
 
 if TYPE_CHECKING:
@@ -65,18 +66,19 @@ class SparseTerm:
         return self.indptr.nbytes + self.cols.nbytes + self.values.nbytes
 
 
-Term = LowRankTerm | SparseTerm | VectorTerm
+Term = LowRankTerm | SparseTerm | VectorTerm | RowsTerm
 
 
-_FAMILIES: dict[type, str] = {LowRankTerm: "lora", SparseTerm: "sparse", VectorTerm: "vector"}
+_FAMILIES: dict[type, str] = {LowRankTerm: "lora", SparseTerm: "sparse", VectorTerm: "vector", RowsTerm: "rows"}
 
 
 @dataclass(frozen=True, slots=True)
 class FoldedAdapter:
-    """All terms of one adapter version for one base and dtype. At most one term of each class per linear.
+    """All terms of one adapter version for one base and dtype. At most one term of each class per linear, the embedding
+    and the head (linears from and to the vocabulary) included.
 
-    ``kinds`` names the term families present, sorted ("lora", "sparse", "vector"); ``rank`` is the largest, None
-    without low-rank terms.
+    ``kinds`` names the term families present, sorted ("lora", "rows", "sparse", "vector"); ``rank`` is the largest,
+    None without low-rank terms.
     """
 
     terms: Mapping[str, tuple[Term, ...]]
@@ -110,6 +112,8 @@ class FoldedAdapter:
                     tensors[f"{linear}:b_t"] = term.b_t
                 elif isinstance(term, VectorTerm):
                     tensors |= {f"{linear}:{role}": tensor for role, tensor in term.tensors().items()}
+                elif isinstance(term, RowsTerm):
+                    tensors |= {f"{linear}:ids": term.ids, f"{linear}:row_values": term.values}
                 else:
                     tensors[f"{linear}:indptr"] = term.indptr
                     tensors[f"{linear}:cols"] = term.cols
@@ -178,7 +182,8 @@ def _grouped(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _linear_terms(linear: str, roles: dict[str, Tensor], spec: BaseSpec, dtype: torch.dtype) -> tuple[Term, ...]:
-    known = spec.linears.get(linear)
+    matrices = spec.vocabulary
+    known = spec.linears.get(linear) or matrices.get(linear)
     if known is None:
         raise FileDamaged(f"the base has no linear {linear!r}")
     terms: list[Term] = []
@@ -186,9 +191,12 @@ def _linear_terms(linear: str, roles: dict[str, Tensor], spec: BaseSpec, dtype: 
         terms.append(_low_rank(linear, roles.pop("a"), roles.pop("b_t"), known, dtype))
     if "indptr" in roles and "cols" in roles and "values" in roles:
         terms.append(_sparse(linear, roles.pop("indptr"), roles.pop("cols"), roles.pop("values"), known, dtype))
-    vectors = take_vectors(linear, roles, known)
+    vectors = take_vectors(linear, roles, known) if linear in spec.linears else None
     if vectors is not None:
         terms.append(vectors)
+    rows = take_rows(linear, roles, spec, dtype) if linear in matrices else None
+    if rows is not None:
+        terms.append(rows)
     if roles or not terms:
         raise FileDamaged(f"{linear!r} has the unexpected parts {sorted(roles)}")
     return tuple(terms)

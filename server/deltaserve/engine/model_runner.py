@@ -27,10 +27,13 @@ from deltaserve_kernels import (
     SparseTables,
     VectorFamily,
     VectorStep,
+    VocabularyFamily,
+    VocabularyStep,
     WorkList,
     build_work_list_runs,
     select,
     split_runs,
+    split_vocabulary,
     upload,
 )
 
@@ -49,6 +52,7 @@ class ModelRunner:
         sparse: SparseTables | None = None,
         *,
         vectors: VectorFamily | None = None,
+        vocabulary: VocabularyFamily | None = None,
         graphs: DecodeGraphs | None = None,
     ) -> None:
         self.base = base
@@ -56,6 +60,7 @@ class ModelRunner:
         self.lora = lora
         self.sparse = sparse
         self.vectors = vectors
+        self.vocabulary = vocabulary
         self.graphs = graphs
         self._is_host = base.device.type == "cpu"
         self._staging = np.empty(0, dtype=np.int64)
@@ -76,7 +81,7 @@ class ModelRunner:
         check_batch(batch, sizes, starts, self.base.max_context)
         if self.base.device.index is not None:  # Triton launches on the calling thread's device
             torch.cuda.set_device(self.base.device)
-        if self.graphs is not None and not self._slots_with_vectors(part[0] for seq in batch for part in seq.parts):
+        if self.graphs is not None and not self._is_eager({part[0] for seq in batch for part in seq.parts}):
             logits = self.graphs.run(batch)
             if logits is not None:
                 return logits
@@ -169,6 +174,11 @@ class ModelRunner:
             lora=self.lora,
             sparse=self.sparse,
             vectors=self._vector_step,
+            vocabulary=self._vocabulary_step(
+                num_rows, None if num_logit_rows == num_rows else narrow[rows_at : rows_at + num_logit_rows].tolist()
+            )
+            if work is not None
+            else None,
             kv_regimes=self._regimes(batch, owner),
             is_decode=num_rows == num_sequences,
         )
@@ -234,6 +244,21 @@ class ModelRunner:
         if self.vectors is None or self.vectors.is_empty:
             return frozenset()
         return frozenset(filter(self.vectors.has_slot, slots))
+
+    def _vocabulary_step(self, num_rows: int, logit_rows: list[int] | None) -> VocabularyStep | None:
+        """The rows of ``self._runs`` that change the embedding or the head."""
+        family = self.vocabulary
+        if family is None or family.is_empty:
+            return None
+        runs = [run for run in self._runs if any(family.has_slot(slot) for slot, _, _ in run[2])]
+        return split_vocabulary(runs, num_rows, logit_rows, family, self.base.device) if runs else None
+
+    def _is_eager(self, slots: Iterable[int]) -> bool:
+        """Whether some of them hold terms that captured graphs do not know."""
+        slots = set(slots)
+        vocabulary = self.vocabulary
+        has_rows = vocabulary is not None and not vocabulary.is_empty and any(map(vocabulary.has_slot, slots))
+        return has_rows or bool(self._slots_with_vectors(slots))
 
     def _regimes(self, batch: Sequence[ScheduledSequence], owner: Any) -> Tensor | None:
         if not self.base.has_kv_regimes:

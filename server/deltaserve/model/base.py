@@ -15,6 +15,7 @@ from deltaserve.errors import ConfigError, UnsupportedBase
 from deltaserve.model import checkpoint, identity
 from deltaserve.model.attention import ATTENTION_NAME, attach_spec
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, use
+from deltaserve.model.embedding import TunableEmbedding, count_calls, make_embedding_tunable
 from deltaserve.model.folded import widen_in_folded_mode
 from deltaserve.model.fuse import fuse, make_tunable
 from deltaserve.model.head import cut_before_head, find_decoder
@@ -34,7 +35,7 @@ MAX_FOLDED_TOKENS = 64
 
 class BaseModel:
     """A loaded base. ``linears[i]`` is the name of the linear that tables call i, ``norms[i]`` that of a norm; the head
-    is not among them.
+    is not among them. ``matrices`` names embedding and head, None where adapters cannot change them.
 
     Passes on different threads do not disturb each other: all state of a pass is in its context.
     """
@@ -47,6 +48,8 @@ class BaseModel:
         spec: BaseSpec,
         kv_layout: KVLayout,
         *,
+        embedding: TunableEmbedding | None,
+        head: BaseLinear | None,
         longrope_limit: int | None,
         eos_token_ids: tuple[int, ...],
         max_context: int,
@@ -64,6 +67,8 @@ class BaseModel:
         self._model = model
         self._linears = dict(linears)
         self._norms = dict(norms)
+        self.matrices = (None if embedding is None else embedding.name, None if head is None else head.name)
+        self._token_rows: dict[str, Tensor] = {m.name: m.weight for m in (embedding, head) if m is not None}
         self._longrope_limit = longrope_limit
         self._decoder = cut_before_head(model)
 
@@ -93,6 +98,11 @@ class BaseModel:
         """Weight and bias [H] of a norm of ``norms``, as stored; raises KeyError."""
         norm = self._norms[name]
         return norm.weight, norm.bias
+
+    def token_rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows of the embedding or the head by token, ``ids`` int64 [n] -> [n, width] as stored; raises KeyError."""
+        weight = self._token_rows[name]
+        return weight[ids.to(weight.device)]
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Names of the linears that share an input, group after group in order of execution."""
@@ -129,22 +139,28 @@ class BaseModel:
         deltas: Mapping[str, Callable[[], Tensor]],
         biases: Mapping[str, Callable[[], Tensor]] | None = None,
         norms: Mapping[str, tuple[Tensor | None, Tensor | None]] | None = None,
+        rows: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> Tensor:
         """The proof's half: ``ids`` int64 [T <= 64] -> float32 [T, vocab] with every linear at ``W + dW`` in fp32.
 
         ``deltas`` maps names of ``linears`` to functions that make the fp32 [out, in] difference; one exists at a time.
-        ``biases`` and ``norms``: as in ``FoldedContext``.
+        ``biases``, ``norms`` and ``rows``: as in ``FoldedContext``.
         """
         if not 1 <= len(ids) <= MAX_FOLDED_TOKENS:
             raise ValueError(f"{len(ids)} ids; folded mode takes 1 to {MAX_FOLDED_TOKENS}")
-        biases, norms = biases or {}, norms or {}
+        biases, norms, rows = biases or {}, norms or {}, rows or {}
         unknown = sorted({*deltas, *biases} - set(self._linears)) + sorted(set(norms) - set(self._norms))
+        unknown += sorted(set(rows) - set(self._token_rows))
         if unknown:
             raise ValueError(f"the base has no linear {unknown[0]!r} to fold a delta into")
         ids = ids.to(self.device)
         regime = self.kv_regime(len(ids))
         ctx = FoldedContext(
-            deltas=deltas, biases=biases, norms=norms, kv_regimes=torch.full_like(ids, regime) if regime else None
+            deltas=deltas,
+            biases=biases,
+            norms=norms,
+            rows=rows,
+            kv_regimes=torch.full_like(ids, regime) if regime else None,
         )
         hidden = self._decode(ids, torch.arange(len(ids), device=self.device), ctx)
         return self.logits(hidden, ctx)
@@ -190,7 +206,7 @@ def load_base(
     max_context = _max_context(config)
     probes = probe_sequences(config.vocab_size, max_context, device)
     references = reference_logits(model, probes)
-    linears, norms, seen = _take_over(model, probes[0], longrope_limit)
+    linears, norms, embedding, head, seen = _take_over(model, probes[0], longrope_limit)
     kv_heads, head_dim = _uniform(seen)
     spec = BaseSpec(
         fingerprint=identity.fingerprint(folder, raw, weights, cache_dir),
@@ -203,6 +219,8 @@ def load_base(
         hidden_size=config.hidden_size,
         tied_embeddings=bool(config.tie_word_embeddings),
         num_tokens=identity.count_tokens(folder),
+        embedding=None if embedding is None else embedding.spec,
+        head=None if head is None else _linear_spec(head),
     )
     base = BaseModel(
         model,
@@ -210,6 +228,8 @@ def load_base(
         norms,
         spec,
         KVLayout(config.num_hidden_layers, kv_heads, head_dim, dtype),
+        embedding=embedding,
+        head=head,
         longrope_limit=longrope_limit,
         eos_token_ids=_eos_token_ids(model, config),
         max_context=max_context,
@@ -221,17 +241,17 @@ def load_base(
 
 def _take_over(
     model: PreTrainedModel, probe: Tensor, longrope_limit: int | None
-) -> tuple[dict[str, BaseLinear], dict[str, TunableNorm], Trace]:
+) -> tuple[dict[str, BaseLinear], dict[str, TunableNorm], TunableEmbedding | None, BaseLinear | None, Trace]:
     """Trace the unmodified model, then put our linears, attention and rope in their places."""
     prefix, layers = find_layers(model, find_decoder(model), model.config.num_hidden_layers)
-    with watch(model) as calls:
+    with watch(model) as calls, count_calls(model) as embedding_calls:
         seen = trace(model, find_linears(prefix, layers), probe)
     norms = find_norms(model, calls, prefix, len(layers))
     linears = pack(model, prefix, len(layers), seen.groups())
-    head = model.get_output_embeddings()
+    head, wrapped = model.get_output_embeddings(), None
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is head and type(module) is torch.nn.Linear:
-            wrap_head(model, name)
+            wrapped = wrap_head(model, name)
     for module, spec in seen.specs.items():
         attach_spec(module, spec)
     model.set_attn_implementation(ATTENTION_NAME)
@@ -240,7 +260,7 @@ def _take_over(
     widen_in_folded_mode(model)
     fuse(model)
     make_tunable(norms.values())
-    return linears, norms, seen
+    return linears, norms, make_embedding_tunable(model, len(embedding_calls)), wrapped, seen
 
 
 def _uniform(seen: Trace) -> tuple[int, int]:

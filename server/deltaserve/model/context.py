@@ -16,7 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from deltaserve.model.kv_cache import KVCache
-    from deltaserve_kernels import LoraTables, SparseTables, VectorStep, WorkList
+    from deltaserve_kernels import LoraTables, SparseTables, VectorStep, VocabularyStep, WorkList
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,6 +40,7 @@ class ForwardContext(PassContext):
     valid after this step; ``block_tables`` int32 [S, B]; ``kv_index`` int64 [T] = block * 16 + offset, where each row's
     K and V go. ``work`` groups rows by binding; None or empty means base only. ``is_decode``: every sequence has one
     row, which spares a launch. ``vectors``: rows of ``work`` that have vector terms, None when no row has.
+    ``vocabulary``: rows that change the embedding or the head, None when no row has.
     """
 
     positions: Tensor
@@ -52,6 +53,7 @@ class ForwardContext(PassContext):
     lora: LoraTables | None = None
     sparse: SparseTables | None = None
     vectors: VectorStep | None = None
+    vocabulary: VocabularyStep | None = None
     is_decode: bool = False
     # Results of a projection group waiting for its other members: linear index -> (input rows, output slice).
     pending: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -63,12 +65,14 @@ class FoldedContext(PassContext):
 
     ``deltas`` maps a linear's name to a function giving its fp32 ``[out, in]`` difference; called once per pass.
     ``biases`` maps it to one giving the difference of its bias, ``[out]``. ``norms`` maps a norm's name to the
-    differences of its weight and bias, ``[H]`` each or None.
+    differences of its weight and bias, ``[H]`` each or None. ``rows`` maps the embedding's or the head's name to a
+    function of token ids ``[n]`` that gives the differences of their rows, fp32 ``[n, width]``.
     """
 
     deltas: Mapping[str, Callable[[], Tensor]]
     biases: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
     norms: Mapping[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+    rows: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
 _local = threading.local()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, current
 from deltaserve.model.vectors import apply_with_vectors
 from deltaserve.model.weight import BaseWeight
-from deltaserve_kernels import sparse_linear
+from deltaserve_kernels import change_head, sparse_linear
 
 # Folded mode widens weights piece by piece; a piece holds at most this many elements (64 MiB in fp32).
 MAX_FOLDED_ELEMENTS = 16 * 1024 * 1024
@@ -60,7 +60,7 @@ class BaseLinear(nn.Module):
     """One frozen linear of the base: a slice of its group's packed weight.
 
     ``transposed`` tells that the checkpoint stores it as ``[in, out]`` (Conv1D). ``index`` is its place in
-    ``BaseModel.linears``; -1 for a linear no adapter may target (the head).
+    ``BaseModel.linears``; -1 for the head, whose terms are of the rows that get logits.
     """
 
     def __init__(self, name: str, group: ProjectionGroup, member: Member, *, transposed: bool, has_bias: bool) -> None:
@@ -103,7 +103,10 @@ class BaseLinear(nn.Module):
 
     def _step(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         if self.index < 0:
-            return self.matmul(x)
+            y = self.matmul(x)
+            if ctx.vocabulary is not None:
+                change_head(y.view(-1, self.out_features), x.reshape(-1, self.in_features), ctx.vocabulary)
+            return y
         rows = x.reshape(-1, self.in_features)
         if self._is_alone:
             return self.group.apply(rows, ctx).view(*x.shape[:-1], self.out_features)
@@ -125,6 +128,7 @@ class BaseLinear(nn.Module):
             raise ValueError(
                 f"delta of {self.name} is {list(delta.shape)}; needed: {[self.out_features, self.in_features]}"
             )
+        make_rows = ctx.rows.get(self.name) if isinstance(ctx, FoldedContext) else None
         x = x.float()
         step = max(1, MAX_FOLDED_ELEMENTS // self.in_features)
         stored = self.weight
@@ -133,6 +137,8 @@ class BaseLinear(nn.Module):
             weight = stored[i : i + step].float()
             if delta is not None:
                 weight = weight + delta[i : i + step].to(weight)
+            if make_rows is not None:
+                weight = weight + make_rows(torch.arange(i, i + len(weight))).to(weight)
             pieces.append(F.linear(x, weight))
         y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
         bias = self.bias

@@ -37,6 +37,14 @@ _OWN = (
     ("IA3", "`peft-ia3`", "`ia3_l`", "scales of outputs or inputs", "vector", "see adapter-format.md"),
     ("LN tuning", "`peft-ln-tuning`", "`ln_tuning_layers`", "differences of norms", "vector", "see adapter-format.md"),
     (
+        "Trainable tokens",
+        "`peft-trainable-tokens`",
+        "`trainable_tokens_delta`",
+        "rows of embedding and head, in place of the base's",
+        "rows",
+        "see adapter-format.md",
+    ),
+    (
         "deltaserve vectors",
         "`deltaserve-vectors`",
         "named vectors",

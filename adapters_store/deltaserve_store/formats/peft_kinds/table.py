@@ -34,9 +34,9 @@ _ALL: tuple[type[PeftReader], ...] = (
     SuperTuning,
 )
 READERS: Mapping[str, type[PeftReader]] = MappingProxyType({reader.peft_type: reader for reader in _ALL})
-"""Types that are converted. ``LORA`` and ``SHIRA`` have readers of their own: they need no conversion."""
+"""Types that are converted. ``LORA``, ``SHIRA`` and ``TRAINABLE_TOKENS`` have readers of their own: no conversion."""
 
-SERVED_PEFT_TYPES = ("LORA", "SHIRA", *sorted(VECTOR_READERS), *sorted(READERS))
+SERVED_PEFT_TYPES = ("LORA", "SHIRA", "TRAINABLE_TOKENS", *sorted(VECTOR_READERS), *sorted(READERS))
 
 _AS_LORA = "its delta has full rank; export it with PEFT's save_as_lora, which states the error, and upload the LoRA"
 _PROMPT = "virtual tokens are not served yet"
@@ -71,7 +71,6 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "RANDLORA": _AS_LORA,
         "ROAD": _ROTATION,
         "SHADOW": "it brings a second model",
-        "TRAINABLE_TOKENS": "trained token rows are not served yet",
         "WAVEFT": _AS_LORA,
         "XLORA": "it is a router over several adapters; upload those one by one",
     }
