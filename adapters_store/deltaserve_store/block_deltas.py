@@ -1,4 +1,4 @@
-"""Dense blocks that an adapter's files hold: trained rows of the embedding or the head."""
+"""Dense blocks that an adapter's files hold: of a linear, and trained rows of the embedding or the head."""
 
 from __future__ import annotations
 
@@ -19,3 +19,17 @@ class RowsDelta:
     ids: Tensor | None
     values: Tensor
     is_copy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDelta:
+    """``W[out_rows[i], in_cols[j]] += values[i, j]`` for ``W`` of ``[out_features, in_features]``.
+
+    ``values`` [o, c] of the file's dtype. Lists int32, strictly ascending; None means every row or every column, and at
+    most one of them is None.
+    """
+
+    module: str
+    out_rows: Tensor | None
+    in_cols: Tensor | None
+    values: Tensor

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from deltaserve_store.block_deltas import RowsDelta
+from deltaserve_store.block_deltas import BlockDelta, RowsDelta
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
 
-Kind = Literal["lora", "sparse", "vector", "rows"]
+Kind = Literal["lora", "sparse", "vector", "rows", "block"]
 FileFormat = str
 """``peft-`` and the PEFT type in lower case with dashes, or one of our own formats (``deltaserve-...``)."""
 
@@ -90,7 +90,7 @@ class ParsedAdapter:
 
     kind: Kind
     file_format: FileFormat
-    deltas: tuple[LoraDelta | SparseDelta | VectorDelta | NormDelta | RowsDelta, ...]
+    deltas: tuple[LoraDelta | SparseDelta | VectorDelta | NormDelta | RowsDelta | BlockDelta, ...]
     config: Mapping[str, Any]
     base_name: str | None
     base_fingerprint: str | None

@@ -42,6 +42,7 @@ from deltaserve.model.kv_cache import KVCache
 from deltaserve.text import Tokenizer
 from deltaserve_kernels import (
     BackendUnavailable,
+    BlockTables,
     LoraTables,
     SparseTables,
     VectorFamily,
@@ -167,6 +168,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
     sparse = SparseTables(len(base.linears), limits.adapter_slots, base.device, has_csr=has_csr)
     vectors = VectorFamily(len(base.linears), len(base.norms), limits.adapter_slots, base.device)
     vocabulary = VocabularyFamily(limits.adapter_slots, base.device)
+    block_tables = BlockTables(len(base.linears), limits.adapter_slots, base.device)
     pool = DevicePool(
         base.linears,
         lora,
@@ -178,6 +180,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
         norms=base.norms,
         vocabulary=vocabulary,
         matrices=base.matrices,
+        blocks=block_tables,
     )
     loader = FoldedLoader(base.spec, base.dtype, proven.locate)
     residency = AdapterResidency(
@@ -201,7 +204,9 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
     if has_graphs:
         max_blocks = -(-max_model_len // BLOCK_SIZE)
         graphs = DecodeGraphs(base, kv, lora, sparse, max_seqs=limits.max_num_seqs, max_blocks=max_blocks)
-    runner = ModelRunner(base, kv, lora, sparse, vectors=vectors, vocabulary=vocabulary, graphs=graphs)
+    runner = ModelRunner(
+        base, kv, lora, sparse, vectors=vectors, vocabulary=vocabulary, blocks=block_tables, graphs=graphs
+    )
     began = time.monotonic()
     _apart(runner.warm_up, max_tokens=limits.max_num_batched_tokens)
     if graphs is not None:

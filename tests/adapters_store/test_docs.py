@@ -9,6 +9,7 @@ import pytest
 
 from deltaserve.admission.reason_codes import PROOF_REASON_CODES
 from deltaserve_store.file_names import CHECKED_FILES, STORED_FILES, FileRole, role_of
+from deltaserve_store.formats.deltaserve_blocks import FIELDS as BLOCK_FIELDS
 from deltaserve_store.formats.deltaserve_sparse import FIELDS
 from deltaserve_store.formats.deltaserve_vectors import FIELDS as VECTOR_FIELDS
 from deltaserve_store.formats.lora_vectors import PEFT_LORA_FIELDS
@@ -67,6 +68,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ia3-fields": lambda: _fields(IA3_FIELDS),
     "ln-fields": lambda: _fields(LN_FIELDS),
     "sparse-fields": lambda: _own_fields(FIELDS),
+    "block-fields": lambda: _own_fields(BLOCK_FIELDS),
     "vector-fields": lambda: _own_fields(VECTOR_FIELDS),
     "reason-codes": _codes,
     "proof-reason-codes": _proof_codes,

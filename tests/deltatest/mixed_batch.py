@@ -12,7 +12,7 @@ from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.deltas.folded import FoldedAdapter
 from deltaserve.engine.batch import ScheduledPart
 from deltaserve.model.base import BaseModel
-from deltaserve_kernels import LoraTables, SparseTables, VectorFamily, VocabularyFamily
+from deltaserve_kernels import BlockTables, LoraTables, SparseTables, VectorFamily, VocabularyFamily
 from deltatest.paged_driver import PagedDriver
 
 
@@ -24,6 +24,7 @@ class MixedBatch:
         vectors = VectorFamily(len(base.linears), len(base.norms), num_slots)
         self.base = base
         vocabulary = VocabularyFamily(num_slots)
+        block_tables = BlockTables(len(base.linears), num_slots)
         self.pool = DevicePool(
             base.linears,
             lora,
@@ -34,10 +35,11 @@ class MixedBatch:
             norms=base.norms,
             vocabulary=vocabulary,
             matrices=base.matrices,
+            blocks=block_tables,
         )
         self.slots: dict[str, int] = {}
         self.driver = PagedDriver(
-            base, num_blocks=128, lora=lora, sparse=sparse, vectors=vectors, vocabulary=vocabulary
+            base, num_blocks=128, lora=lora, sparse=sparse, vectors=vectors, vocabulary=vocabulary, blocks=block_tables
         )
 
     def load(self, name: str, folded: FoldedAdapter) -> None:

@@ -41,10 +41,11 @@ class PagedDriver:
         sparse: Any = None,
         vectors: Any = None,
         vocabulary: Any = None,
+        blocks: Any = None,
     ) -> None:
         self.base = base
         kv = KVCache(base.kv_layout, num_blocks, base.device)
-        self.runner = ModelRunner(base, kv, lora, sparse, vectors=vectors, vocabulary=vocabulary)
+        self.runner = ModelRunner(base, kv, lora, sparse, vectors=vectors, vocabulary=vocabulary, blocks=blocks)
         # Whatever is left over from earlier use must not matter.
         self.runner.kv.pool.normal_(generator=torch.Generator(base.device).manual_seed(1))
         self.free = list(range(num_blocks))

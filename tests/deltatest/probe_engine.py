@@ -15,7 +15,7 @@ from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import KVCache
-from deltaserve_kernels import LoraTables, SparseTables, VectorFamily, VocabularyFamily
+from deltaserve_kernels import BlockTables, LoraTables, SparseTables, VectorFamily, VocabularyFamily
 from deltaserve_store.names import NameMap
 
 
@@ -39,6 +39,7 @@ class SerialEngine:
         lora, sparse = LoraTables(len(base.linears), 1, base.device), SparseTables(len(base.linears), 1, base.device)
         vectors = VectorFamily(len(base.linears), len(base.norms), 1, base.device)
         vocabulary = VocabularyFamily(1, base.device)
+        block_tables = BlockTables(len(base.linears), 1, base.device)
         self._pool = DevicePool(
             base.linears,
             lora,
@@ -49,9 +50,10 @@ class SerialEngine:
             norms=base.norms,
             vocabulary=vocabulary,
             matrices=base.matrices,
+            blocks=block_tables,
         )
         kv = KVCache(base.kv_layout, 8, base.device)
-        self._runner = ModelRunner(base, kv, lora, sparse, vectors=vectors, vocabulary=vocabulary)
+        self._runner = ModelRunner(base, kv, lora, sparse, vectors=vectors, vocabulary=vocabulary, blocks=block_tables)
 
     def publish(self, names: NameMap) -> None:
         self.names = names

@@ -23,6 +23,8 @@ from deltaserve_store.file_names import (
     role_of,
 )
 from deltaserve_store.findings import Findings, refuse
+from deltaserve_store.formats.deltaserve_blocks import FORMAT as BLOCKS
+from deltaserve_store.formats.deltaserve_blocks import parse_deltaserve_blocks
 from deltaserve_store.formats.deltaserve_sparse import parse_deltaserve_sparse
 from deltaserve_store.formats.deltaserve_vectors import FORMAT as VECTORS
 from deltaserve_store.formats.deltaserve_vectors import parse_deltaserve_vectors
@@ -107,6 +109,8 @@ def _parse_kind(
         return parse_peft_trainable_tokens(config, PEFT_CONFIG, tensors, base, findings)
     if kind in READERS:
         return read_kind(READERS[kind], config, PEFT_CONFIG, tensors, base, findings)
+    if not kind and config.get("format") == BLOCKS:
+        return parse_deltaserve_blocks(config, tensors, base, findings)
     if not kind and config.get("format") == VECTORS:
         return parse_deltaserve_vectors(config, tensors, base, findings)
     if kind in VECTOR_READERS:

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from deltaserve.adapters.vector_entries import vector_entries
 from deltaserve.adapters.vocabulary_entries import vocabulary_entries
+from deltaserve.deltas.blocks import BlockTerm
 from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm, SparseTerm
 from deltaserve_kernels import (
+    BlockEntry,
+    BlockTables,
     LoraTables,
     SparseEntry,
     SparseTables,
@@ -37,17 +40,20 @@ class StagedAdapter:
     sparse: tuple[tuple[int, SparseEntry], ...]
     vectors: VectorEntries = NO_VECTORS
     vocabulary: VocabularyEntries = NO_VOCABULARY
+    blocks: tuple[tuple[int, BlockEntry], ...] = ()
 
     @property
     def nbytes(self) -> int:
         """On the host as on the device."""
         lora, sparse = sum(a.nbytes + b_t.nbytes for _, a, b_t in self.lora), sum(e.nbytes for _, e in self.sparse)
-        return lora + sparse + self.vectors.nbytes + self.vocabulary.nbytes
+        blocks = sum(entry.nbytes for _, entry in self.blocks)
+        return lora + sparse + self.vectors.nbytes + self.vocabulary.nbytes + blocks
 
     def to(self, device: torch.device) -> StagedAdapter:
         lora = tuple((index, a.to(device), b_t.to(device)) for index, a, b_t in self.lora)
         sparse = tuple((index, entry.to(device)) for index, entry in self.sparse)
-        return StagedAdapter(lora, sparse, self.vectors.to(device), self.vocabulary.to(device))
+        blocks = tuple((index, entry.to(device)) for index, entry in self.blocks)
+        return StagedAdapter(lora, sparse, self.vectors.to(device), self.vocabulary.to(device), blocks)
 
 
 class DevicePool:
@@ -55,7 +61,7 @@ class DevicePool:
     worker.
 
     ``linears`` are the base's linears in table order, ``norms`` its norms, ``matrices`` the names of its embedding and
-    head. Without ``vectors`` or ``vocabulary`` adapters that have such terms are refused.
+    head. Without ``vectors``, ``vocabulary`` or ``blocks`` adapters that have such terms are refused.
     """
 
     def __init__(
@@ -71,8 +77,10 @@ class DevicePool:
         norms: Sequence[str] = (),
         vocabulary: VocabularyFamily | None = None,
         matrices: Sequence[str | None] = (None, None),
+        blocks: BlockTables | None = None,
     ) -> None:
-        available = [tables.num_slots for tables in (lora, sparse, vectors, vocabulary) if tables is not None]
+        given = (lora, sparse, vectors, vocabulary, blocks)
+        available = [tables.num_slots for tables in given if tables is not None]
         if num_slots > min(available):
             raise ValueError(f"{num_slots} slots asked for; the tables have {', '.join(map(str, available))}")
         self.num_slots = num_slots
@@ -84,6 +92,7 @@ class DevicePool:
         self._matrix_index = {name: index for index, name in enumerate(matrices) if name is not None}
         self._vectors = vectors
         self._vocabulary = vocabulary
+        self._blocks = blocks
         self._lora = lora
         self._sparse = sparse
         self._free = list(range(num_slots - 1, -1, -1))
@@ -108,6 +117,7 @@ class DevicePool:
         """
         lora: list[tuple[int, Tensor, Tensor]] = []
         sparse: list[tuple[int, SparseEntry]] = []
+        blocks: list[tuple[int, BlockEntry]] = []
         # A file's tensors share one buffer: whatever stays of it would keep the CSR arrays that nobody reads.
         is_apart = not self._sparse.has_csr and "sparse" in folded.kinds
         for name, terms in folded.terms.items():
@@ -122,13 +132,27 @@ class DevicePool:
                     lora.append((index, a, b_t))
                 elif isinstance(term, SparseTerm):
                     sparse.append((index, self._sparse.scan(term.indptr, term.cols, term.values)))
+                elif isinstance(term, BlockTerm):
+                    blocks.append((index, self._scan_block(name, term, is_apart)))
         vectors = vector_entries(folded, self._linear_index, self._norm_index, is_apart=is_apart)
         if self._vectors is None and vectors.nbytes:
             raise ValueError("this pool has no tables for vector terms")
         vocabulary = vocabulary_entries(folded, self._matrix_index, is_apart=is_apart)
         if self._vocabulary is None and vocabulary.nbytes:
             raise ValueError("this pool has no tables for terms of embedding and head")
-        return StagedAdapter(tuple(lora), tuple(sparse), vectors, vocabulary)
+        return StagedAdapter(tuple(lora), tuple(sparse), vectors, vocabulary, tuple(blocks))
+
+    def _scan_block(self, name: str, term: BlockTerm, is_apart: bool) -> BlockEntry:
+        if self._blocks is None:
+            raise ValueError(f"this pool has no tables for the block of {name!r}")
+        kept = {role: tensor.clone() if is_apart else tensor for role, tensor in term.tensors().items()}
+        return self._blocks.scan(
+            kept["block"],
+            term.in_features,
+            term.out_features,
+            out_rows=kept.get("out_rows"),
+            in_cols=kept.get("in_cols"),
+        )
 
     def stage(self, converted: StagedAdapter) -> StagedAdapter:
         """Bring the terms to the device; complete when it returns."""
@@ -157,6 +181,8 @@ class DevicePool:
                 self._vectors.set_all(slot, staged.vectors)
             if self._vocabulary is not None:
                 self._vocabulary.set_all(slot, staged.vocabulary)
+            if self._blocks is not None:
+                self._blocks.set_all(slot, staged.blocks)
         except Exception:
             self._clear(slot)
             raise
@@ -175,6 +201,8 @@ class DevicePool:
             self._vectors.clear(slot)
         if self._vocabulary is not None:
             self._vocabulary.clear(slot)
+        if self._blocks is not None and self._blocks.has_slot(slot):
+            self._blocks.clear(slot)
 
     def versions(self) -> list[str]:
         """Versions that hold a slot."""

@@ -13,12 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from deltaserve.deltas.blocks import BlockTerm, dense_block, fold_block, misfit
 from deltaserve.deltas.folded import FOLD_VERSION, FoldedAdapter, LowRankTerm, SparseTerm, Term, dtype_name
 from deltaserve.deltas.vector_terms import NormTerm
 from deltaserve.deltas.vectors import BaseWeights, dense_vectors, dora_scale, fold_vectors, needs_weights
 from deltaserve.deltas.vocabulary import fold_rows, is_of_vocabulary, needs_token_rows
 from deltaserve.errors import AdapterRefused, Reason
-from deltaserve_store.block_deltas import RowsDelta
+from deltaserve_store.block_deltas import BlockDelta, RowsDelta
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter, SparseDelta
 from deltaserve_store.spec import BaseSpec, LinearSpec
 from deltaserve_store.vector_deltas import NormDelta
@@ -44,7 +45,7 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
     scales: dict[str, Tensor] = {}
     if base is None and (needs_weights(parsed) or needs_token_rows(parsed)):
         raise ValueError("these deltas are folded with the base's weights; give the base")
-    matrices = [delta for delta in parsed.deltas if isinstance(delta, LoraDelta | SparseDelta)]
+    matrices = [delta for delta in parsed.deltas if isinstance(delta, LoraDelta | SparseDelta | BlockDelta)]
     for delta in sorted(matrices, key=lambda delta: delta.module):
         linear = spec.linears.get(delta.module) or (
             spec.vocabulary.get(delta.module) if isinstance(delta, LoraDelta) else None
@@ -53,13 +54,15 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
             reasons.append(Reason("unknown_module", delta.module, "a delta", "a linear of the base"))
         elif delta.module in terms:
             reasons.append(Reason("duplicate_module", delta.module, "two deltas", "one delta per linear"))
-        elif misfit := _misfit(delta, linear):
-            reasons.append(misfit)
+        elif found := misfit(delta, linear) if isinstance(delta, BlockDelta) else _misfit(delta, linear):
+            reasons.append(found)
         else:
             if isinstance(delta, LoraDelta):
                 if delta.magnitude is not None and base is not None:
                     scales[delta.module] = dora_scale(delta, delta.magnitude, base.linear(delta.module))
                 term: Term = _fold_low_rank(delta, dtype, scales.get(delta.module))
+            elif isinstance(delta, BlockDelta):
+                term = fold_block(delta, linear, dtype)
             else:
                 term = _fold_sparse(delta, linear, dtype)
             reasons.extend(_overflow(delta.module, term, dtype))
@@ -88,7 +91,7 @@ def dense_delta(
     """The delta of one linear as a float32 matrix ``[out, in]``: what the runtime must be equivalent to.
 
     From a ``ParsedAdapter`` it is computed from the file's own tensors, independently of ``fold``; zeros where the
-    adapter leaves the linear alone. Of a folded adapter, low-rank and sparse terms only.
+    adapter leaves the linear alone. Of a folded adapter, low-rank, sparse and block terms only.
     """
     shape = spec.linears[linear]
     dense = torch.zeros(shape.out_features, shape.in_features)
@@ -96,6 +99,8 @@ def dense_delta(
         for term in adapter.terms.get(linear, ()):
             if isinstance(term, LowRankTerm):
                 dense += term.b_t.float().t() @ term.a.float()
+            elif isinstance(term, BlockTerm):
+                dense += term.dense()
             elif isinstance(term, SparseTerm):
                 rows = torch.repeat_interleave(torch.arange(shape.out_features), term.indptr.long().diff())
                 dense.index_put_((rows, term.cols.long()), term.values.float(), accumulate=True)
@@ -108,6 +113,8 @@ def dense_delta(
         if isinstance(delta, LoraDelta):
             # A converted delta is checked against its own method's formula, not against the conversion.
             dense += delta.dense() if delta.dense is not None else delta.scaling * (delta.b.float() @ delta.a.float())
+        elif isinstance(delta, BlockDelta):
+            dense += dense_block(delta, shape)
         elif isinstance(delta, SparseDelta):
             dense.index_put_((delta.rows.long(), delta.cols.long()), delta.values.float(), accumulate=True)
     return dense
@@ -165,6 +172,7 @@ def _overflow(module: str, term: Term, dtype: torch.dtype) -> list[Reason]:
     """A finite file can still overflow where scaling is multiplied in or the dtype is narrower."""
     parts = {"A": term.a, "scaling * B": term.b_t} if isinstance(term, LowRankTerm) else {}
     parts |= {"values": term.values} if isinstance(term, SparseTerm) else {}
+    parts |= {"block": term.d} if isinstance(term, BlockTerm) else {}
     allowed = f"magnitudes up to {torch.finfo(dtype).max:g} ({dtype_name(dtype)})"
     return [
         Reason("value_out_of_range", f"{module} ({part})", "values that overflow the serving dtype", allowed)

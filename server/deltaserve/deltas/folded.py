@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from deltaserve.deltas.blocks import BlockTerm, take_block
 from deltaserve.deltas.folded_file import FileDamaged, read_tensors, write_tensors
 from deltaserve.deltas.vector_terms import NormTerm, VectorTerm, take_norm, take_vectors
 from deltaserve.deltas.vocabulary import RowsTerm, take_rows
@@ -66,10 +67,16 @@ class SparseTerm:
         return self.indptr.nbytes + self.cols.nbytes + self.values.nbytes
 
 
-Term = LowRankTerm | SparseTerm | VectorTerm | RowsTerm
+Term = LowRankTerm | SparseTerm | VectorTerm | RowsTerm | BlockTerm
 
 
-_FAMILIES: dict[type, str] = {LowRankTerm: "lora", SparseTerm: "sparse", VectorTerm: "vector", RowsTerm: "rows"}
+_FAMILIES: dict[type, str] = {
+    LowRankTerm: "lora",
+    SparseTerm: "sparse",
+    VectorTerm: "vector",
+    RowsTerm: "rows",
+    BlockTerm: "block",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +84,8 @@ class FoldedAdapter:
     """All terms of one adapter version for one base and dtype. At most one term of each class per linear, the embedding
     and the head (linears from and to the vocabulary) included.
 
-    ``kinds`` names the term families present, sorted ("lora", "rows", "sparse", "vector"); ``rank`` is the largest,
-    None without low-rank terms.
+    ``kinds`` names the term families present, sorted ("block", "lora", "rows", "sparse", "vector"); ``rank`` is the
+    largest, None without low-rank terms.
     """
 
     terms: Mapping[str, tuple[Term, ...]]
@@ -110,7 +117,7 @@ class FoldedAdapter:
                 if isinstance(term, LowRankTerm):
                     tensors[f"{linear}:a"] = term.a
                     tensors[f"{linear}:b_t"] = term.b_t
-                elif isinstance(term, VectorTerm):
+                elif isinstance(term, VectorTerm | BlockTerm):
                     tensors |= {f"{linear}:{role}": tensor for role, tensor in term.tensors().items()}
                 elif isinstance(term, RowsTerm):
                     tensors |= {f"{linear}:ids": term.ids, f"{linear}:row_values": term.values}
@@ -194,6 +201,9 @@ def _linear_terms(linear: str, roles: dict[str, Tensor], spec: BaseSpec, dtype: 
     vectors = take_vectors(linear, roles, known) if linear in spec.linears else None
     if vectors is not None:
         terms.append(vectors)
+    block = take_block(linear, roles, known, dtype) if linear in spec.linears else None
+    if block is not None:
+        terms.append(block)
     rows = take_rows(linear, roles, spec, dtype) if linear in matrices else None
     if rows is not None:
         terms.append(rows)

@@ -22,6 +22,7 @@ from deltaserve.model.base import BaseModel
 from deltaserve.model.context import ForwardContext
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
 from deltaserve_kernels import (
+    BlockTables,
     LoraTables,
     PaddedLayout,
     SparseTables,
@@ -53,6 +54,7 @@ class ModelRunner:
         *,
         vectors: VectorFamily | None = None,
         vocabulary: VocabularyFamily | None = None,
+        blocks: BlockTables | None = None,
         graphs: DecodeGraphs | None = None,
     ) -> None:
         self.base = base
@@ -61,6 +63,7 @@ class ModelRunner:
         self.sparse = sparse
         self.vectors = vectors
         self.vocabulary = vocabulary
+        self.blocks = blocks
         self.graphs = graphs
         self._is_host = base.device.type == "cpu"
         self._staging = np.empty(0, dtype=np.int64)
@@ -179,6 +182,7 @@ class ModelRunner:
             )
             if work is not None
             else None,
+            blocks=self._blocks_of(self._runs) if work is not None else None,
             kv_regimes=self._regimes(batch, owner),
             is_decode=num_rows == num_sequences,
         )
@@ -253,12 +257,19 @@ class ModelRunner:
         runs = [run for run in self._runs if any(family.has_slot(slot) for slot, _, _ in run[2])]
         return split_vocabulary(runs, num_rows, logit_rows, family, self.base.device) if runs else None
 
+    def _blocks_of(self, runs: Iterable[Run]) -> BlockTables | None:
+        """The tables of blocks, where a row of the step has one."""
+        blocks = self.blocks
+        has_any = blocks is not None and any(blocks.has_slot(slot) for _, _, parts in runs for slot, _, _ in parts)
+        return blocks if has_any else None
+
     def _is_eager(self, slots: Iterable[int]) -> bool:
         """Whether some of them hold terms that captured graphs do not know."""
         slots = set(slots)
         vocabulary = self.vocabulary
         has_rows = vocabulary is not None and not vocabulary.is_empty and any(map(vocabulary.has_slot, slots))
-        return has_rows or bool(self._slots_with_vectors(slots))
+        has_blocks = self.blocks is not None and any(map(self.blocks.has_slot, slots))
+        return has_rows or has_blocks or bool(self._slots_with_vectors(slots))
 
     def _regimes(self, batch: Sequence[ScheduledSequence], owner: Any) -> Tensor | None:
         if not self.base.has_kv_regimes:

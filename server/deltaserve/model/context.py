@@ -16,7 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from deltaserve.model.kv_cache import KVCache
-    from deltaserve_kernels import LoraTables, SparseTables, VectorStep, VocabularyStep, WorkList
+    from deltaserve_kernels import BlockTables, LoraTables, SparseTables, VectorStep, VocabularyStep, WorkList
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,7 +40,8 @@ class ForwardContext(PassContext):
     valid after this step; ``block_tables`` int32 [S, B]; ``kv_index`` int64 [T] = block * 16 + offset, where each row's
     K and V go. ``work`` groups rows by binding; None or empty means base only. ``is_decode``: every sequence has one
     row, which spares a launch. ``vectors``: rows of ``work`` that have vector terms, None when no row has.
-    ``vocabulary``: rows that change the embedding or the head, None when no row has.
+    ``vocabulary``: rows that change the embedding or the head, None when no row has. ``blocks`` is None in steps whose
+    adapters have none.
     """
 
     positions: Tensor
@@ -54,6 +55,7 @@ class ForwardContext(PassContext):
     sparse: SparseTables | None = None
     vectors: VectorStep | None = None
     vocabulary: VocabularyStep | None = None
+    blocks: BlockTables | None = None
     is_decode: bool = False
     # Results of a projection group waiting for its other members: linear index -> (input rows, output slice).
     pending: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)

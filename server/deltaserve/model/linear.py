@@ -2,7 +2,7 @@
 
 A group owns one packed weight ``[sum of out, in]`` (Conv1D's file layout, ``[in, out]``, is turned at load). The member
 called first computes the slices of all members, adapter terms included; the others return theirs. Order inside a group
-is fixed: base product, then LoRA, then sparse.
+is fixed: base product, then LoRA, then sparse, then blocks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deltaserve.model.blocks import add_blocks
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, current
 from deltaserve.model.vectors import apply_with_vectors
 from deltaserve.model.weight import BaseWeight
@@ -53,6 +54,8 @@ class ProjectionGroup:
             y = self.weight.matmul(rows, self.bias)
         if sparse is not None and work.concerns(sparse, self.members):
             sparse_linear(y, rows, work, sparse, self.members, self.depth)
+        if ctx.blocks is not None:
+            add_blocks(y, rows, work, ctx.blocks, self.members, self.depth)
         return y
 
 

@@ -12,12 +12,13 @@ _INTRO = f"""# Kinds of adapters
 
 Made from the code by `python -m deltaserve_store.formats.peft_kinds.page`; edit the readers, not this page.
 
-The server adds two terms to a linear `y = W x + b`: low rank, `B (A x)`, and sparse, `S x`; and it serves vectors:
-scales, biases and norm differences. Every kind below is exactly made of them. What PEFT stores in another
-parametrisation is converted when the adapter is read, in float32, before the one cast to the serving dtype; nothing is
-approximated. The proof at the door compares the engine with the base plus the method's own formula, evaluated from the
-file's tensors, so that it would also find a wrong conversion. Low-rank terms are
-served at their exact rank, at most {MAX_RANK}; a higher one is refused with the rank found (`rank_out_of_range`).
+The server adds terms to a linear `y = W x + b`: low rank, `B (A x)`, sparse, `S x`, and dense blocks of some rows and
+columns; it serves vectors: scales, biases and norm differences; and trained rows of embedding and head. Every kind
+below is exactly made of them. What PEFT stores in another parametrisation is converted when the adapter is read, in
+float32, before the one cast to the serving dtype; nothing is approximated. The proof at the door compares the engine
+with the base plus the method's own formula, evaluated from the file's tensors, so that it would also find a wrong
+conversion. Low-rank terms are served at their exact rank, at most {MAX_RANK}; a higher one is refused with the rank
+found (`rank_out_of_range`).
 
 Files, targets, base names and reason codes are those of [adapter-format.md](adapter-format.md).
 
@@ -50,6 +51,14 @@ _OWN = (
         "named vectors",
         "scales, biases, norms",
         "vector",
+        "see adapter-format.md",
+    ),
+    (
+        "deltaserve blocks",
+        "`deltaserve-blocks`",
+        "`block`; `rows`, `cols`",
+        "a dense block at these rows and columns",
+        "block",
         "see adapter-format.md",
     ),
     (
