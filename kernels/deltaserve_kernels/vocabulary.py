@@ -90,7 +90,7 @@ class VocabularyFamily:
 
     @property
     def is_empty(self) -> bool:
-        return not any(tables.has_any(matrix) for tables in (self.lora, self.rows) for matrix in (EMBEDDING, HEAD))
+        return self.lora.is_empty and self.rows.is_empty
 
     def has_slot(self, slot: int) -> bool:
         """True when the slot has a term of the embedding or of the head."""

@@ -84,7 +84,7 @@ class ModelRunner:
         check_batch(batch, sizes, starts, self.base.max_context)
         if self.base.device.index is not None:  # Triton launches on the calling thread's device
             torch.cuda.set_device(self.base.device)
-        if self.graphs is not None and not self._is_eager({part[0] for seq in batch for part in seq.parts}):
+        if self.graphs is not None and not self._is_eager(batch):
             logits = self.graphs.run(batch)
             if logits is not None:
                 return logits
@@ -260,16 +260,15 @@ class ModelRunner:
     def _blocks_of(self, runs: Iterable[Run]) -> BlockTables | None:
         """The tables of blocks, where a row of the step has one."""
         blocks = self.blocks
-        has_any = blocks is not None and any(blocks.has_slot(slot) for _, _, parts in runs for slot, _, _ in parts)
-        return blocks if has_any else None
+        if blocks is None or blocks.is_empty:
+            return None
+        return blocks if any(blocks.has_slot(slot) for _, _, parts in runs for slot, _, _ in parts) else None
 
-    def _is_eager(self, slots: Iterable[int]) -> bool:
-        """Whether some of them hold terms that captured graphs do not know."""
-        slots = set(slots)
-        vocabulary = self.vocabulary
-        has_rows = vocabulary is not None and not vocabulary.is_empty and any(map(vocabulary.has_slot, slots))
-        has_blocks = self.blocks is not None and any(map(self.blocks.has_slot, slots))
-        return has_rows or has_blocks or bool(self._slots_with_vectors(slots))
+    def _is_eager(self, batch: Sequence[ScheduledSequence]) -> bool:
+        """Whether some row has terms that captured graphs do not know."""
+        families = (self.vectors, self.vocabulary, self.blocks)
+        held = [family for family in families if family is not None and not family.is_empty]
+        return bool(held) and any(f.has_slot(part[0]) for seq in batch for part in seq.parts for f in held)
 
     def _regimes(self, batch: Sequence[ScheduledSequence], owner: Any) -> Tensor | None:
         if not self.base.has_kv_regimes:
