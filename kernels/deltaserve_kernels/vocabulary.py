@@ -2,8 +2,8 @@
 
 The embedding is a matrix with one row a token, read by token id; the head one with one row a token, multiplied. Both
 are numbered here as tables number linears. Trained rows run as this PyTorch definition on every device; a low-rank head
-is ``lora_linear`` over the rows that get logits. fp32 sums in binding order; rows of a step meet an adapter in tiles of
-a fixed size, so that nobody's bits depend on who else is in the step.
+is ``lora_linear`` over the rows that get logits. fp32 sums in binding order, each in an order that depends on nothing
+but the row itself, so that nobody's bits depend on who else is in the step.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from torch import Tensor
 from deltaserve_kernels.errors import OutOfRange, ShapeMismatch
 from deltaserve_kernels.operators import lora_linear
 from deltaserve_kernels.pointer_tables import FLOAT_DTYPES, PointerTables
-from deltaserve_kernels.reference import TILE_ROWS, items_of
+from deltaserve_kernels.reference import items_of
 from deltaserve_kernels.tables import LoraTables
 from deltaserve_kernels.worklist import Run, WorkList, build_work_list_runs
 
 EMBEDDING, HEAD = 0, 1
+DOTS_AT_ONCE = 256
 
 
 class RowsEntry(NamedTuple):
@@ -153,28 +154,26 @@ def changed_embeddings(ids: Tensor, weight: Tensor, step: VocabularyStep) -> Ite
     """(rows int64 [n], weights fp32 [n, width]): rows of the step whose token has another embedding than ``weight``
     [vocab, width] says, and that embedding. ``ids`` int64 [T]: the step's tokens."""
     for rows, parts in items_of(step.embedding) if step.embedding is not None else ():
-        for first in range(0, len(rows), TILE_ROWS):
-            index = torch.tensor(rows[first : first + TILE_ROWS], device=ids.device)
-            tokens = ids[index]
-            total = torch.zeros(TILE_ROWS, weight.shape[1], device=ids.device)
-            touched = torch.zeros(len(index), dtype=torch.bool, device=ids.device)
-            for slot, scale, _ in parts:
-                low_rank, trained = step.family.lora.get(EMBEDDING, slot), step.family.rows.get(EMBEDDING, slot)
-                if scale and low_rank is not None:
-                    a, b_t = low_rank
-                    shrunk = torch.zeros(TILE_ROWS, a.shape[0], device=ids.device)
-                    shrunk[: len(index)] = a[:, tokens].t().float() * scale
-                    total += shrunk @ b_t.float()
-                    touched[:] = True
-                if scale and trained is not None:
-                    known, values = trained
-                    places = torch.searchsorted(known, tokens.int()).clamp(max=len(known) - 1)
-                    hits = known[places] == tokens
-                    total[: len(index)] += values[places].float().masked_fill(~hits[:, None], 0.0) * scale
-                    touched |= hits
-            if bool(touched.any()):
-                weights = weight[tokens].float() + total[: len(index)]
-                yield index[touched], weights[touched]
+        index = torch.tensor(rows, device=ids.device)
+        tokens = ids[index]
+        total = torch.zeros(len(rows), weight.shape[1], device=ids.device)
+        touched = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
+        for slot, scale, _ in parts:
+            low_rank, trained = step.family.lora.get(EMBEDDING, slot), step.family.rows.get(EMBEDDING, slot)
+            if scale and low_rank is not None:
+                a, b_t = low_rank
+                shrunk = a[:, tokens].float() * scale
+                for factors, row in zip(shrunk, b_t.float(), strict=True):
+                    total += factors[:, None] * row
+                touched[:] = True
+            if scale and trained is not None:
+                known, values = trained
+                places = torch.searchsorted(known, tokens.int()).clamp(max=len(known) - 1)
+                hits = known[places] == tokens
+                total += values[places].float().masked_fill(~hits[:, None], 0.0) * scale
+                touched |= hits
+        if bool(touched.any()):
+            yield index[touched], (weight[tokens].float() + total)[touched]
 
 
 def change_head(y: Tensor, x: Tensor, step: VocabularyStep) -> None:
@@ -187,14 +186,15 @@ def change_head(y: Tensor, x: Tensor, step: VocabularyStep) -> None:
         backend = None if y.device.type == "cpu" else "reference"
         lora_linear(y, x, work, family.lora, ((HEAD, 0, y.shape[1]),), 1.0, backend=backend)
     for rows, parts in items_of(work) if family.rows.has_any(HEAD) else ():
-        for first in range(0, len(rows), TILE_ROWS):
-            index = torch.tensor(rows[first : first + TILE_ROWS], device=x.device)
-            x_tile = torch.zeros(TILE_ROWS, x.shape[1], device=x.device)
-            x_tile[: len(index)] = x[index].float()
+        for row in rows:
             for slot, _, scale in parts:
                 trained = family.rows.get(HEAD, slot)
                 if scale and trained is not None:
                     ids, values = trained
-                    place = (index[:, None], ids.long()[None, :])
-                    change = (x_tile @ values.float().t())[: len(index)] * scale
-                    y[place] = (y[place].float() + change).to(y.dtype)
+                    places = ids.long()
+                    y[row, places] = (y[row, places].float() + scale * _dots(values, x[row].float())).to(y.dtype)
+
+
+def _dots(values: Tensor, x: Tensor) -> Tensor:
+    """fp32 [k] of ``values`` [k, width] and ``x`` [width]. A matrix product's bits would depend on where a row lies."""
+    return torch.cat([(some.float() * x).sum(dim=1) for some in values.split(DOTS_AT_ONCE)])

@@ -105,6 +105,26 @@ def test_heads_against_float64(dtype: torch.dtype, with_all: bool) -> None:
                 assert torch.equal(y[place, others], before[place, others])
 
 
+def test_company_is_not_felt() -> None:
+    """Whatever the numbers of rows, tokens and ranks: a row alone has the bits that it has among others."""
+    ids, weight = torch.arange(len(BINDINGS)) * 5 % VOCAB, randn(VOCAB, WIDTH, seed=9)
+    x, before = randn(len(BINDINGS), WIDTH, seed=1), randn(len(BINDINGS), VOCAB, seed=2)
+
+    def both(rows: list[int]) -> tuple[Tensor, Tensor]:
+        runs = [(place, 1, BINDINGS[row]) for place, row in enumerate(rows)]
+        step = split_vocabulary(runs, len(rows), None, filled())
+        embedded, y = weight[ids[rows]].clone(), before[rows].clone()
+        for places, weights in changed_embeddings(ids[rows], weight, step):
+            embedded[places] = weights
+        change_head(y, x[rows].contiguous(), step)
+        return embedded, y
+
+    together = both(list(range(len(BINDINGS))))
+    for row in range(len(BINDINGS)):
+        for found, wanted in zip(both([row]), together, strict=True):
+            assert torch.equal(found[0], wanted[row]), row
+
+
 def test_a_run_of_many_rows_lies_among_the_rows_with_logits() -> None:
     family = filled()
     runs = [(0, 5, ((0, 1.0, 1.0),)), (5, 7, ((1, 1.0, 1.0),)), (12, 3, ())]
