@@ -57,19 +57,18 @@ def run(rig: RealRig, names: dict[int, str | None], num_tokens: int) -> dict[str
 
 def test_graphs_preemption_and_eviction_change_no_answer(setting: tuple[BaseModel, dict[str, FoldedAdapter]]) -> None:
     base, adapters = setting
-    names = dict(enumerate([None, *adapters, None, *adapters]))
+    names = dict(enumerate([None, *adapters, None, "tokens"]))
     rig = real_rig(base, adapters)
     wanted = {key: tokens for i in names for key, tokens in run(rig, {i: names[i]}, 12).items()}
-    assert len({str(tokens) for tokens in wanted.values()}) > 5
-    for has_graphs in (False, True):
-        rig = real_rig(base, adapters, num_blocks=8, num_slots=2, max_num_seqs=5, has_graphs=has_graphs)
-        assert run(rig, names, 12) == wanted
-        assert rig.num_preempted > 0
+    assert len({str(tokens) for tokens in wanted.values()}) > 4
+    rig = real_rig(base, adapters, num_blocks=6, num_slots=2, max_num_seqs=4, has_graphs=True)
+    assert run(rig, names, 12) == wanted
+    assert rig.num_preempted > 0
 
 
 def test_only_steps_without_such_rows_are_replayed(setting: tuple[BaseModel, dict[str, FoldedAdapter]]) -> None:
     base, adapters = setting
-    rig = real_rig(base, adapters, has_graphs=True)
+    rig = real_rig(base, adapters, max_num_seqs=4, has_graphs=True)
     graphs = rig.runner.runner.graphs
     assert graphs is not None
     replayed: list[int] = []
