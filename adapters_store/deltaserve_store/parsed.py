@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deltaserve_store.block_deltas import BlockDelta, RowsDelta
 from deltaserve_store.bottleneck_deltas import BottleneckDelta
 from deltaserve_store.dense_deltas import DenseDelta, MaskDelta, SignDelta
 from deltaserve_store.rotation_deltas import RotationDelta
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
 
-Kind = Literal["lora", "sparse", "vector", "rotation", "dense", "bottleneck"]
+Kind = Literal["lora", "sparse", "vector", "rotation", "dense", "bottleneck", "rows", "block"]
 FileFormat = str
 """``peft-`` and the PEFT type in lower case with dashes, or one of our own formats (``deltaserve-...``)."""
 
@@ -84,9 +85,9 @@ class WeightDelta:
         return LoraDelta(self.module, self.right, b, 1.0, dense=lambda: self.dense(weight_of(self.module)))
 
 
-Matrix = LoraDelta | SparseDelta | DenseDelta | MaskDelta | SignDelta
+Matrix = LoraDelta | SparseDelta | DenseDelta | MaskDelta | SignDelta | BlockDelta
 """Deltas that are added to the weight of a linear."""
-Delta = Matrix | VectorDelta | NormDelta | RotationDelta | BottleneckDelta
+Delta = Matrix | VectorDelta | NormDelta | RotationDelta | RowsDelta | BottleneckDelta
 
 
 @dataclass(frozen=True, slots=True)

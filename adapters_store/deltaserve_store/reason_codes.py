@@ -35,7 +35,7 @@ REASON_CODES: Mapping[str, str] = MappingProxyType(
         "unsupported_kind": "A kind of adapter that is not served yet; the kind is named.",
         "unsupported_feature": "A feature that is not served yet; the field or tensor is named.",
         "seed_not_usable": "A seed stands for tensors that cannot be drawn again bit for bit; save them in the file.",
-        "unsupported_target": "The adapter changes the embedding or the output head; not served yet.",
+        "unsupported_target": "Embedding or output head, which this format or base does not let adapters change.",
         "regex_target": "A regular expression where a list of module names is required.",
         "target_not_found": "The targets match no linear layer of the base.",
         "fan_in_fan_out_mismatch": "`fan_in_fan_out` contradicts how the base stores its weights.",

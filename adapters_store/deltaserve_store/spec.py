@@ -50,6 +50,9 @@ class BaseSpec:
     this base is known, the served id first. ``vocab_size`` is the number of rows of the embedding; ``num_tokens`` the
     number of tokens the tokenizer knows, where that is known (checkpoints pad the embedding). ``points`` are where
     residual modules may be attached, all of ``hidden_size``.
+
+    ``embedding`` is a linear from token ids (``in_features`` the vocabulary) and ``head`` one to logits
+    (``out_features`` the vocabulary); neither is among ``linears``. None where adapters cannot change them.
     """
 
     fingerprint: str
@@ -63,3 +66,10 @@ class BaseSpec:
     num_tokens: int | None = None
     norms: Mapping[str, NormSpec] = field(default_factory=dict)
     points: frozenset[str] = frozenset()
+    embedding: LinearSpec | None = None
+    head: LinearSpec | None = None
+
+    @property
+    def vocabulary(self) -> dict[str, LinearSpec]:
+        """Embedding and head by name, those that adapters can change."""
+        return {spec.name: spec for spec in (self.embedding, self.head) if spec is not None}

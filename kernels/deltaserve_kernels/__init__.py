@@ -32,12 +32,25 @@ from deltaserve_kernels.terms import block_linear, lora_vector_linear, rms_norm,
 from deltaserve_kernels.transfer import upload
 from deltaserve_kernels.vector_family import VectorEntries, VectorFamily, VectorStep, split_runs
 from deltaserve_kernels.vector_tables import NormTables, VectorEntry, VectorTables
+from deltaserve_kernels.vocabulary import (
+    EMBEDDING,
+    HEAD,
+    RowsEntry,
+    VocabularyEntries,
+    VocabularyFamily,
+    VocabularyStep,
+    change_head,
+    changed_embeddings,
+    split_vocabulary,
+)
 from deltaserve_kernels.worklist import WorkList, build_work_list, build_work_list_runs
 
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
     "BLOCK_SIZE",
+    "EMBEDDING",
+    "HEAD",
     "ApartEntries",
     "ApartFamily",
     "ApartStep",
@@ -60,6 +73,7 @@ __all__ = [
     "RotationEntry",
     "RotationFactor",
     "RotationTables",
+    "RowsEntry",
     "ShapeMismatch",
     "SparseEntry",
     "SparseTables",
@@ -68,11 +82,16 @@ __all__ = [
     "VectorFamily",
     "VectorStep",
     "VectorTables",
+    "VocabularyEntries",
+    "VocabularyFamily",
+    "VocabularyStep",
     "WorkList",
     "add_modules",
     "block_linear",
     "build_work_list",
     "build_work_list_runs",
+    "change_head",
+    "changed_embeddings",
     "dense_linear",
     "lora_linear",
     "lora_vector_linear",
@@ -88,6 +107,7 @@ __all__ = [
     "sparse_linear",
     "split_apart",
     "split_runs",
+    "split_vocabulary",
     "unpack_bits",
     "upload",
     "use_backend",

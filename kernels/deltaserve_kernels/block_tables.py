@@ -34,6 +34,21 @@ class BlockEntry(NamedTuple):
     packed: Tensor
     inverse: Tensor | None
 
+    @property
+    def nbytes(self) -> int:
+        held = (self.d, self.out_rows, self.in_cols, None if self.packed is self.d else self.packed, self.inverse)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    def to(self, device: torch.device) -> BlockEntry:
+        d = self.d.to(device)
+        return self._replace(
+            d=d,
+            out_rows=None if self.out_rows is None else self.out_rows.to(device),
+            in_cols=None if self.in_cols is None else self.in_cols.to(device),
+            packed=d if self.packed is self.d else self.packed.to(device),
+            inverse=None if self.inverse is None else self.inverse.to(device),
+        )
+
 
 class BlockTables(PointerTables):
     """Row and column blocks, scaling already folded into D. ``get`` answers (inverse, in_cols, d), empty where all.
@@ -83,16 +98,17 @@ class BlockTables(PointerTables):
         out_rows: Tensor | None = None,
         in_cols: Tensor | None = None,
     ) -> BlockEntry:
-        """The checks of ``set`` that concern one block alone, its contents among them. Changes nothing.
+        """The checks of ``set`` that concern one block alone, its contents among them. Changes nothing, and is for any
+        device: a block is scanned on the host before it is brought over.
 
         d: [c, N], D transposed, with ``in_cols`` alone; [o, K] with ``out_rows`` alone; [o, c] with both. Lists are
         int32, strictly ascending, not empty. Contiguous, 16-byte aligned; must not change while the entry stands.
         """
-        self._check_tensor("d", d, 2, FLOAT_DTYPES)
+        self._check_form("d", d, 2, FLOAT_DTYPES)
         for name, listed, limit in (("out_rows", out_rows, out_features), ("in_cols", in_cols, in_features)):
             if listed is None:
                 continue
-            self._check_tensor(name, listed, 1, (torch.int32,))
+            self._check_form(name, listed, 1, (torch.int32,))
             if not listed.numel() or bool((listed.diff() <= 0).any()):
                 raise OutOfRange(f"{name} {listed.tolist()[:8]} must be strictly ascending, at least one")
             if int(listed[0]) < 0 or int(listed[-1]) >= limit:
@@ -108,8 +124,8 @@ class BlockTables(PointerTables):
         if out_rows is not None and in_cols is not None and cols % PITCH:
             packed = torch.nn.functional.pad(d, (0, -cols % PITCH))
         if out_rows is not None:
-            inverse = torch.full((out_features,), -1, dtype=torch.int32, device=self.device)
-            inverse[out_rows.long()] = torch.arange(rows, dtype=torch.int32, device=self.device)
+            inverse = torch.full((out_features,), -1, dtype=torch.int32, device=d.device)
+            inverse[out_rows.long()] = torch.arange(rows, dtype=torch.int32, device=d.device)
         return BlockEntry(d, out_rows, in_cols, in_features, out_features, packed, inverse)
 
     def set_all(self, slot: int, entries: Sequence[tuple[int, BlockEntry]]) -> None:
@@ -118,6 +134,7 @@ class BlockTables(PointerTables):
         self._check_places(slot, linears)
         held = self.dtype
         for linear, entry in entries:
+            self._check_device("d", entry.d)
             self._check_value_dtype("d", entry.d.dtype, held)
             held = entry.d.dtype
             self._check_dim(linear, 0, entry.in_features)

@@ -54,6 +54,11 @@ class PointerTables:
         self.dims = torch.zeros(num_linears, 2, dtype=torch.int32)
         self._known = self.dims.numpy()  # the same memory: reading single numbers from a tensor is slow
 
+    @property
+    def is_empty(self) -> bool:
+        """True when no slot has an entry."""
+        return not self._num_linears_of
+
     def has_any(self, linear: int) -> bool:
         """True when some slot has an entry for this linear; False lets a caller skip the operator."""
         return self._filled[linear] > 0

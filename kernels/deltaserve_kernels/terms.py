@@ -1,4 +1,5 @@
-"""Public operators of further adapter terms. On a CPU the PyTorch definition runs, except ``scale_shift``."""
+"""Public operators of further adapter terms. On a CPU ``scale_shift`` and ``block_linear`` have C++ twins; the others
+run as their PyTorch definition."""
 
 from __future__ import annotations
 
@@ -35,7 +36,13 @@ def block_linear(
 
     Arguments, precision, order and errors as in ``lora_linear``.
     """
-    if not work.is_empty and work.concerns(tables, members):
+    if work.is_empty or not work.concerns(tables, members):
+        return
+    if x.device.type == "cpu" and select(x.device, backend) == "cpu":
+        from deltaserve_kernels import cpu
+
+        cpu.block_linear(y, x, work, tables, members, depth)
+    else:
         _implementation(x.device, backend).block_linear(y, x, work, tables, members, depth)
 
 

@@ -43,9 +43,11 @@ from deltaserve.text import Tokenizer
 from deltaserve_kernels import (
     ApartFamily,
     BackendUnavailable,
+    BlockTables,
     LoraTables,
     SparseTables,
     VectorFamily,
+    VocabularyFamily,
     select,
     source_digest,
     use_backend,
@@ -175,6 +177,8 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
     sparse = SparseTables(len(base.linears), limits.adapter_slots, base.device, has_csr=has_csr)
     vectors = VectorFamily(len(base.linears), len(base.norms), limits.adapter_slots, base.device)
     apart = ApartFamily(len(base.linears), len(base.points), limits.adapter_slots, base.device)
+    vocabulary = VocabularyFamily(limits.adapter_slots, base.device)
+    block_tables = BlockTables(len(base.linears), limits.adapter_slots, base.device)
     pool = DevicePool(
         base.linears,
         lora,
@@ -186,6 +190,9 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
         norms=base.norms,
         apart=apart,
         points=base.points,
+        vocabulary=vocabulary,
+        matrices=base.matrices,
+        blocks=block_tables,
     )
     loader = FoldedLoader(base.spec, base.dtype, proven.locate)
     residency = AdapterResidency(
@@ -209,7 +216,17 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
     if has_graphs:
         max_blocks = -(-max_model_len // BLOCK_SIZE)
         graphs = DecodeGraphs(base, kv, lora, sparse, max_seqs=limits.max_num_seqs, max_blocks=max_blocks)
-    runner = ModelRunner(base, kv, lora, sparse, vectors=vectors, apart=apart, graphs=graphs)
+    runner = ModelRunner(
+        base,
+        kv,
+        lora,
+        sparse,
+        vectors=vectors,
+        apart=apart,
+        vocabulary=vocabulary,
+        blocks=block_tables,
+        graphs=graphs,
+    )
     began = time.monotonic()
     _apart(runner.warm_up, max_tokens=limits.max_num_batched_tokens)
     if graphs is not None:

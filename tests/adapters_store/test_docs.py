@@ -10,6 +10,7 @@ import pytest
 from deltaserve.admission.reason_codes import PROOF_REASON_CODES
 from deltaserve_store.file_names import CHECKED_FILES, STORED_FILES, FileRole, role_of
 from deltaserve_store.formats import deltaserve_bottleneck, deltaserve_dense
+from deltaserve_store.formats.deltaserve_blocks import FIELDS as BLOCK_FIELDS
 from deltaserve_store.formats.deltaserve_rotations import FIELDS as ROTATION_FIELDS
 from deltaserve_store.formats.deltaserve_sparse import FIELDS
 from deltaserve_store.formats.deltaserve_terms import FIELDS as TERM_FIELDS
@@ -17,6 +18,7 @@ from deltaserve_store.formats.deltaserve_vectors import FIELDS as VECTOR_FIELDS
 from deltaserve_store.formats.lora_vectors import PEFT_LORA_FIELDS
 from deltaserve_store.formats.own_config import REQUIRED
 from deltaserve_store.formats.peft_fields import SHIRA_FIELDS, FieldRule
+from deltaserve_store.formats.peft_trainable_tokens import TOKENS_FIELDS
 from deltaserve_store.formats.peft_vectors import IA3_FIELDS, LN_FIELDS
 from deltaserve_store.reason_codes import REASON_CODES
 
@@ -72,10 +74,12 @@ def _proof_codes() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "files": _files,
     "lora-fields": lambda: _fields(PEFT_LORA_FIELDS),
+    "token-fields": lambda: _fields(TOKENS_FIELDS),
     "shira-fields": lambda: _fields(SHIRA_FIELDS),
     "ia3-fields": lambda: _fields(IA3_FIELDS),
     "ln-fields": lambda: _fields(LN_FIELDS),
     "sparse-fields": lambda: _own_fields(FIELDS),
+    "block-fields": lambda: _own_fields(BLOCK_FIELDS),
     "vector-fields": lambda: _own_fields(VECTOR_FIELDS),
     "term-fields": lambda: _own_fields(TERM_FIELDS),
     "rotation-fields": lambda: _own_fields(ROTATION_FIELDS),
@@ -106,13 +110,14 @@ def test_every_field_of_the_installed_peft_is_known() -> None:
     """A field that a newer PEFT brings is refused until it is understood; here is where one hears of it."""
     import dataclasses
 
-    from peft import IA3Config, LNTuningConfig, LoraConfig, ShiraConfig
+    from peft import IA3Config, LNTuningConfig, LoraConfig, ShiraConfig, TrainableTokensConfig
 
     known = (
         (LoraConfig, PEFT_LORA_FIELDS),
         (ShiraConfig, SHIRA_FIELDS),
         (IA3Config, IA3_FIELDS),
         (LNTuningConfig, LN_FIELDS),
+        (TrainableTokensConfig, TOKENS_FIELDS),
     )
     for config, rules in known:
         assert {field.name for field in dataclasses.fields(config)} <= set(rules)

@@ -12,7 +12,7 @@ from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.deltas.folded import FoldedAdapter
 from deltaserve.engine.batch import ScheduledPart
 from deltaserve.model.base import BaseModel
-from deltaserve_kernels import ApartFamily, LoraTables, SparseTables, VectorFamily
+from deltaserve_kernels import ApartFamily, BlockTables, LoraTables, SparseTables, VectorFamily, VocabularyFamily
 from deltatest.paged_driver import PagedDriver
 
 
@@ -24,6 +24,8 @@ class MixedBatch:
         vectors = VectorFamily(len(base.linears), len(base.norms), num_slots)
         self.base = base
         apart = ApartFamily(len(base.linears), len(base.points), num_slots)
+        vocabulary = VocabularyFamily(num_slots)
+        block_tables = BlockTables(len(base.linears), num_slots)
         self.pool = DevicePool(
             base.linears,
             lora,
@@ -34,9 +36,21 @@ class MixedBatch:
             norms=base.norms,
             apart=apart,
             points=base.points,
+            vocabulary=vocabulary,
+            matrices=base.matrices,
+            blocks=block_tables,
         )
         self.slots: dict[str, int] = {}
-        self.driver = PagedDriver(base, num_blocks=128, lora=lora, sparse=sparse, vectors=vectors, apart=apart)
+        self.driver = PagedDriver(
+            base,
+            num_blocks=128,
+            lora=lora,
+            sparse=sparse,
+            vectors=vectors,
+            apart=apart,
+            vocabulary=vocabulary,
+            blocks=block_tables,
+        )
 
     def load(self, name: str, folded: FoldedAdapter) -> None:
         staged = self.pool.convert(folded)

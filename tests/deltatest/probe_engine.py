@@ -15,7 +15,7 @@ from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import KVCache
-from deltaserve_kernels import ApartFamily, LoraTables, SparseTables, VectorFamily
+from deltaserve_kernels import ApartFamily, BlockTables, LoraTables, SparseTables, VectorFamily, VocabularyFamily
 from deltaserve_store.names import NameMap
 
 
@@ -39,6 +39,8 @@ class SerialEngine:
         lora, sparse = LoraTables(len(base.linears), 1, base.device), SparseTables(len(base.linears), 1, base.device)
         vectors = VectorFamily(len(base.linears), len(base.norms), 1, base.device)
         apart = ApartFamily(len(base.linears), len(base.points), 1, base.device)
+        vocabulary = VocabularyFamily(1, base.device)
+        block_tables = BlockTables(len(base.linears), 1, base.device)
         self._pool = DevicePool(
             base.linears,
             lora,
@@ -49,9 +51,14 @@ class SerialEngine:
             norms=base.norms,
             apart=apart,
             points=base.points,
+            vocabulary=vocabulary,
+            matrices=base.matrices,
+            blocks=block_tables,
         )
         kv = KVCache(base.kv_layout, 8, base.device)
-        self._runner = ModelRunner(base, kv, lora, sparse, vectors=vectors, apart=apart)
+        self._runner = ModelRunner(
+            base, kv, lora, sparse, vectors=vectors, apart=apart, vocabulary=vocabulary, blocks=block_tables
+        )
 
     def publish(self, names: NameMap) -> None:
         self.names = names

@@ -25,7 +25,7 @@ from deltaserve.engine.sampler import Sampler
 from deltaserve.engine.scheduler import Scheduler
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import KVCache
-from deltaserve_kernels import ApartFamily, LoraTables, SparseTables, VectorFamily
+from deltaserve_kernels import ApartFamily, BlockTables, LoraTables, SparseTables, VectorFamily, VocabularyFamily
 from deltaserve_store.formats import read_adapter
 
 
@@ -99,6 +99,8 @@ def real_rig(
     sparse = SparseTables(len(base.linears), num_slots, base.device)
     vectors = VectorFamily(len(base.linears), len(base.norms), num_slots, base.device)
     apart = ApartFamily(len(base.linears), len(base.points), num_slots, base.device)
+    vocabulary = VocabularyFamily(num_slots, base.device)
+    block_tables = BlockTables(len(base.linears), num_slots, base.device)
     pool = DevicePool(
         base.linears,
         lora,
@@ -110,6 +112,9 @@ def real_rig(
         norms=base.norms,
         apart=apart,
         points=base.points,
+        vocabulary=vocabulary,
+        matrices=base.matrices,
+        blocks=block_tables,
     )
     residency = AdapterResidency(pool, HostCache(1 << 30), MemoryLoader(adapters or {}))
     limits = EngineLimits(
@@ -129,7 +134,18 @@ def real_rig(
     if has_graphs:  # each a pass that is run again; wants the reference operators
         graphs = DecodeGraphs(base, kv, lora, sparse, max_seqs=max_num_seqs, capture=lambda run: run)
         graphs.capture()
-    runner = RecordingRunner(ModelRunner(base, kv, lora, sparse, vectors=vectors, apart=apart, graphs=graphs))
+    inner = ModelRunner(
+        base,
+        kv,
+        lora,
+        sparse,
+        vectors=vectors,
+        apart=apart,
+        vocabulary=vocabulary,
+        blocks=block_tables,
+        graphs=graphs,
+    )
+    runner = RecordingRunner(inner)
     engine = Engine(runner, residency, blocks, scheduler, Sampler(base.vocab_size), limits)
     return RealRig(engine, runner, residency)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +47,9 @@ class PeftShiraConfig:
 def parse_lora_config(
     config: Mapping[str, Any], base: BaseSpec, where: str, findings: Findings
 ) -> PeftLoraConfig | None:
-    """None when ``findings`` got a reason that leaves the meaning open."""
+    """None when ``findings`` got a reason that leaves the meaning open. Targets may be embedding and head, too."""
     check_fields(config, LORA_FIELDS, where, findings)
-    targets = targets_of(config, where, findings)
+    targets = targets_of(config, where, findings, others=tuple(base.vocabulary))
     if findings:
         return None
     lora = PeftLoraConfig(
@@ -62,7 +62,12 @@ def parse_lora_config(
         fan_in_fan_out=config.get("fan_in_fan_out", False),
         base_name=config.get("base_model_name_or_path") or None,
     )
-    check_orientation(lora.targets.select(base), lora.fan_in_fan_out, base, where, findings)
+    matrices = [name for name in base.vocabulary if lora.targets.matches(name)]
+    modules = lora.targets.select(base)
+    if base.head is not None and base.head.name in matrices and not lora.fan_in_fan_out:
+        return lora  # the head, wrapped last, has put the flag to false whatever the linears are
+    if modules or not matrices:
+        check_orientation(modules, lora.fan_in_fan_out, base, where, findings)
     return lora
 
 
@@ -79,12 +84,15 @@ def parse_shira_config(
     return shira
 
 
-def targets_of(config: Mapping[str, Any], where: str, findings: Findings) -> TargetRules:
-    """Which linears are targeted. Reads only values that ``check_fields`` accepted; of others it says nothing more."""
+def targets_of(config: Mapping[str, Any], where: str, findings: Findings, others: Collection[str] = ()) -> TargetRules:
+    """Which linears are targeted. Reads only values that ``check_fields`` accepted; of others it says nothing more.
+
+    ``others``: paths of embedding and head where they may be targets.
+    """
     modules = config.get("target_modules")
     named = frozenset(item for item in modules if isinstance(item, str)) if isinstance(modules, list) else None
     for module in sorted(named or ()):
-        if is_head(module):
+        if is_head(module) and not any(f".{other}".endswith(f".{module}") for other in others):
             findings.add("unsupported_target", f"{where}:target_modules", module, "linears of the decoder layers")
     layers = config.get("layers_to_transform")
     patterns = config.get("layers_pattern")

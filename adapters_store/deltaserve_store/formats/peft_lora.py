@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from deltaserve_store.findings import Findings
+from deltaserve_store.formats import lora_vocabulary
 from deltaserve_store.formats.lora_initial import check_initial, residual_delta
 from deltaserve_store.formats.lora_vectors import LoraVectors, split_config, vector_names
+from deltaserve_store.formats.lora_vocabulary import LoraVocabulary
 from deltaserve_store.formats.peft_config import PeftLoraConfig, parse_lora_config
 from deltaserve_store.formats.tensor_checks import (
     FLOAT_DTYPES,
@@ -22,7 +24,7 @@ from deltaserve_store.formats.tensor_checks import (
     name_stray_tensor,
 )
 from deltaserve_store.formats.tensor_file import TensorFile
-from deltaserve_store.parsed import LoraDelta, ParsedAdapter
+from deltaserve_store.parsed import LoraDelta, ParsedAdapter, ResidualDelta
 from deltaserve_store.spec import BaseSpec
 
 
@@ -31,6 +33,7 @@ def parse_peft_lora(
 ) -> ParsedAdapter | None:
     """None when ``findings`` got a reason. Shapes are settled from the header before a tensor is read."""
     plain, options = split_config(config, config_name, findings)
+    plain, wanted = lora_vocabulary.split_config(plain, config_name, findings)
     lora = parse_lora_config(plain, base, config_name, findings)
     method = check_initial(config, config_name, findings)
     if lora is None or findings:
@@ -39,10 +42,16 @@ def parse_peft_lora(
     modules = lora.targets.select(base)
     vectors = LoraVectors(options, modules, base)
     vectors.check_layout(tensors, findings)
-    _check_layout(lora, modules, tensors, base, findings, others=vectors.sizes)
+    vocabulary = LoraVocabulary(wanted, lora, tensors, base, config_name, findings)
+    vocabulary.check_layout(tensors, findings)
+    if vocabulary.low_rank and (options["use_dora"] or options["lora_bias"] or method is not None):
+        allowed = "plain LoRA on embedding and head"
+        findings.add("unsupported_feature", f"{config_name}:target_modules", vocabulary.low_rank[0], allowed)
+    _check_layout(lora, modules, tensors, base, findings, others={*vectors.sizes, *vocabulary.names})
     if findings:
         return None
     found = vectors.read(tensors, findings)
+    of_vocabulary = vocabulary.read(tensors, findings)
     deltas = []
     for module in modules:
         name_a, name_b = _names(module)
@@ -52,17 +61,25 @@ def parse_peft_lora(
         deltas.append(LoraDelta(module, a, b, lora.scaling_of(module), magnitude=vectors.magnitude(module, found)))
     if findings:
         return None
-    residual = () if method is None else tuple(residual_delta(delta, method) for delta in deltas)
+    residual: tuple[ResidualDelta, ...] = (
+        () if method is None else tuple(residual_delta(delta, method) for delta in deltas)
+    )
     others = vectors.deltas(found, {delta.module: delta.scaling for delta in deltas})
     return ParsedAdapter(
         kind="lora",
         file_format="peft-lora",
-        deltas=(*(() if residual else deltas), *others),
+        deltas=(*(() if residual else deltas), *others, *of_vocabulary),
         config=config,
         base_name=lora.base_name,
         base_fingerprint=None,
-        rank=max(delta.rank for delta in residual or deltas),
-        num_parameters=sum(delta.a.numel() + delta.b.numel() for delta in deltas) + sum(vectors.sizes.values()),
+        rank=max(
+            delta.rank
+            for delta in (*(residual or deltas), *of_vocabulary)
+            if isinstance(delta, LoraDelta | ResidualDelta)
+        ),
+        num_parameters=sum(delta.a.numel() + delta.b.numel() for delta in deltas)
+        + sum(vectors.sizes.values())
+        + vocabulary.num_parameters,
         weight_deltas=residual,
     )
 
@@ -100,6 +117,7 @@ def _check_layout(
 def _name_strays_without_config(tensors: TensorFile, base: BaseSpec, findings: Findings) -> None:
     """With a refused config, name at least the tensors that no LoRA config could account for."""
     possible = {name for module in base.linears for name in (*_names(module), *vector_names(module))}
+    possible |= lora_vocabulary.possible_names(base)
     for name in tensors.header.tensors:
         if name not in possible:
             name_stray_tensor(name, base, findings)

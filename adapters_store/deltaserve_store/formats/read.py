@@ -24,6 +24,8 @@ from deltaserve_store.file_names import (
 )
 from deltaserve_store.findings import Findings, refuse
 from deltaserve_store.formats import deltaserve_bottleneck, deltaserve_dense
+from deltaserve_store.formats.deltaserve_blocks import FORMAT as BLOCKS
+from deltaserve_store.formats.deltaserve_blocks import parse_deltaserve_blocks
 from deltaserve_store.formats.deltaserve_rotations import FORMAT as ROTATIONS
 from deltaserve_store.formats.deltaserve_rotations import parse_deltaserve_rotations
 from deltaserve_store.formats.deltaserve_sparse import parse_deltaserve_sparse
@@ -37,6 +39,7 @@ from deltaserve_store.formats.peft_kinds.reader import read_kind
 from deltaserve_store.formats.peft_kinds.table import READERS, peft_type_of
 from deltaserve_store.formats.peft_lora import parse_peft_lora
 from deltaserve_store.formats.peft_shira import parse_peft_shira
+from deltaserve_store.formats.peft_trainable_tokens import parse_peft_trainable_tokens
 from deltaserve_store.formats.peft_vectors import VECTOR_READERS
 from deltaserve_store.formats.tensor_file import TensorFile
 from deltaserve_store.parsed import ParsedAdapter
@@ -119,8 +122,12 @@ def _parse_kind(
         return parse_peft_lora(config, PEFT_CONFIG, tensors, base, findings)
     if kind == "SHIRA":
         return parse_peft_shira(config, PEFT_CONFIG, tensors, base, findings)
+    if kind == "TRAINABLE_TOKENS":
+        return parse_peft_trainable_tokens(config, PEFT_CONFIG, tensors, base, findings)
     if kind in READERS:
         return read_kind(READERS[kind], config, PEFT_CONFIG, tensors, base, findings, limits)
+    if not kind and config.get("format") == BLOCKS:
+        return parse_deltaserve_blocks(config, tensors, base, findings)
     if not kind and config.get("format") == VECTORS:
         return parse_deltaserve_vectors(config, tensors, base, findings)
     if not kind and config.get("format") == TERMS:

@@ -14,6 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from deltaserve_kernels.block_tables import BlockTables
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.cpu import build
 from deltaserve_kernels.errors import DeviceMismatch, DtypeMismatch, OutOfRange, ShapeMismatch
@@ -96,6 +97,22 @@ def sparse_linear(
         _prepared(work),
         tables.pointers,
         tables.extents,
+        tables.dims,
+        list(chain.from_iterable(members)),
+        depth,
+    )
+
+
+def block_linear(
+    y: Tensor, x: Tensor, work: WorkList, tables: BlockTables, members: Sequence[Member], depth: float
+) -> None:
+    _check(x, work, tables)
+    torch.ops.deltaserve_cpu.block_linear(
+        y,
+        x,
+        _prepared(work),
+        tables.pointers,
+        tables.sizes,
         tables.dims,
         list(chain.from_iterable(members)),
         depth,
@@ -232,7 +249,7 @@ def _prepared(work: WorkList) -> Tensor:
     return prepared
 
 
-def _check(x: Tensor, work: WorkList, tables: LoraTables | SparseTables) -> None:
+def _check(x: Tensor, work: WorkList, tables: LoraTables | SparseTables | BlockTables) -> None:
     if tables.dtype is not x.dtype and tables.dtype is not None:
         raise DtypeMismatch(f"x is {x.dtype}; the tables hold {tables.dtype}")
     if not tables.is_on_host:

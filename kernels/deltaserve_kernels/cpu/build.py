@@ -37,6 +37,7 @@ SOURCES = (
     "pointwise_ops.inc",
     "packed_linear.inc",
     "vector_ops.inc",
+    "block_ops.inc",
     "rotation_ops.inc",
     "kernels.inc",
     "vec.inc",

@@ -295,6 +295,7 @@ void with_type(const at::Tensor& tensor, const char* name, const F& f) {
 #include "packed_linear.inc"
 #include "vector_ops.inc"
 #include "rotation_ops.inc"
+#include "block_ops.inc"
 
 }  // namespace
 
@@ -320,6 +321,8 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
       "float unit, float depth) -> ()");
   m.def(
       "rotate_blocks(Tensor(a!) y, Tensor x, Tensor work, Tensor pointers, Tensor dims, int[] members, float depth) -> ()");
+  m.def(
+      "block_linear(Tensor(a!) y, Tensor x, Tensor work, Tensor pointers, Tensor sizes, Tensor dims, int[] members, float depth) -> ()");
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("unpack_weight(Tensor packed, int outputs) -> Tensor");
   m.def("packed_linear(Tensor x, Tensor packed, int outputs, Tensor? bias) -> Tensor");
@@ -342,6 +345,7 @@ TORCH_LIBRARY_IMPL(deltaserve_cpu, CPU, m) {
   m.impl("rotate_and_store", rotate_and_store);
   m.impl("scale_shift", scale_shift);
   m.impl("rotate_blocks", rotate_blocks);
+  m.impl("block_linear", block_linear);
   m.impl("pack_weight", pack_weight);
   m.impl("unpack_weight", unpack_weight);
   m.impl("packed_linear", packed_linear);

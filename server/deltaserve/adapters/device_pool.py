@@ -13,19 +13,26 @@ from torch import Tensor
 
 from deltaserve.adapters.apart_entries import apart_entries
 from deltaserve.adapters.vector_entries import vector_entries
+from deltaserve.adapters.vocabulary_entries import vocabulary_entries
+from deltaserve.deltas.blocks import BlockTerm
 from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm, SparseTerm
 from deltaserve_kernels import (
     ApartEntries,
     ApartFamily,
+    BlockEntry,
+    BlockTables,
     LoraTables,
     SparseEntry,
     SparseTables,
     VectorEntries,
     VectorFamily,
+    VocabularyEntries,
+    VocabularyFamily,
 )
 
 NO_VECTORS = VectorEntries()
 NOTHING_APART = ApartEntries()
+NO_VOCABULARY = VocabularyEntries()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +44,31 @@ class StagedAdapter:
     sparse: tuple[tuple[int, SparseEntry], ...]
     vectors: VectorEntries = NO_VECTORS
     apart: ApartEntries = NOTHING_APART
+    vocabulary: VocabularyEntries = NO_VOCABULARY
+    blocks: tuple[tuple[int, BlockEntry], ...] = ()
 
     @property
     def nbytes(self) -> int:
         """On the host as on the device."""
         lora, sparse = sum(a.nbytes + b_t.nbytes for _, a, b_t in self.lora), sum(e.nbytes for _, e in self.sparse)
-        return lora + sparse + self.vectors.nbytes + self.apart.nbytes
+        blocks = sum(entry.nbytes for _, entry in self.blocks)
+        return lora + sparse + self.vectors.nbytes + self.apart.nbytes + self.vocabulary.nbytes + blocks
 
     def to(self, device: torch.device) -> StagedAdapter:
         lora = tuple((index, a.to(device), b_t.to(device)) for index, a, b_t in self.lora)
         sparse = tuple((index, entry.to(device)) for index, entry in self.sparse)
-        return StagedAdapter(lora, sparse, self.vectors.to(device), self.apart.to(device))
+        blocks = tuple((index, entry.to(device)) for index, entry in self.blocks)
+        vectors, vocabulary = self.vectors.to(device), self.vocabulary.to(device)
+        return StagedAdapter(lora, sparse, vectors, self.apart.to(device), vocabulary, blocks)
 
 
 class DevicePool:
     """``num_slots`` slots and ``max_bytes`` bytes. For the engine thread; ``convert`` and ``stage`` for any, best for a
     worker.
 
-    ``linears`` are the base's linears in table order, ``norms`` its norms, ``points`` its attach points. Without
-    ``vectors`` adapters that have vector terms are refused, without ``apart`` those with dense differences or modules.
+    ``linears`` are the base's linears in table order, ``norms`` its norms, ``points`` its attach points, ``matrices`` the
+    names of its embedding and head. Without ``vectors``, ``apart`` (dense differences and modules), ``vocabulary`` or
+    ``blocks`` adapters that have such terms are refused.
     """
 
     def __init__(
@@ -71,8 +84,12 @@ class DevicePool:
         norms: Sequence[str] = (),
         apart: ApartFamily | None = None,
         points: Sequence[str] = (),
+        vocabulary: VocabularyFamily | None = None,
+        matrices: Sequence[str | None] = (None, None),
+        blocks: BlockTables | None = None,
     ) -> None:
-        available = [tables.num_slots for tables in (lora, sparse, vectors, apart) if tables is not None]
+        given = (lora, sparse, vectors, apart, vocabulary, blocks)
+        available = [tables.num_slots for tables in given if tables is not None]
         if num_slots > min(available):
             raise ValueError(f"{num_slots} slots asked for; the tables have {', '.join(map(str, available))}")
         self.num_slots = num_slots
@@ -81,9 +98,12 @@ class DevicePool:
         self.device = torch.device(device)
         self._linear_index = {name: index for index, name in enumerate(linears)}
         self._norm_index = {name: index for index, name in enumerate(norms)}
+        self._matrix_index = {name: index for index, name in enumerate(matrices) if name is not None}
         self._vectors = vectors
         self._point_index = {name: index for index, name in enumerate(points)}
         self._apart = apart
+        self._vocabulary = vocabulary
+        self._blocks = blocks
         self._lora = lora
         self._sparse = sparse
         self._free = list(range(num_slots - 1, -1, -1))
@@ -108,9 +128,12 @@ class DevicePool:
         """
         lora: list[tuple[int, Tensor, Tensor]] = []
         sparse: list[tuple[int, SparseEntry]] = []
+        blocks: list[tuple[int, BlockEntry]] = []
         # A file's tensors share one buffer: whatever stays of it would keep the CSR arrays that nobody reads.
         is_apart = not self._sparse.has_csr and "sparse" in folded.kinds
         for name, terms in folded.terms.items():
+            if name in self._matrix_index:
+                continue
             index = self._linear_index.get(name)
             if index is None:
                 raise ValueError(f"the base has no linear {name!r}")
@@ -120,13 +143,30 @@ class DevicePool:
                     lora.append((index, a, b_t))
                 elif isinstance(term, SparseTerm):
                     sparse.append((index, self._sparse.scan(term.indptr, term.cols, term.values)))
+                elif isinstance(term, BlockTerm):
+                    blocks.append((index, self._scan_block(name, term, is_apart)))
         vectors = vector_entries(folded, self._linear_index, self._norm_index, is_apart=is_apart)
         if self._vectors is None and vectors.nbytes:
             raise ValueError("this pool has no tables for vector terms")
         terms_apart = apart_entries(folded, self._linear_index, self._point_index, is_apart=is_apart)
         if self._apart is None and terms_apart.nbytes:
             raise ValueError("this pool has no tables for dense differences and residual modules")
-        return StagedAdapter(tuple(lora), tuple(sparse), vectors, terms_apart)
+        vocabulary = vocabulary_entries(folded, self._matrix_index, is_apart=is_apart)
+        if self._vocabulary is None and vocabulary.nbytes:
+            raise ValueError("this pool has no tables for terms of embedding and head")
+        return StagedAdapter(tuple(lora), tuple(sparse), vectors, terms_apart, vocabulary, tuple(blocks))
+
+    def _scan_block(self, name: str, term: BlockTerm, is_apart: bool) -> BlockEntry:
+        if self._blocks is None:
+            raise ValueError(f"this pool has no tables for the block of {name!r}")
+        kept = {role: tensor.clone() if is_apart else tensor for role, tensor in term.tensors().items()}
+        return self._blocks.scan(
+            kept["block"],
+            term.in_features,
+            term.out_features,
+            out_rows=kept.get("out_rows"),
+            in_cols=kept.get("in_cols"),
+        )
 
     def stage(self, converted: StagedAdapter) -> StagedAdapter:
         """Bring the terms to the device; complete when it returns."""
@@ -155,6 +195,10 @@ class DevicePool:
                 self._vectors.set_all(slot, staged.vectors)
             if self._apart is not None:
                 self._apart.set_all(slot, staged.apart)
+            if self._vocabulary is not None:
+                self._vocabulary.set_all(slot, staged.vocabulary)
+            if self._blocks is not None:
+                self._blocks.set_all(slot, staged.blocks)
         except Exception:
             self._clear(slot)
             raise
@@ -173,6 +217,10 @@ class DevicePool:
             self._vectors.clear(slot)
         if self._apart is not None:
             self._apart.clear(slot)
+        if self._vocabulary is not None:
+            self._vocabulary.clear(slot)
+        if self._blocks is not None and self._blocks.has_slot(slot):
+            self._blocks.clear(slot)
 
     def versions(self) -> list[str]:
         """Versions that hold a slot."""

@@ -22,7 +22,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -43,6 +43,7 @@ from deltaserve.core import BASE_BINDING, Binding, BindingPart, Logits
 from deltaserve.deltas.fold import dense_deltas
 from deltaserve.deltas.modules import parallel_points, plain_modules
 from deltaserve.deltas.vectors import dense_biases, dense_norms
+from deltaserve.deltas.vocabulary import row_changes, trained_tokens
 from deltaserve.errors import Reason
 from deltaserve.model.base import BaseModel
 from deltaserve_store.parsed import ParsedAdapter
@@ -83,14 +84,18 @@ class Judgement:
     waivers: tuple[str, ...] = ()
 
 
-def probe_ids(version: str, spec: BaseSpec, max_model_len: int) -> tuple[int, ...]:
+def probe_ids(version: str, spec: BaseSpec, max_model_len: int, trained: Sequence[int] = ()) -> tuple[int, ...]:
     """Token ids drawn from the version's digest, so that the same bytes always meet the same tokens.
 
-    They come from the range the tokenizer can produce (a checkpoint may pad its embedding beyond it).
+    They come from the range the tokenizer can produce (a checkpoint may pad its embedding beyond it); every second one
+    from the tokens whose own rows the adapter has ``trained``, which chance would hardly meet.
     """
     generator = random.Random(hashlib.sha256(f"probe {version}".encode()).digest())
     count = max(1, min(MAX_PROBE_TOKENS, max_model_len - 1))
-    return tuple(generator.randrange(spec.num_tokens or spec.vocab_size) for _ in range(count))
+    drawn = [generator.randrange(spec.num_tokens or spec.vocab_size) for _ in range(count)]
+    if trained:
+        drawn[::2] = [trained[generator.randrange(len(trained))] for _ in drawn[::2]]
+    return tuple(drawn)
 
 
 class Change(NamedTuple):
@@ -101,6 +106,7 @@ class Change(NamedTuple):
     norms: Mapping[str, tuple[Tensor | None, Tensor | None]] = {}
     modules: Mapping[str, Callable[[Tensor], Tensor]] = {}
     parallel: frozenset[str] = frozenset()
+    rows: Mapping[str, Callable[[Tensor], Tensor]] = {}
 
 
 class NonFiniteOutput(Exception):
@@ -136,7 +142,8 @@ class Prover:
         Raises ``NonFiniteOutput``, or what the engine raises when the candidate cannot be run.
         """
         started = time.monotonic()
-        ids = probe_ids(version, self._base.spec, self._engine.limits.max_model_len)
+        trained = await self._in_worker(lambda: trained_tokens(adapter, self._base))
+        ids = probe_ids(version, self._base.spec, self._engine.limits.max_model_len, trained)
         folded_base = await self._folded(ids, Change(), "the base's own logits")
         base_error = None
         if self._base.dtype != torch.float32:
@@ -187,6 +194,10 @@ class Prover:
             {name: (_times(w, scale), _times(b, scale)) for name, (w, b) in dense_norms(adapter, self._base).items()},
             {name: partial(_added, module, scale) for name, module in plain_modules(adapter).items()},
             parallel_points(adapter),
+            {
+                name: partial(_scaled_rows, change, scale)
+                for name, change in row_changes(adapter, self._base.spec, self._base).items()
+            },
         )
 
     async def _compare(
@@ -270,6 +281,10 @@ def _scaled(make: Callable[[], Tensor], scale: float) -> Tensor:
 def _added(module: torch.nn.Module, scale: float, hidden: Tensor) -> Tensor:
     added: Tensor = module.to(hidden.device)(hidden)
     return added * scale
+
+
+def _scaled_rows(change: Callable[[Tensor], Tensor], scale: float, ids: Tensor) -> Tensor:
+    return change(ids).mul_(scale)
 
 
 def _times(tensor: Tensor | None, scale: float) -> Tensor | None:

@@ -14,6 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from deltaserve.deltas.blocks import BlockTerm, dense_block, fold_block
+from deltaserve.deltas.blocks import misfit as block_misfit
 from deltaserve.deltas.dense import DenseTerm, change_of, fold_mask, fold_signs_or_matrix, misfit
 from deltaserve.deltas.folded import FOLD_VERSION, FoldedAdapter, LowRankTerm, SparseTerm, Term, dtype_name
 from deltaserve.deltas.modules import fold_modules
@@ -28,15 +30,17 @@ from deltaserve.deltas.vectors import (
     gates_of,
     needs_weights,
 )
+from deltaserve.deltas.vocabulary import fold_rows, is_of_vocabulary, needs_token_rows
 from deltaserve.errors import AdapterRefused, Reason
+from deltaserve_store.block_deltas import BlockDelta, RowsDelta
 from deltaserve_store.bottleneck_deltas import BottleneckDelta
 from deltaserve_store.dense_deltas import DenseDelta, MaskDelta, SignDelta
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter, SparseDelta
 from deltaserve_store.spec import BaseSpec, LinearSpec
 from deltaserve_store.vector_deltas import NormDelta
 
-Matrix = LoraDelta | SparseDelta | DenseDelta | MaskDelta | SignDelta
-_MATRICES = (LoraDelta, SparseDelta, DenseDelta, MaskDelta, SignDelta)
+Matrix = LoraDelta | SparseDelta | DenseDelta | MaskDelta | SignDelta | BlockDelta
+_MATRICES = (LoraDelta, SparseDelta, DenseDelta, MaskDelta, SignDelta, BlockDelta)
 
 
 def fold_key(fingerprint: str, dtype: torch.dtype) -> str:
@@ -57,11 +61,13 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
     reasons: list[Reason] = []
     terms: dict[str, tuple[Term, ...]] = {}
     scales: dict[str, Tensor] = {}
-    if base is None and needs_weights(parsed):
+    if base is None and (needs_weights(parsed) or needs_token_rows(parsed)):
         raise ValueError("these deltas are folded with the base's weights; give the base")
     matrices = [delta for delta in parsed.deltas if isinstance(delta, _MATRICES)]
     for delta in sorted(matrices, key=lambda delta: (delta.module, isinstance(delta, SparseDelta))):
-        linear = spec.linears.get(delta.module)
+        linear = spec.linears.get(delta.module) or (
+            spec.vocabulary.get(delta.module) if isinstance(delta, LoraDelta) else None
+        )
         if linear is None:
             reasons.append(Reason("unknown_module", delta.module, "a delta", "a linear of the base"))
         elif wrong := _misfit(delta, linear):
@@ -73,6 +79,8 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
                 term: Term = _fold_low_rank(delta, dtype, scales.get(delta.module))
             elif isinstance(delta, DenseDelta | SignDelta):
                 term = fold_signs_or_matrix(delta, linear, dtype)
+            elif isinstance(delta, BlockDelta):
+                term = fold_block(delta, linear, dtype)
             else:
                 term = _fold_entries(delta, linear, dtype, base)
             reasons.extend(_overflow(delta.module, term, dtype))
@@ -84,12 +92,15 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
         vectors, norms = fold_vectors(parsed, spec, base, scales, reasons)
         for name, vector in vectors.items():
             terms[name] = (*terms.get(name, ()), vector)
+        rows = [delta for delta in parsed.deltas if isinstance(delta, RowsDelta)]
+        for name, trained in fold_rows(rows, spec, dtype, base, reasons).items():
+            terms[name] = (*terms.get(name, ()), trained)
     for name, rotation in fold_rotations(parsed, spec, dtype, reasons).items():
         terms[name] = (*terms.get(name, ()), rotation)
     modules = fold_modules(parsed, spec, dtype, reasons)
     if reasons:
         raise _refusal(reasons)
-    order = {name: index for index, name in enumerate(spec.linears)}
+    order = {name: index for index, name in enumerate((*spec.linears, *spec.vocabulary))}
     ordered = {name: terms[name] for name in sorted(terms, key=order.__getitem__)}
     return FoldedAdapter(terms=ordered, base_fingerprint=spec.fingerprint, dtype=dtype, norms=norms, modules=modules)
 
@@ -106,8 +117,8 @@ def dense_delta(
     """The delta of one linear at ``strength``, float32 ``[out, in]``: what the runtime must be equivalent to.
 
     From a ``ParsedAdapter`` it is computed from the file's own tensors, independently of ``fold``; zeros where the
-    adapter leaves the linear alone. Of a folded adapter, low-rank, sparse and dense matrices only. ``as_served``: where
-    a delta was converted with loss, what its factors multiply to instead of the method's own formula.
+    adapter leaves the linear alone. Of a folded adapter, low-rank, sparse, block and dense terms only. ``as_served``:
+    where a delta was converted with loss, what its factors multiply to instead of the method's own formula.
     """
     shape = spec.linears[linear]
     dense = torch.zeros(shape.out_features, shape.in_features)
@@ -115,6 +126,8 @@ def dense_delta(
         for term in adapter.terms.get(linear, ()):
             if isinstance(term, LowRankTerm):
                 dense += term.b_t.float().t() @ term.a.float()
+            elif isinstance(term, BlockTerm):
+                dense += term.dense()
             elif isinstance(term, SparseTerm):
                 rows = torch.repeat_interleave(torch.arange(shape.out_features), term.indptr.long().diff())
                 dense.index_put_((rows, term.cols.long()), term.values.float(), accumulate=True)
@@ -141,6 +154,8 @@ def dense_delta(
             # A converted delta is checked against its own method's formula, not against the conversion.
             own = delta.dense if delta.is_exact or not as_served else None
             dense += own() if own is not None else delta.scaling * (delta.b.float() @ delta.a.float())
+        elif isinstance(delta, BlockDelta):
+            dense += dense_block(delta, shape)
         elif isinstance(delta, SparseDelta):
             if delta.dense is not None:
                 dense += delta.dense()
@@ -159,9 +174,10 @@ def dense_deltas(
 ) -> Mapping[str, Callable[[], Tensor]]:
     """Lazy ``dense_delta`` of every linear the adapter changes: one dense matrix lives at a time."""
     if isinstance(adapter, FoldedAdapter):
-        names = list(adapter.terms)
+        names = [name for name in adapter.terms if name in spec.linears]
     else:
-        names = [d.module for d in adapter.deltas if not isinstance(d, NormDelta | BottleneckDelta)]
+        others = NormDelta | BottleneckDelta
+        names = [d.module for d in adapter.deltas if not isinstance(d, others) and not is_of_vocabulary(d, spec)]
     return {name: partial(dense_delta, adapter, name, spec, base, strength, as_served=as_served) for name in names}
 
 
@@ -173,6 +189,8 @@ def _refusal(reasons: list[Reason]) -> AdapterRefused:
 def _misfit(delta: Matrix, linear: LinearSpec) -> Reason | None:
     if isinstance(delta, DenseDelta | MaskDelta | SignDelta):
         return misfit(delta, linear)
+    if isinstance(delta, BlockDelta):
+        return block_misfit(delta, linear)
     if isinstance(delta, LoraDelta):
         found, rank = (tuple(delta.a.shape), tuple(delta.b.shape)), delta.a.shape[0]
         allowed = ((rank, linear.in_features), (linear.out_features, rank))
@@ -221,6 +239,7 @@ def _overflow(module: str, term: Term, dtype: torch.dtype) -> list[Reason]:
     parts = {"A": term.a, "scaling * B": term.b_t} if isinstance(term, LowRankTerm) else {}
     parts |= {"values": term.values} if isinstance(term, SparseTerm) else {}
     parts |= term.tensors() if isinstance(term, DenseTerm) else {}
+    parts |= {"block": term.d} if isinstance(term, BlockTerm) else {}
     allowed = f"magnitudes up to {torch.finfo(dtype).max:g} ({dtype_name(dtype)})"
     return [
         Reason("value_out_of_range", f"{module} ({part})", "values that overflow the serving dtype", allowed)

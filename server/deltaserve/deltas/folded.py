@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from deltaserve.deltas.blocks import BlockTerm, take_block
 from deltaserve.deltas.dense import DenseTerm, take_dense
 from deltaserve.deltas.folded_file import FileDamaged, read_tensors, write_tensors
 from deltaserve.deltas.modules import ModuleTerm, take_module
 from deltaserve.deltas.rotation_terms import RotationTerm, take_rotations
 from deltaserve.deltas.vector_terms import NormTerm, VectorTerm, take_norm, take_vectors
+from deltaserve.deltas.vocabulary import RowsTerm, take_rows
 from deltaserve.errors import AdapterUnavailable
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class SparseTerm:
         return self.indptr.nbytes + self.cols.nbytes + self.values.nbytes
 
 
-Term = LowRankTerm | SparseTerm | VectorTerm | RotationTerm | DenseTerm
+Term = LowRankTerm | SparseTerm | VectorTerm | RotationTerm | DenseTerm | RowsTerm | BlockTerm
 
 
 _FAMILIES: dict[type, str] = {
@@ -78,15 +80,19 @@ _FAMILIES: dict[type, str] = {
     VectorTerm: "vector",
     RotationTerm: "rotation",
     DenseTerm: "dense",
+    RowsTerm: "rows",
+    BlockTerm: "block",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class FoldedAdapter:
-    """All terms of one adapter version for one base and dtype. At most one term of each class per linear.
+    """All terms of one adapter version for one base and dtype. At most one term of each class per linear, the embedding
+    and the head (linears from and to the vocabulary) included.
 
-    ``modules`` are residual modules by attach point. ``kinds`` names the term families present, sorted ("bottleneck",
-    "dense", "lora", "rotation", "sparse", "vector"); ``rank`` is the largest, None without low-rank terms.
+    ``modules`` are residual modules by attach point. ``kinds`` names the term families present, sorted ("block",
+    "bottleneck", "dense", "lora", "rotation", "rows", "sparse", "vector"); ``rank`` is the largest, None without
+    low-rank terms.
     """
 
     terms: Mapping[str, tuple[Term, ...]]
@@ -121,8 +127,10 @@ class FoldedAdapter:
                 if isinstance(term, LowRankTerm):
                     tensors[f"{linear}:a"] = term.a
                     tensors[f"{linear}:b_t"] = term.b_t
-                elif isinstance(term, VectorTerm | RotationTerm | DenseTerm):
+                elif isinstance(term, VectorTerm | RotationTerm | DenseTerm | BlockTerm):
                     tensors |= {f"{linear}:{role}": tensor for role, tensor in term.tensors().items()}
+                elif isinstance(term, RowsTerm):
+                    tensors |= {f"{linear}:ids": term.ids, f"{linear}:row_values": term.values}
                 else:
                     tensors[f"{linear}:indptr"] = term.indptr
                     tensors[f"{linear}:cols"] = term.cols
@@ -200,7 +208,8 @@ def _grouped(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _linear_terms(linear: str, roles: dict[str, Tensor], spec: BaseSpec, dtype: torch.dtype) -> tuple[Term, ...]:
-    known = spec.linears.get(linear)
+    matrices = spec.vocabulary
+    known = spec.linears.get(linear) or matrices.get(linear)
     if known is None:
         raise FileDamaged(f"the base has no linear {linear!r}")
     terms: list[Term] = []
@@ -208,13 +217,20 @@ def _linear_terms(linear: str, roles: dict[str, Tensor], spec: BaseSpec, dtype: 
         terms.append(_low_rank(linear, roles.pop("a"), roles.pop("b_t"), known, dtype))
     if "indptr" in roles and "cols" in roles and "values" in roles:
         terms.append(_sparse(linear, roles.pop("indptr"), roles.pop("cols"), roles.pop("values"), known, dtype))
-    dense = take_dense(linear, roles, known, dtype)
+    dense = take_dense(linear, roles, known, dtype) if linear in spec.linears else None
     if dense is not None:
         terms.append(dense)
-    vectors = take_vectors(linear, roles, known)
+    vectors = take_vectors(linear, roles, known) if linear in spec.linears else None
     if vectors is not None:
         terms.append(vectors)
-    terms.extend(take_rotations(linear, roles, known, dtype))
+    if linear in spec.linears:
+        terms.extend(take_rotations(linear, roles, known, dtype))
+    block = take_block(linear, roles, known, dtype) if linear in spec.linears else None
+    if block is not None:
+        terms.append(block)
+    rows = take_rows(linear, roles, spec, dtype) if linear in matrices else None
+    if rows is not None:
+        terms.append(rows)
     if roles or not terms:
         raise FileDamaged(f"{linear!r} has the unexpected parts {sorted(roles)}")
     return tuple(terms)

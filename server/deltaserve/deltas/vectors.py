@@ -47,6 +47,8 @@ class BaseWeights(Protocol):
 
     def norm(self, name: str) -> tuple[Tensor, Tensor | None]: ...
 
+    def token_rows(self, name: str, ids: Tensor) -> Tensor: ...
+
 
 def needs_weights(parsed: ParsedAdapter) -> bool:
     """Whether some delta can only be folded with the base's numbers."""

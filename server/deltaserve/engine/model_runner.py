@@ -24,16 +24,20 @@ from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
 from deltaserve_kernels import (
     ApartFamily,
     ApartStep,
+    BlockTables,
     LoraTables,
     PaddedLayout,
     SparseTables,
     VectorFamily,
     VectorStep,
+    VocabularyFamily,
+    VocabularyStep,
     WorkList,
     build_work_list_runs,
     select,
     split_apart,
     split_runs,
+    split_vocabulary,
     upload,
 )
 
@@ -53,6 +57,8 @@ class ModelRunner:
         *,
         vectors: VectorFamily | None = None,
         apart: ApartFamily | None = None,
+        vocabulary: VocabularyFamily | None = None,
+        blocks: BlockTables | None = None,
         graphs: DecodeGraphs | None = None,
     ) -> None:
         self.base = base
@@ -61,6 +67,8 @@ class ModelRunner:
         self.sparse = sparse
         self.vectors = vectors
         self.apart = apart
+        self.vocabulary = vocabulary
+        self.blocks = blocks
         self.graphs = graphs
         self._is_host = base.device.type == "cpu"
         self._staging = np.empty(0, dtype=np.int64)
@@ -177,6 +185,12 @@ class ModelRunner:
             sparse=self.sparse,
             vectors=self._vector_step,
             apart=self._apart_step,
+            vocabulary=self._vocabulary_step(
+                num_rows, None if num_logit_rows == num_rows else narrow[rows_at : rows_at + num_logit_rows].tolist()
+            )
+            if work is not None
+            else None,
+            blocks=self._blocks_of(self._runs) if work is not None else None,
             kv_regimes=self._regimes(batch, owner),
             is_decode=num_rows == num_sequences,
         )
@@ -242,10 +256,26 @@ class ModelRunner:
             self._apart_slots = apart
         return self._work
 
+    def _vocabulary_step(self, num_rows: int, logit_rows: list[int] | None) -> VocabularyStep | None:
+        """The rows of ``self._runs`` that change the embedding or the head."""
+        family = self.vocabulary
+        if family is None or family.is_empty:
+            return None
+        runs = [run for run in self._runs if any(family.has_slot(slot) for slot, _, _ in run[2])]
+        return split_vocabulary(runs, num_rows, logit_rows, family, self.base.device) if runs else None
+
+    def _blocks_of(self, runs: Iterable[Run]) -> BlockTables | None:
+        """The tables of blocks, where a row of the step has one."""
+        blocks = self.blocks
+        if blocks is None or blocks.is_empty:
+            return None
+        return blocks if any(blocks.has_slot(slot) for _, _, parts in runs for slot, _, _ in parts) else None
+
     def _is_eager(self, batch: Sequence[ScheduledSequence]) -> bool:
         """Whether some row has terms that captured graphs do not know."""
-        families = [family for family in (self.vectors, self.apart) if family is not None and not family.is_empty]
-        return any(family.has_slot(part[0]) for family in families for seq in batch for part in seq.parts)
+        families = (self.vectors, self.apart, self.vocabulary, self.blocks)
+        held = [family for family in families if family is not None and not family.is_empty]
+        return bool(held) and any(f.has_slot(part[0]) for seq in batch for part in seq.parts for f in held)
 
     def _regimes(self, batch: Sequence[ScheduledSequence], owner: Any) -> Tensor | None:
         if not self.base.has_kv_regimes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub.constants
 import torch
@@ -16,6 +16,7 @@ from deltaserve.model import checkpoint, identity
 from deltaserve.model.attach import EMBED_OUT, FINAL_HIDDEN, EmbedPoint, change_rows, find_points
 from deltaserve.model.attention import ATTENTION_NAME, attach_spec
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, use
+from deltaserve.model.embedding import TunableEmbedding, count_calls, make_embedding_tunable
 from deltaserve.model.folded import widen_in_folded_mode
 from deltaserve.model.fuse import fuse, make_tunable
 from deltaserve.model.fuse_layer import fuse_layers
@@ -36,7 +37,8 @@ MAX_FOLDED_TOKENS = 64
 
 class BaseModel:
     """A loaded base. ``linears[i]`` is the name of the linear that tables call i, ``norms[i]`` that of a norm,
-    ``points[i]`` that of an attach point; the head is not among them.
+    ``points[i]`` that of an attach point; the head is not among them. ``matrices`` names embedding and head, None where
+    adapters cannot change them.
 
     Passes on different threads do not disturb each other: all state of a pass is in its context.
     """
@@ -50,6 +52,8 @@ class BaseModel:
         spec: BaseSpec,
         kv_layout: KVLayout,
         *,
+        embedding: TunableEmbedding | None,
+        head: BaseLinear | None,
         longrope_limit: int | None,
         eos_token_ids: tuple[int, ...],
         max_context: int,
@@ -68,6 +72,8 @@ class BaseModel:
         self._model = model
         self._linears = dict(linears)
         self._norms = dict(norms)
+        self.matrices = (None if embedding is None else embedding.name, None if head is None else head.name)
+        self._token_rows: dict[str, Tensor] = {m.name: m.weight for m in (embedding, head) if m is not None}
         self._longrope_limit = longrope_limit
         self._decoder = cut_before_head(model)
 
@@ -97,6 +103,11 @@ class BaseModel:
         """Weight and bias [H] of a norm of ``norms``, as stored; raises KeyError."""
         norm = self._norms[name]
         return norm.weight, norm.bias
+
+    def token_rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows of the embedding or the head by token, ``ids`` int64 [n] -> [n, width] as stored; raises KeyError."""
+        weight = self._token_rows[name]
+        return weight[ids.to(weight.device)]
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Names of the linears that share an input, group after group in order of execution."""
@@ -136,17 +147,19 @@ class BaseModel:
         norms: Mapping[str, tuple[Tensor | None, Tensor | None]] | None = None,
         modules: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
         parallel: Collection[str] = (),
+        rows: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> Tensor:
         """The proof's half: ``ids`` int64 [T <= 64] -> float32 [T, vocab] with every linear at ``W + dW`` in fp32.
 
         ``deltas`` maps names of ``linears`` to functions that make the fp32 [out, in] difference; one exists at a time.
-        ``biases``, ``norms``, ``modules`` and ``parallel``: as in ``FoldedContext``.
+        ``biases``, ``norms``, ``modules``, ``parallel`` and ``rows``: as in ``FoldedContext``.
         """
         if not 1 <= len(ids) <= MAX_FOLDED_TOKENS:
             raise ValueError(f"{len(ids)} ids; folded mode takes 1 to {MAX_FOLDED_TOKENS}")
-        biases, norms, modules = biases or {}, norms or {}, modules or {}
+        biases, norms, modules, rows = biases or {}, norms or {}, modules or {}, rows or {}
         unknown = sorted({*deltas, *biases} - set(self._linears)) + sorted(set(norms) - set(self._norms))
         unknown += sorted(set(modules) - set(self.points))
+        unknown += sorted(set(rows) - set(self._token_rows))
         if unknown:
             raise ValueError(f"the base has no linear {unknown[0]!r} to fold a delta into")
         ids = ids.to(self.device)
@@ -157,6 +170,7 @@ class BaseModel:
             norms=norms,
             modules=modules,
             parallel=frozenset(parallel),
+            rows=rows,
             kv_regimes=torch.full_like(ids, regime) if regime else None,
         )
         hidden = self._decode(ids, torch.arange(len(ids), device=self.device), ctx)
@@ -205,7 +219,7 @@ def load_base(
     max_context = _max_context(config)
     probes = probe_sequences(config.vocab_size, max_context, device)
     references = reference_logits(model, probes)
-    linears, norms, points, seen = _take_over(model, probes[0], longrope_limit)
+    linears, norms, points, embedding, head, seen = _take_over(model, probes[0], longrope_limit)
     kv_heads, head_dim = _uniform(seen)
     spec = BaseSpec(
         fingerprint=identity.fingerprint(folder, raw, weights, cache_dir),
@@ -219,6 +233,8 @@ def load_base(
         hidden_size=config.hidden_size,
         tied_embeddings=bool(config.tie_word_embeddings),
         num_tokens=identity.count_tokens(folder),
+        embedding=None if embedding is None else embedding.spec,
+        head=None if head is None else _linear_spec(head),
     )
     base = BaseModel(
         model,
@@ -227,6 +243,8 @@ def load_base(
         points[0],
         spec,
         KVLayout(config.num_hidden_layers, kv_heads, head_dim, dtype),
+        embedding=embedding,
+        head=head,
         longrope_limit=longrope_limit,
         eos_token_ids=_eos_token_ids(model, config),
         max_context=max_context,
@@ -236,14 +254,23 @@ def load_base(
     return base
 
 
-def _take_over(
-    model: PreTrainedModel, probe: Tensor, longrope_limit: int | None
-) -> tuple[dict[str, BaseLinear], dict[str, TunableNorm], tuple[tuple[str, ...], tuple[str, ...]], Trace]:
+class _Taken(NamedTuple):
+    """What is ours in a model that was taken over. ``points``: attach points of the tables, and those of the spec."""
+
+    linears: dict[str, BaseLinear]
+    norms: dict[str, TunableNorm]
+    points: tuple[tuple[str, ...], tuple[str, ...]]
+    embedding: TunableEmbedding | None
+    head: BaseLinear | None
+    seen: Trace
+
+
+def _take_over(model: PreTrainedModel, probe: Tensor, longrope_limit: int | None) -> _Taken:
     """Trace the unmodified model, then put our linears, attention and rope in their places."""
     prefix, layers = find_layers(model, find_decoder(model), model.config.num_hidden_layers)
     entry: list[torch.Size] = []
     hook = layers[0].register_forward_pre_hook(lambda _, args: entry.extend(arg.shape for arg in args[:1]))
-    with watch(model) as calls:
+    with watch(model) as calls, count_calls(model) as embedding_calls:
         seen = trace(model, find_linears(prefix, layers), probe)
     hook.remove()
     norms = find_norms(model, calls, prefix, len(layers))
@@ -252,10 +279,10 @@ def _take_over(
     size = model.config.hidden_size
     has_entry = entry == [torch.Size((1, len(probe), size))]
     points = find_points(linears, attentions, prefix, len(layers), size, has_entry=has_entry)
-    head = model.get_output_embeddings()
+    head, wrapped = model.get_output_embeddings(), None
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is head and type(module) is torch.nn.Linear:
-            wrap_head(model, name)
+            wrapped = wrap_head(model, name)
     for module, spec in seen.specs.items():
         attach_spec(module, spec)
     model.set_attn_implementation(ATTENTION_NAME)
@@ -267,7 +294,7 @@ def _take_over(
     make_tunable(norms.values())
     if has_entry:
         layers[0].register_forward_pre_hook(EmbedPoint(points[0].index(EMBED_OUT)))
-    return linears, norms, points, seen
+    return _Taken(linears, norms, points, make_embedding_tunable(model, len(embedding_calls)), wrapped, seen)
 
 
 def _uniform(seen: Trace) -> tuple[int, int]:

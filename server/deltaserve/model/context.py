@@ -16,7 +16,15 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from deltaserve.model.kv_cache import KVCache
-    from deltaserve_kernels import ApartStep, LoraTables, SparseTables, VectorStep, WorkList
+    from deltaserve_kernels import (
+        ApartStep,
+        BlockTables,
+        LoraTables,
+        SparseTables,
+        VectorStep,
+        VocabularyStep,
+        WorkList,
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,9 +49,10 @@ class ForwardContext(PassContext):
     ``positions`` int64 [T]; ``cu_seqlens_q`` int32 [S+1], row ranges of the sequences; ``kv_lens`` int32 [S], positions
     valid after this step; ``block_tables`` int32 [S, B]; ``kv_index`` int64 [T] = block * 16 + offset, where each row's
     K and V go. ``work`` groups rows by binding; None or empty means base only. ``is_decode``: every sequence has one
-    row, which spares a launch. ``vectors``: rows of ``work`` that have vector terms, ``apart``: those with dense
-    differences or residual modules; None when no row has. ``stream`` is what a fused layer returned last: a tensor of
-    its own, which the next layer may add onto in place.
+    row, which spares a launch. Rows of ``work`` with further terms, each None when no row has any: ``vectors``;
+    ``apart``, dense differences and residual modules; ``vocabulary``, changes of embedding or head; ``blocks``, the
+    tables of row and column blocks. ``stream`` is what a fused layer returned last: a tensor of its own, which the next
+    layer may add onto in place.
     """
 
     positions: Tensor
@@ -57,6 +66,8 @@ class ForwardContext(PassContext):
     sparse: SparseTables | None = None
     vectors: VectorStep | None = None
     apart: ApartStep | None = None
+    vocabulary: VocabularyStep | None = None
+    blocks: BlockTables | None = None
     is_decode: bool = False
     stream: Tensor | None = None
     # Results of a projection group waiting for its other members: linear index -> (input rows, output slice).
@@ -70,7 +81,9 @@ class FoldedContext(PassContext):
     ``deltas`` maps a linear's name to a function giving its fp32 ``[out, in]`` difference; called once per pass.
     ``biases`` maps it to one giving the difference of its bias, ``[out]``. ``norms`` maps a norm's name to the
     differences of its weight and bias, ``[H]`` each or None. ``modules`` maps an attach point's name to a function of
-    fp32 rows ``[..., H]`` whose result is added there; those in ``parallel`` read the sublayer's input.
+    fp32 rows ``[..., H]`` whose result is added there; those in ``parallel`` read the sublayer's input. ``rows`` maps the
+    embedding's or the head's name to a function of token ids ``[n]`` that gives the differences of their rows, fp32
+    ``[n, width]``.
     """
 
     deltas: Mapping[str, Callable[[], Tensor]]
@@ -78,6 +91,7 @@ class FoldedContext(PassContext):
     norms: Mapping[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
     modules: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     parallel: frozenset[str] = frozenset()
+    rows: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
 _local = threading.local()

@@ -2,7 +2,7 @@
 
 A group owns one packed weight ``[sum of out, in]`` (Conv1D's file layout, ``[in, out]``, is turned at load). The member
 called first computes the slices of all members, adapter terms included; the others return theirs. Order inside a group
-is fixed: base product, then LoRA, then sparse.
+is fixed: base product, then LoRA, then sparse, then blocks.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaserve.model.attach import Ends, apply_apart, folded_input, folded_output
+from deltaserve.model.blocks import add_blocks
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, current
 from deltaserve.model.vectors import apply_with_vectors
 from deltaserve.model.weight import BaseWeight
-from deltaserve_kernels import WorkList, sparse_linear
+from deltaserve_kernels import WorkList, change_head, sparse_linear
 
 # Folded mode widens weights piece by piece; a piece holds at most this many elements (64 MiB in fp32).
 MAX_FOLDED_ELEMENTS = 16 * 1024 * 1024
@@ -73,6 +74,8 @@ class ProjectionGroup:
             y = self.weight.matmul(rows, self.bias, residual)
         if sparse is not None and work.concerns(sparse, self.members):
             sparse_linear(y, rows, work, sparse, self.members, self.depth)
+        if ctx.blocks is not None:
+            add_blocks(y, rows, work, ctx.blocks, self.members, self.depth)
         return y
 
 
@@ -80,7 +83,7 @@ class BaseLinear(nn.Module):
     """One frozen linear of the base: a slice of its group's packed weight.
 
     ``transposed`` tells that the checkpoint stores it as ``[in, out]`` (Conv1D). ``index`` is its place in
-    ``BaseModel.linears``; -1 for a linear no adapter may target (the head).
+    ``BaseModel.linears``; -1 for the head, whose terms are of the rows that get logits.
     """
 
     def __init__(self, name: str, group: ProjectionGroup, member: Member, *, transposed: bool, has_bias: bool) -> None:
@@ -123,7 +126,10 @@ class BaseLinear(nn.Module):
 
     def _step(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         if self.index < 0:
-            return self.matmul(x)
+            y = self.matmul(x)
+            if ctx.vocabulary is not None:
+                change_head(y.view(-1, self.out_features), x.reshape(-1, self.in_features), ctx.vocabulary)
+            return y
         rows = x.reshape(-1, self.in_features)
         if self._is_alone:
             return self.group.apply(rows, ctx).view(*x.shape[:-1], self.out_features)
@@ -145,6 +151,7 @@ class BaseLinear(nn.Module):
             raise ValueError(
                 f"delta of {self.name} is {list(delta.shape)}; needed: {[self.out_features, self.in_features]}"
             )
+        make_rows = ctx.rows.get(self.name) if isinstance(ctx, FoldedContext) else None
         x = x.float()
         if isinstance(ctx, FoldedContext) and ctx.modules:
             x = folded_input(self.group, x, ctx)
@@ -155,6 +162,8 @@ class BaseLinear(nn.Module):
             weight = stored[i : i + step].float()
             if delta is not None:
                 weight = weight + delta[i : i + step].to(weight)
+            if make_rows is not None:
+                weight = weight + make_rows(torch.arange(i, i + len(weight))).to(weight)
             pieces.append(F.linear(x, weight))
         y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
         bias = self.bias

@@ -52,7 +52,7 @@ def pack(model: nn.Module, prefix: str, num_layers: int, groups: list[tuple[str,
 
 
 def wrap_head(model: nn.Module, name: str) -> BaseLinear:
-    """Put a ``BaseLinear`` that no adapter may target in the head's place; a tied weight stays shared."""
+    """Put a ``BaseLinear`` in the head's place; a tied weight stays shared."""
     head = model.get_submodule(name)
     weight = _weight(head)
     # Kept as it is, too: a tied weight is the embedding's, and folded mode reads the head in small pieces.

@@ -1,7 +1,8 @@
 """A projection group in a step where some rows have vector terms: scales and rotations of inputs and outputs, biases.
 
 Rows with vectors are the base's product, then scales, biases and rotations, then low rank, then sparse, each rounded;
-whatever their groups hold, and whoever else is in the step. All other rows go through the product as ever.
+whatever their groups hold, and whoever else is in the step; blocks come last. All other rows go through the product as
+ever.
 
 Scales and rotations of an input act on the base's product alone. A row whose members need different inputs enters the
 product once more for each of them, so that weights are read once; a group of one has its rows replaced. On one side
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from deltaserve.model.blocks import add_blocks
 from deltaserve_kernels import VectorStep, lora_linear, rotate_blocks, scale_shift, sparse_linear
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ def apply_with_vectors(group: ProjectionGroup, rows: Tensor, ctx: ForwardContext
         lora_linear(y, rows, step.work, ctx.lora, members, depth)
     if ctx.sparse is not None and ctx.work is not None:
         sparse_linear(y, rows, ctx.work, ctx.sparse, members, depth)
+    if ctx.blocks is not None and ctx.work is not None:
+        add_blocks(y, rows, ctx.work, ctx.blocks, members, depth)
     return y
 
 

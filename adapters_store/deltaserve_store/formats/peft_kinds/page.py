@@ -13,13 +13,13 @@ _INTRO = f"""# Kinds of adapters
 
 Made from the code by `python -m deltaserve_store.formats.peft_kinds.page`; edit the readers, not this page.
 
-The server adds three terms to a linear `y = W x + b`: low rank, `B (A x)`, sparse, `S x`, and dense, `Q x`; it serves
-vectors: scales, biases and norm differences; rotations of a linear's input or output; and bottlenecks on the residual
-stream. Every kind below is made of them. What PEFT stores in another parametrisation is converted when the adapter is
-read, in float32, before the one cast to the serving dtype. The proof at the door compares the engine with the base plus
-the method's own formula, evaluated from the file's tensors, so that it would also find a wrong conversion. Low-rank
-terms are served at their exact rank up to {MAX_RANK}, and nothing is approximated then. What becomes of deltas of a
-higher rank is told [below](#deltas-of-high-rank).
+The server adds terms to a linear `y = W x + b`: low rank, `B (A x)`, sparse, `S x`, dense, `Q x`, and dense blocks of
+some rows and columns; it serves vectors: scales, biases and norm differences; rotations of a linear's input or output;
+trained rows of embedding and head; and bottlenecks on the residual stream. Every kind below is made of them. What PEFT
+stores in another parametrisation is converted when the adapter is read, in float32, before the one cast to the serving
+dtype. The proof at the door compares the engine with the base plus the method's own formula, evaluated from the file's
+tensors, so that it would also find a wrong conversion. Low-rank terms are served at their exact rank up to {MAX_RANK},
+and nothing is approximated then. What becomes of deltas of a higher rank is told [below](#deltas-of-high-rank).
 
 Files, targets, base names and reason codes are those of [adapter-format.md](adapter-format.md).
 
@@ -39,11 +39,27 @@ _OWN = (
     ("IA3", "`peft-ia3`", "`ia3_l`", "scales of outputs or inputs", "vector", "see adapter-format.md"),
     ("LN tuning", "`peft-ln-tuning`", "`ln_tuning_layers`", "differences of norms", "vector", "see adapter-format.md"),
     (
+        "Trainable tokens",
+        "`peft-trainable-tokens`",
+        "`trainable_tokens_delta`",
+        "rows of embedding and head, in place of the base's",
+        "rows",
+        "see adapter-format.md",
+    ),
+    (
         "deltaserve vectors",
         "`deltaserve-vectors`",
         "named vectors",
         "scales, biases, norms",
         "vector",
+        "see adapter-format.md",
+    ),
+    (
+        "deltaserve blocks",
+        "`deltaserve-blocks`",
+        "`block`; `rows`, `cols`",
+        "a dense block at these rows and columns",
+        "block",
         "see adapter-format.md",
     ),
     (

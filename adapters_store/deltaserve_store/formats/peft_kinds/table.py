@@ -54,9 +54,9 @@ _ALL: tuple[type[PeftReader], ...] = (
     Beft,
 )
 READERS: Mapping[str, type[PeftReader]] = MappingProxyType({reader.peft_type: reader for reader in _ALL})
-"""Types that are converted. ``LORA`` and ``SHIRA`` have readers of their own: they need no conversion."""
+"""Types that are converted. ``LORA``, ``SHIRA`` and ``TRAINABLE_TOKENS`` have readers of their own: no conversion."""
 
-SERVED_PEFT_TYPES = ("LORA", "SHIRA", *sorted(VECTOR_READERS), *sorted(READERS))
+SERVED_PEFT_TYPES = ("LORA", "SHIRA", "TRAINABLE_TOKENS", *sorted(VECTOR_READERS), *sorted(READERS))
 
 _PROMPT = "virtual tokens are not served yet"
 _NOT_YET = "not served yet"
@@ -80,7 +80,6 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "PSOFT": "it turns singular vectors of the base that are not in its file; their signs depend on the build",
         "PVERA": _NOT_YET,
         "SHADOW": "it brings a second model",
-        "TRAINABLE_TOKENS": "trained token rows are not served yet",
         "XLORA": "it is a router over several adapters; upload those one by one",
     }
 )

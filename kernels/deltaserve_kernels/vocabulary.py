@@ -1,0 +1,200 @@
+"""Terms of the embedding and of the head: low rank, and single rows that an adapter has trained.
+
+The embedding is a matrix with one row a token, read by token id; the head one with one row a token, multiplied. Both
+are numbered here as tables number linears. Trained rows run as this PyTorch definition on every device; a low-rank head
+is ``lora_linear`` over the rows that get logits. fp32 sums in binding order, each in an order that depends on nothing
+but the row itself, so that nobody's bits depend on who else is in the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltaserve_kernels.errors import OutOfRange, ShapeMismatch
+from deltaserve_kernels.operators import lora_linear
+from deltaserve_kernels.pointer_tables import FLOAT_DTYPES, PointerTables
+from deltaserve_kernels.reference import items_of
+from deltaserve_kernels.tables import LoraTables
+from deltaserve_kernels.worklist import Run, WorkList, build_work_list_runs
+
+EMBEDDING, HEAD = 0, 1
+DOTS_AT_ONCE = 256
+
+
+class RowsEntry(NamedTuple):
+    """Differences of some rows: token ids int32 [k], strictly ascending, and ``values`` [k, width]."""
+
+    ids: Tensor
+    values: Tensor
+
+
+class RowsTables(PointerTables):
+    """Trained rows, by embedding and head. ``get`` answers (ids, values). No kernel reads them: no arrays."""
+
+    ARRAYS = ()
+    NOUN = "matrix"
+
+    def set_all(self, slot: int, entries: Sequence[tuple[int, RowsEntry]]) -> None:
+        """Point a slot at an adapter's rows. Raises a KernelError and leaves the table as it was."""
+        held = self.dtype
+        self._check_places(slot, [matrix for matrix, _ in entries])
+        for matrix, (ids, values) in entries:
+            self._check_tensor("ids", ids, 1, (torch.int32,))
+            self._check_tensor("values", values, 2, FLOAT_DTYPES)
+            self._check_value_dtype("values", values.dtype, held)
+            held = values.dtype
+            if ids.numel() != values.shape[0] or not values.numel():
+                raise ShapeMismatch(f"{ids.numel()} ids and values {list(values.shape)}; a row for each id is needed")
+            if int(ids[0]) < 0 or bool((ids.diff() <= 0).any()):
+                raise OutOfRange(f"ids {ids.tolist()[:8]} must be strictly ascending, none negative")
+            self._check_dim(matrix, 1, values.shape[1])
+        if entries:
+            matrices = [matrix for matrix, _ in entries]
+            self._put(
+                slot, matrices, [tuple(entry) for _, entry in entries], [(0, e.values.shape[1]) for _, e in entries]
+            )
+
+
+class VocabularyEntries(NamedTuple):
+    """One adapter's terms: (matrix, A [r, in], B transposed [r, out]) and (matrix, trained rows).
+
+    Of the embedding ``in`` is the vocabulary and ``out`` the width of a row, of the head the other way round.
+    """
+
+    lora: tuple[tuple[int, Tensor, Tensor], ...] = ()
+    rows: tuple[tuple[int, RowsEntry], ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        low_rank = sum(a.nbytes + b_t.nbytes for _, a, b_t in self.lora)
+        return low_rank + sum(entry.ids.nbytes + entry.values.nbytes for _, entry in self.rows)
+
+    def to(self, device: torch.device) -> VocabularyEntries:
+        return VocabularyEntries(
+            tuple((matrix, a.to(device), b_t.to(device)) for matrix, a, b_t in self.lora),
+            tuple((matrix, RowsEntry(*(tensor.to(device) for tensor in entry))) for matrix, entry in self.rows),
+        )
+
+
+class VocabularyFamily:
+    """Two tables over the same slots. For the engine thread, as all tables."""
+
+    def __init__(self, num_slots: int, device: torch.device | str = "cpu") -> None:
+        self.lora = LoraTables(2, num_slots, device)
+        self.rows = RowsTables(2, num_slots, device)
+        self.num_slots = num_slots
+
+    @property
+    def is_empty(self) -> bool:
+        return self.lora.is_empty and self.rows.is_empty
+
+    def has_slot(self, slot: int) -> bool:
+        """True when the slot has a term of the embedding or of the head."""
+        return self.lora.has_slot(slot) or self.rows.has_slot(slot)
+
+    def has(self, matrix: int, slot: int) -> bool:
+        return self.lora.get(matrix, slot) is not None or self.rows.get(matrix, slot) is not None
+
+    def set_all(self, slot: int, entries: VocabularyEntries) -> None:
+        """Point a slot at an adapter's terms. Raises a KernelError; ``clear`` the slot then."""
+        self.lora.set_all(slot, entries.lora)
+        self.rows.set_all(slot, entries.rows)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot and let go of its tensors."""
+        if self.has_slot(slot):
+            self.lora.clear(slot)
+            self.rows.clear(slot)
+
+
+@dataclass(frozen=True)
+class VocabularyStep:
+    """Rows of a step whose bindings change the embedding, among its token rows, and the head, among the rows that get
+    logits; None where there are none."""
+
+    family: VocabularyFamily
+    embedding: WorkList | None
+    head: WorkList | None
+
+
+def split_vocabulary(
+    runs: Sequence[Run],
+    num_rows: int,
+    logit_rows: Sequence[int] | None,
+    family: VocabularyFamily,
+    device: torch.device | str = "cpu",
+) -> VocabularyStep:
+    """The rows among the runs of a step; ``logit_rows``, ascending, are those that get logits (None: all).
+
+    A part counts where its scale is not 0: that at the first layer for the embedding, at the last one for the head.
+    Raises as ``build_work_list_runs``.
+    """
+    embedding = [run for run in runs if any(first and family.has(EMBEDDING, slot) for slot, first, _ in run[2])]
+    head = [run for run in runs if any(last and family.has(HEAD, slot) for slot, _, last in run[2])]
+    num_logits = num_rows
+    if logit_rows is not None:
+        places = torch.tensor(logit_rows, dtype=torch.int64)
+        num_logits = len(logit_rows)
+        bounds = torch.tensor([(start, start + count) for start, count, _ in head], dtype=torch.int64)
+        moved = torch.searchsorted(places, bounds).tolist()
+        head = [(lo, hi - lo, run[2]) for (lo, hi), run in zip(moved, head, strict=True) if hi > lo]
+    return VocabularyStep(
+        family,
+        build_work_list_runs(embedding, num_rows, device) if embedding else None,
+        build_work_list_runs(head, num_logits, device) if head else None,
+    )
+
+
+def changed_embeddings(ids: Tensor, weight: Tensor, step: VocabularyStep) -> Iterator[tuple[Tensor, Tensor]]:
+    """(rows int64 [n], weights fp32 [n, width]): rows of the step whose token has another embedding than ``weight``
+    [vocab, width] says, and that embedding. ``ids`` int64 [T]: the step's tokens."""
+    for rows, parts in items_of(step.embedding) if step.embedding is not None else ():
+        index = torch.tensor(rows, device=ids.device)
+        tokens = ids[index]
+        total = torch.zeros(len(rows), weight.shape[1], device=ids.device)
+        touched = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
+        for slot, scale, _ in parts:
+            low_rank, trained = step.family.lora.get(EMBEDDING, slot), step.family.rows.get(EMBEDDING, slot)
+            if scale and low_rank is not None:
+                a, b_t = low_rank
+                shrunk = a[:, tokens].float() * scale
+                for factors, row in zip(shrunk, b_t.float(), strict=True):
+                    total += factors[:, None] * row
+                touched[:] = True
+            if scale and trained is not None:
+                known, values = trained
+                places = torch.searchsorted(known, tokens.int()).clamp(max=len(known) - 1)
+                hits = known[places] == tokens
+                total += values[places].float().masked_fill(~hits[:, None], 0.0) * scale
+                touched |= hits
+        if bool(touched.any()):
+            yield index[touched], (weight[tokens].float() + total)[touched]
+
+
+def change_head(y: Tensor, x: Tensor, step: VocabularyStep) -> None:
+    """Add the terms of the head in place: ``y`` [R, vocab] are the base's logits of ``x`` [R, width]. Low rank, then
+    trained rows, each rounded."""
+    work, family = step.head, step.family
+    if work is None:
+        return
+    if family.lora.has_any(HEAD):
+        backend = None if y.device.type == "cpu" else "reference"
+        lora_linear(y, x, work, family.lora, ((HEAD, 0, y.shape[1]),), 1.0, backend=backend)
+    for rows, parts in items_of(work) if family.rows.has_any(HEAD) else ():
+        for row in rows:
+            for slot, _, scale in parts:
+                trained = family.rows.get(HEAD, slot)
+                if scale and trained is not None:
+                    ids, values = trained
+                    places = ids.long()
+                    y[row, places] = (y[row, places].float() + scale * _dots(values, x[row].float())).to(y.dtype)
+
+
+def _dots(values: Tensor, x: Tensor) -> Tensor:
+    """fp32 [k] of ``values`` [k, width] and ``x`` [width]. A matrix product's bits would depend on where a row lies."""
+    return torch.cat([(some.float() * x).sum(dim=1) for some in values.split(DOTS_AT_ONCE)])

@@ -1,0 +1,25 @@
+"""Row and column blocks of a projection group, in steps that have some."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from deltaserve_kernels import BlockTables, WorkList, block_linear
+
+if TYPE_CHECKING:
+    from deltaserve.model.linear import Member
+
+
+def add_blocks(
+    y: Tensor, rows: Tensor, work: WorkList, blocks: BlockTables, members: Sequence[Member], depth: float
+) -> None:
+    """Add the blocks of ``members`` to ``y`` [T, N] in place; ``rows`` [T, K].
+
+    On a GPU the PyTorch definition runs too: the Triton operator is not among the launches that are warmed up.
+    """
+    if work.concerns(blocks, members):
+        backend = None if y.device.type == "cpu" else "reference"
+        block_linear(y, rows, work, blocks, members, depth, backend=backend)

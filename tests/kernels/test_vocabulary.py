@@ -1,0 +1,165 @@
+"""Terms of embedding and head against float64, and the split of a step's rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltaserve_kernels import (
+    EMBEDDING,
+    HEAD,
+    OutOfRange,
+    RowsEntry,
+    ShapeMismatch,
+    VocabularyEntries,
+    VocabularyFamily,
+    change_head,
+    changed_embeddings,
+    split_vocabulary,
+)
+from deltatest.kernel_cases import Parts, randn
+
+VOCAB, WIDTH, SLOTS = 37, 24, 4
+BINDINGS: list[Parts] = [((0, 1.0, 3.0),), (), ((1, -1.0, 1.0), (0, 0.5, 0.5)), ((1, 1.0, 1.0),), ((2, 1.0, 1.0),)] * 9
+RUNS = [(row, 1, parts) for row, parts in enumerate(BINDINGS)]
+
+
+def entries(slot: int, dtype: torch.dtype = torch.float32) -> VocabularyEntries:
+    """Slot 0: rows of both; slot 1: rows of the head and low rank of both; slot 2: nothing."""
+
+    def rows(seed: int, *ids: int) -> RowsEntry:
+        return RowsEntry(torch.tensor(ids, dtype=torch.int32), randn(len(ids), WIDTH, seed=seed, dtype=dtype))
+
+    if slot == 0:
+        return VocabularyEntries(rows=((EMBEDDING, rows(1, 0, 5, 36)), (HEAD, rows(2, 4, 5))))
+    if slot == 1:
+        return VocabularyEntries(
+            (
+                (EMBEDDING, randn(3, VOCAB, seed=3, dtype=dtype), randn(3, WIDTH, seed=4, dtype=dtype)),
+                (HEAD, randn(2, WIDTH, seed=5, dtype=dtype), randn(2, VOCAB, seed=6, dtype=dtype)),
+            ),
+            ((HEAD, rows(7, 5, 20)),),
+        )
+    return VocabularyEntries()
+
+
+def filled(dtype: torch.dtype = torch.float32) -> VocabularyFamily:
+    family = VocabularyFamily(SLOTS)
+    for slot in range(3):
+        family.set_all(slot, entries(slot, dtype))
+    return family
+
+
+def matrix_change(matrix: int, slot: int) -> Tensor:
+    """float64 [vocab, width]."""
+    total = torch.zeros(VOCAB, WIDTH).double()
+    given = entries(slot)
+    for index, a, b_t in given.lora:
+        if index == matrix:
+            product = a.double().t() @ b_t.double()
+            total += product if matrix == EMBEDDING else product.t()
+    for index, (ids, values) in given.rows:
+        if index == matrix:
+            total[ids.long()] += values.double()
+    return total
+
+
+def test_embeddings_against_float64() -> None:
+    ids = torch.arange(len(BINDINGS)) * 5 % VOCAB
+    weight = randn(VOCAB, WIDTH, seed=9)
+    step = split_vocabulary(RUNS, len(RUNS), None, filled())
+    found = weight[ids].clone()
+    changed: set[int] = set()
+    for rows, weights in changed_embeddings(ids, weight, step):
+        found[rows] = weights
+        changed |= set(rows.tolist())
+    for row, parts in enumerate(BINDINGS):
+        wanted = weight.double() + sum(first * matrix_change(EMBEDDING, slot) for slot, first, _ in parts)
+        torch.testing.assert_close(found[row].double(), wanted[ids[row]], rtol=0.0, atol=1e-5)
+        if row not in changed:
+            assert torch.equal(found[row], weight[ids[row]])
+    assert {row for row, parts in enumerate(BINDINGS) if parts in (BINDINGS[1], BINDINGS[4])} & changed == set()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_all", [True, False])
+def test_heads_against_float64(dtype: torch.dtype, with_all: bool) -> None:
+    """All rows get logits, or some: the list is then of those."""
+    logit_rows = None if with_all else [0, 2, 3, 7, 8, 20, 44]
+    places = list(range(len(BINDINGS))) if logit_rows is None else logit_rows
+    step = split_vocabulary(RUNS, len(RUNS), logit_rows, filled(dtype))
+    x, before = randn(len(places), WIDTH, seed=1, dtype=dtype), randn(len(places), VOCAB, seed=2, dtype=dtype)
+    y = before.clone()
+    change_head(y, x, step)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.3
+    for place, row in enumerate(places):
+        change = sum((last * matrix_change(HEAD, slot) for slot, _, last in BINDINGS[row]), torch.zeros(VOCAB, WIDTH))
+        wanted = before[place].double() + change.double() @ x[place].double()
+        torch.testing.assert_close(y[place].double(), wanted, rtol=0.0, atol=tolerance)
+        if BINDINGS[row] in ((), ((2, 1.0, 1.0),)):
+            assert torch.equal(y[place], before[place])
+        for slot, _, _ in BINDINGS[row]:
+            if slot == 0 and len(BINDINGS[row]) == 1:
+                others = [token for token in range(VOCAB) if token not in (4, 5)]
+                assert torch.equal(y[place, others], before[place, others])
+
+
+def test_company_is_not_felt() -> None:
+    """Whatever the numbers of rows, tokens and ranks: a row alone has the bits that it has among others."""
+    ids, weight = torch.arange(len(BINDINGS)) * 5 % VOCAB, randn(VOCAB, WIDTH, seed=9)
+    x, before = randn(len(BINDINGS), WIDTH, seed=1), randn(len(BINDINGS), VOCAB, seed=2)
+
+    def both(rows: list[int]) -> tuple[Tensor, Tensor]:
+        runs = [(place, 1, BINDINGS[row]) for place, row in enumerate(rows)]
+        step = split_vocabulary(runs, len(rows), None, filled())
+        embedded, y = weight[ids[rows]].clone(), before[rows].clone()
+        for places, weights in changed_embeddings(ids[rows], weight, step):
+            embedded[places] = weights
+        change_head(y, x[rows].contiguous(), step)
+        return embedded, y
+
+    together = both(list(range(len(BINDINGS))))
+    for row in range(len(BINDINGS)):
+        for found, wanted in zip(both([row]), together, strict=True):
+            assert torch.equal(found[0], wanted[row]), row
+
+
+def test_a_run_of_many_rows_lies_among_the_rows_with_logits() -> None:
+    family = filled()
+    runs = [(0, 5, ((0, 1.0, 1.0),)), (5, 7, ((1, 1.0, 1.0),)), (12, 3, ())]
+    step = split_vocabulary(runs, 15, [4, 6, 7, 11, 14], family)
+    assert step.embedding is not None
+    assert step.head is not None
+    assert step.head.num_rows == 5
+    assert step.head.rows.tolist() == [0, 1, 2, 3]
+    assert step.head.item_rows.tolist() == [0, 1, 4]
+    assert split_vocabulary(runs, 15, [12, 13], family).head is None
+
+
+def test_parts_of_no_strength_are_in_no_list() -> None:
+    step = split_vocabulary([(0, 2, ((0, 0.0, 1.0),)), (2, 1, ((0, 1.0, 0.0),))], 3, None, filled())
+    assert step.embedding is not None
+    assert step.head is not None
+    assert (step.embedding.rows.tolist(), step.head.rows.tolist()) == ([2], [0, 1])
+
+
+def test_slots_come_and_go() -> None:
+    family = filled()
+    assert [family.has_slot(slot) for slot in range(SLOTS)] == [True, True, False, False]
+    assert not family.is_empty
+    family.clear(0)
+    family.clear(1)
+    assert family.is_empty
+
+
+@pytest.mark.parametrize(
+    ("ids", "rows", "error"),
+    [([3, 2], 2, OutOfRange), ([2, 2], 2, OutOfRange), ([-1, 2], 2, OutOfRange), ([1, 2], 3, ShapeMismatch)],
+)
+def test_rows_that_make_no_sense_are_refused(ids: list[int], rows: int, error: type[Exception]) -> None:
+    entry = RowsEntry(torch.tensor(ids, dtype=torch.int32), torch.ones(rows, WIDTH))
+    family = VocabularyFamily(SLOTS)
+    with pytest.raises(error):
+        family.set_all(0, VocabularyEntries(rows=((HEAD, entry),)))
+    assert family.is_empty
