@@ -66,8 +66,8 @@ class DevicePool:
     """``num_slots`` slots and ``max_bytes`` bytes. For the engine thread; ``convert`` and ``stage`` for any, best for a
     worker.
 
-    ``linears`` are the base's linears in table order, ``norms`` its norms, ``points`` its attach points, ``matrices`` the
-    names of its embedding and head. Without ``vectors``, ``apart`` (dense differences and modules), ``vocabulary`` or
+    ``linears`` are the base's linears in table order, ``norms`` its norms, ``points`` its attach points, ``matrices``
+    the names of its embedding and head. Without ``vectors``, ``apart`` (dense differences and modules), ``vocabulary`` or
     ``blocks`` adapters that have such terms are refused.
     """
 

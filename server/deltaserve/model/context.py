@@ -81,9 +81,9 @@ class FoldedContext(PassContext):
     ``deltas`` maps a linear's name to a function giving its fp32 ``[out, in]`` difference; called once per pass.
     ``biases`` maps it to one giving the difference of its bias, ``[out]``. ``norms`` maps a norm's name to the
     differences of its weight and bias, ``[H]`` each or None. ``modules`` maps an attach point's name to a function of
-    fp32 rows ``[..., H]`` whose result is added there; those in ``parallel`` read the sublayer's input. ``rows`` maps the
-    embedding's or the head's name to a function of token ids ``[n]`` that gives the differences of their rows, fp32
-    ``[n, width]``.
+    fp32 rows ``[..., H]`` whose result is added there; those in ``parallel`` read the sublayer's input. ``rows`` maps
+    the embedding's or the head's name to a function of token ids ``[n]`` that gives the differences of their rows,
+    fp32 ``[n, width]``.
     """
 
     deltas: Mapping[str, Callable[[], Tensor]]

@@ -90,7 +90,7 @@ def update_of(adapter: ParsedAdapter, spec: BaseSpec, base: BaseWeights) -> Upda
         _check_known(delta, _KNOWN, delta.module)
         if isinstance(delta, NormDelta):
             norms[delta.module] = _norm_change(delta, base)
-        elif isinstance(delta, LoraDelta | SparseDelta | VectorDelta):
+        elif isinstance(delta, LoraDelta | SparseDelta | VectorDelta) and delta.module in spec.linears:
             linear = spec.linears[delta.module]
             shape = (linear.out_features, linear.in_features)
             change = _linear_change(delta, shape, base)
@@ -98,7 +98,8 @@ def update_of(adapter: ParsedAdapter, spec: BaseSpec, base: BaseWeights) -> Upda
             linears[delta.module] = change if before is None else add_linears([(1.0, before), (1.0, change)])
         else:
             raise MergeRefused(
-                f"{type(delta).__name__} of {delta.module} is no low-rank, sparse or vector term; only those add up"
+                f"{type(delta).__name__} of {delta.module} is no low-rank, sparse or vector term of a linear; only those "
+                "add up"
             )
     return Update(linears, norms)
 
