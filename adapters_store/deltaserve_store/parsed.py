@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from deltaserve_store.prefix_deltas import PrefixDelta
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
 
-Kind = Literal["lora", "sparse", "vector"]
+Kind = Literal["lora", "sparse", "vector", "prefix"]
 FileFormat = str
 """``peft-`` and the PEFT type in lower case with dashes, or one of our own formats (``deltaserve-...``)."""
 
@@ -84,7 +85,8 @@ class ParsedAdapter:
 
     ``rank`` is the largest one (None for sparse adapters). ``base_name`` is what a PEFT config says,
     ``base_fingerprint`` what our own files carry. ``chat_template`` names a template of the operator's registry;
-    template text is never taken from an adapter. ``skipped`` lists files that are no part of the adapter.
+    template text is never taken from an adapter. ``skipped`` lists files that are no part of the adapter. ``prefix``
+    stands before a sequence's own tokens.
     """
 
     kind: Kind
@@ -99,6 +101,12 @@ class ParsedAdapter:
     stop_token_ids: tuple[int, ...] = ()
     skipped: tuple[str, ...] = field(default=())
     weight_deltas: tuple[WeightDelta, ...] = ()
+    prefix: PrefixDelta | None = None
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Positions that it takes before a sequence's own tokens."""
+        return self.prefix.num_tokens if self.prefix is not None else 0
 
     def on_base(self, weight_of: Callable[[str], Tensor]) -> ParsedAdapter:
         """The same adapter with its ``weight_deltas`` turned into low-rank ``deltas``; see ``WeightDelta.on``."""

@@ -48,7 +48,8 @@ class BaseSpec:
 
     ``fingerprint`` identifies config, weights, tokenizer and template by content. ``names`` are the names under which
     this base is known, the served id first. ``vocab_size`` is the number of rows of the embedding; ``num_tokens`` the
-    number of tokens the tokenizer knows, where that is known (checkpoints pad the embedding).
+    number of tokens the tokenizer knows, where that is known (checkpoints pad the embedding). A layer's K and V of one
+    position are ``kv_heads`` times ``head_dim`` each; 0 where nobody asked the base, and no prefix can be checked.
     """
 
     fingerprint: str
@@ -61,3 +62,5 @@ class BaseSpec:
     tied_embeddings: bool = False
     num_tokens: int | None = None
     norms: Mapping[str, NormSpec] = field(default_factory=dict)
+    kv_heads: int = 0
+    head_dim: int = 0

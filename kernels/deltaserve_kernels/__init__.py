@@ -20,6 +20,7 @@ from deltaserve_kernels.errors import (
 )
 from deltaserve_kernels.operators import lora_linear, paged_attention, sparse_linear, write_kv
 from deltaserve_kernels.padded_list import PaddedLayout
+from deltaserve_kernels.prefix_tables import PrefixEntry, PrefixTables
 from deltaserve_kernels.sources import source_digest
 from deltaserve_kernels.tables import LoraTables, SparseEntry, SparseTables
 from deltaserve_kernels.terms import block_linear, lora_vector_linear, rms_norm, rotate_and_write_kv, scale_shift
@@ -43,6 +44,8 @@ __all__ = [
     "NotContiguous",
     "OutOfRange",
     "PaddedLayout",
+    "PrefixEntry",
+    "PrefixTables",
     "ShapeMismatch",
     "SparseEntry",
     "SparseTables",

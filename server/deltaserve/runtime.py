@@ -43,6 +43,7 @@ from deltaserve.text import Tokenizer
 from deltaserve_kernels import (
     BackendUnavailable,
     LoraTables,
+    PrefixTables,
     SparseTables,
     VectorFamily,
     select,
@@ -165,6 +166,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
     has_csr = select(base.device) != "triton"
     sparse = SparseTables(len(base.linears), limits.adapter_slots, base.device, has_csr=has_csr)
     vectors = VectorFamily(len(base.linears), len(base.norms), limits.adapter_slots, base.device)
+    prefixes = PrefixTables(limits.adapter_slots)
     pool = DevicePool(
         base.linears,
         lora,
@@ -174,6 +176,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
         device=base.device,
         vectors=vectors,
         norms=base.norms,
+        prefixes=prefixes,
     )
     loader = FoldedLoader(base.spec, base.dtype, proven.locate)
     residency = AdapterResidency(
@@ -197,14 +200,14 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
     if has_graphs:
         max_blocks = -(-max_model_len // BLOCK_SIZE)
         graphs = DecodeGraphs(base, kv, lora, sparse, max_seqs=limits.max_num_seqs, max_blocks=max_blocks)
-    runner = ModelRunner(base, kv, lora, sparse, vectors=vectors, graphs=graphs)
+    runner = ModelRunner(base, kv, lora, sparse, vectors=vectors, prefixes=prefixes, graphs=graphs)
     began = time.monotonic()
     _apart(runner.warm_up, max_tokens=limits.max_num_batched_tokens)
     if graphs is not None:
         fields = {"graphs": graphs.num_graphs, "seconds": round(time.monotonic() - began, 1)}
         logger.info("decode steps captured", extra={"fields": fields})
     kv_regime = base.kv_regime if base.has_kv_regimes else None
-    scheduler = Scheduler(blocks, residency, engine_limits, kv_regime=kv_regime)
+    scheduler = Scheduler(blocks, residency, engine_limits, kv_regime=kv_regime, prefixes=prefixes)
     engine = Engine(runner, residency, blocks, scheduler, Sampler(base.vocab_size), engine_limits)
     return AsyncEngine(engine, loader=loader, metrics=metrics)
 

@@ -44,7 +44,10 @@ def corpus_base(*, transposed: bool = False) -> BaseSpec:
             linears[name] = LinearSpec(name, out_features, in_features, False, transposed)
     paths = [f"model.layers.{layer}.input_layernorm" for layer in range(2)] + ["model.norm"]
     norms = {name: NormSpec(name, 16) for name in paths}
-    return BaseSpec(FINGERPRINT, ("tests/corpus-base",), "llama", linears, 100, 2, 16, num_tokens=90, norms=norms)
+    heads = {"kv_heads": 2, "head_dim": 4}
+    return BaseSpec(
+        FINGERPRINT, ("tests/corpus-base",), "llama", linears, 100, 2, 16, num_tokens=90, norms=norms, **heads
+    )
 
 
 def write_good_lora(folder: Path, *, rank: int = 4, seed: int = 0, fan_in_fan_out: bool = False) -> Path:

@@ -10,12 +10,12 @@ import torch
 from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.core import Binding, Logits
 from deltaserve.deltas.folded import FoldedAdapter
-from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
+from deltaserve.engine.batch import PrefixCopy, ScheduledPart, ScheduledSequence
 from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import KVCache
-from deltaserve_kernels import LoraTables, SparseTables, VectorFamily
+from deltaserve_kernels import LoraTables, PrefixTables, SparseTables, VectorFamily
 from deltaserve_store.names import NameMap
 
 
@@ -38,10 +38,19 @@ class SerialEngine:
         self.published: list[NameMap] = []
         lora, sparse = LoraTables(len(base.linears), 1, base.device), SparseTables(len(base.linears), 1, base.device)
         vectors = VectorFamily(len(base.linears), len(base.norms), 1, base.device)
+        self._prefixes = PrefixTables(1)
         self._pool = DevicePool(
-            base.linears, lora, sparse, num_slots=1, max_bytes=1 << 30, vectors=vectors, norms=base.norms
+            base.linears,
+            lora,
+            sparse,
+            num_slots=1,
+            max_bytes=1 << 30,
+            vectors=vectors,
+            norms=base.norms,
+            prefixes=self._prefixes,
         )
-        self._runner = ModelRunner(base, KVCache(base.kv_layout, 8, base.device), lora, sparse, vectors=vectors)
+        kv = KVCache(base.kv_layout, 8, base.device)
+        self._runner = ModelRunner(base, kv, lora, sparse, vectors=vectors, prefixes=self._prefixes)
 
     def publish(self, names: NameMap) -> None:
         self.names = names
@@ -61,8 +70,11 @@ class SerialEngine:
             path = self.candidates[part.version]
             self._install(FoldedAdapter.load(path, self.base.spec, self.base.dtype))
             parts = (ScheduledPart(0, part.scale_first, part.scale_last),)
-        blocks = list(range(1 + (len(ids) - 1) // 16))
-        logits = self._runner.execute([ScheduledSequence(0, ids, 0, blocks, parts, logits="all")])
+        start = self._prefixes.num_tokens(0) if parts else 0
+        blocks = list(range(1 + (start + len(ids) - 1) // 16))
+        prefix = PrefixCopy(0) if start else None
+        seq = ScheduledSequence(0, ids, start, blocks, () if start else parts, logits="all", prefix=prefix)
+        logits = self._runner.execute([seq])
         if self.on_probe is not None:
             logits = self.on_probe(binding, logits)
         return Logits(len(ids), logits.shape[1], logits.contiguous().numpy().tobytes())

@@ -25,7 +25,7 @@ from deltaserve.engine.sampler import Sampler
 from deltaserve.engine.scheduler import Scheduler
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import KVCache
-from deltaserve_kernels import LoraTables, SparseTables, VectorFamily
+from deltaserve_kernels import LoraTables, PrefixTables, SparseTables, VectorFamily
 from deltaserve_store.formats import read_adapter
 
 
@@ -98,6 +98,7 @@ def real_rig(
     lora = LoraTables(len(base.linears), num_slots, base.device)
     sparse = SparseTables(len(base.linears), num_slots, base.device)
     vectors = VectorFamily(len(base.linears), len(base.norms), num_slots, base.device)
+    prefixes = PrefixTables(num_slots)
     pool = DevicePool(
         base.linears,
         lora,
@@ -107,6 +108,7 @@ def real_rig(
         device=base.device,
         vectors=vectors,
         norms=base.norms,
+        prefixes=prefixes,
     )
     residency = AdapterResidency(pool, HostCache(1 << 30), MemoryLoader(adapters or {}))
     limits = EngineLimits(
@@ -121,12 +123,12 @@ def real_rig(
     # What blocks held before must not matter.
     kv.pool.normal_(generator=torch.Generator(base.device).manual_seed(1))
     kv_regime = base.kv_regime if base.has_kv_regimes else None
-    scheduler = Scheduler(blocks, residency, limits, kv_regime=kv_regime, patience_seconds=0.05)
+    scheduler = Scheduler(blocks, residency, limits, kv_regime=kv_regime, patience_seconds=0.05, prefixes=prefixes)
     graphs = None
     if has_graphs:  # each a pass that is run again; wants the reference operators
         graphs = DecodeGraphs(base, kv, lora, sparse, max_seqs=max_num_seqs, capture=lambda run: run)
         graphs.capture()
-    runner = RecordingRunner(ModelRunner(base, kv, lora, sparse, vectors=vectors, graphs=graphs))
+    runner = RecordingRunner(ModelRunner(base, kv, lora, sparse, vectors=vectors, prefixes=prefixes, graphs=graphs))
     engine = Engine(runner, residency, blocks, scheduler, Sampler(base.vocab_size), limits)
     return RealRig(engine, runner, residency)
 

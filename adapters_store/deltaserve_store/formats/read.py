@@ -30,6 +30,7 @@ from deltaserve_store.formats.json_file import read_json_object
 from deltaserve_store.formats.peft_kinds.reader import read_kind
 from deltaserve_store.formats.peft_kinds.table import READERS, peft_type_of
 from deltaserve_store.formats.peft_lora import parse_peft_lora
+from deltaserve_store.formats.peft_prefixes import PREFIX_KINDS, parse_peft_prefix
 from deltaserve_store.formats.peft_shira import parse_peft_shira
 from deltaserve_store.formats.peft_vectors import VECTOR_READERS
 from deltaserve_store.formats.tensor_file import TensorFile
@@ -106,6 +107,8 @@ def _parse_kind(
         return read_kind(READERS[kind], config, PEFT_CONFIG, tensors, base, findings)
     if not kind and config.get("format") == VECTORS:
         return parse_deltaserve_vectors(config, tensors, base, findings)
+    if kind in PREFIX_KINDS:
+        return parse_peft_prefix(kind, config, PEFT_CONFIG, tensors, base, findings)
     if kind in VECTOR_READERS:
         return VECTOR_READERS[kind](config, PEFT_CONFIG, tensors, base, findings)
     return parse_deltaserve_sparse(config, tensors, base, findings)

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from deltaserve.adapters.vector_entries import vector_entries
 from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm, SparseTerm
-from deltaserve_kernels import LoraTables, SparseEntry, SparseTables, VectorEntries, VectorFamily
+from deltaserve_kernels import (
+    LoraTables,
+    PrefixEntry,
+    PrefixTables,
+    SparseEntry,
+    SparseTables,
+    VectorEntries,
+    VectorFamily,
+)
 
 NO_VECTORS = VectorEntries()
 
@@ -26,17 +34,19 @@ class StagedAdapter:
     lora: tuple[tuple[int, Tensor, Tensor], ...]
     sparse: tuple[tuple[int, SparseEntry], ...]
     vectors: VectorEntries = NO_VECTORS
+    prefix: PrefixEntry | None = None
 
     @property
     def nbytes(self) -> int:
         """On the host as on the device."""
         lora, sparse = sum(a.nbytes + b_t.nbytes for _, a, b_t in self.lora), sum(e.nbytes for _, e in self.sparse)
-        return lora + sparse + self.vectors.nbytes
+        return lora + sparse + self.vectors.nbytes + (self.prefix.nbytes if self.prefix is not None else 0)
 
     def to(self, device: torch.device) -> StagedAdapter:
         lora = tuple((index, a.to(device), b_t.to(device)) for index, a, b_t in self.lora)
         sparse = tuple((index, entry.to(device)) for index, entry in self.sparse)
-        return StagedAdapter(lora, sparse, self.vectors.to(device))
+        prefix = self.prefix.to(device) if self.prefix is not None else None
+        return StagedAdapter(lora, sparse, self.vectors.to(device), prefix)
 
 
 class DevicePool:
@@ -44,7 +54,7 @@ class DevicePool:
     worker.
 
     ``linears`` are the base's linears in table order, ``norms`` its norms. Without ``vectors`` adapters that have
-    vector terms are refused.
+    vector terms are refused, without ``prefixes`` those that have a prefix.
     """
 
     def __init__(
@@ -58,8 +68,9 @@ class DevicePool:
         device: torch.device | str = "cpu",
         vectors: VectorFamily | None = None,
         norms: Sequence[str] = (),
+        prefixes: PrefixTables | None = None,
     ) -> None:
-        available = [tables.num_slots for tables in (lora, sparse, vectors) if tables is not None]
+        available = [tables.num_slots for tables in (lora, sparse, vectors, prefixes) if tables is not None]
         if num_slots > min(available):
             raise ValueError(f"{num_slots} slots asked for; the tables have {', '.join(map(str, available))}")
         self.num_slots = num_slots
@@ -69,6 +80,7 @@ class DevicePool:
         self._linear_index = {name: index for index, name in enumerate(linears)}
         self._norm_index = {name: index for index, name in enumerate(norms)}
         self._vectors = vectors
+        self._prefixes = prefixes
         self._lora = lora
         self._sparse = sparse
         self._free = list(range(num_slots - 1, -1, -1))
@@ -108,7 +120,12 @@ class DevicePool:
         vectors = vector_entries(folded, self._linear_index, self._norm_index, is_apart=is_apart)
         if self._vectors is None and vectors.nbytes:
             raise ValueError("this pool has no tables for vector terms")
-        return StagedAdapter(tuple(lora), tuple(sparse), vectors)
+        if folded.prefix is None:
+            return StagedAdapter(tuple(lora), tuple(sparse), vectors)
+        if self._prefixes is None:
+            raise ValueError("this pool has no tables for prefixes")
+        prefix = PrefixEntry(folded.prefix.pages, folded.prefix.num_tokens)
+        return StagedAdapter(tuple(lora), tuple(sparse), vectors, prefix)
 
     def stage(self, converted: StagedAdapter) -> StagedAdapter:
         """Bring the terms to the device; complete when it returns."""
@@ -135,6 +152,8 @@ class DevicePool:
             self._sparse.set_all(slot, staged.sparse)
             if self._vectors is not None:
                 self._vectors.set_all(slot, staged.vectors)
+            if self._prefixes is not None and staged.prefix is not None:
+                self._prefixes.set(slot, staged.prefix)
         except Exception:
             self._clear(slot)
             raise
@@ -151,6 +170,8 @@ class DevicePool:
         self._sparse.clear(slot)
         if self._vectors is not None:
             self._vectors.clear(slot)
+        if self._prefixes is not None:
+            self._prefixes.clear(slot)
 
     def versions(self) -> list[str]:
         """Versions that hold a slot."""

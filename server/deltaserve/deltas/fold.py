@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.deltas.folded import FOLD_VERSION, FoldedAdapter, LowRankTerm, SparseTerm, Term, dtype_name
+from deltaserve.deltas.prefixes import PrefixTerm, fold_prefix, prefix_overflow
 from deltaserve.deltas.vector_terms import NormTerm
 from deltaserve.deltas.vectors import BaseWeights, dense_vectors, dora_scale, fold_vectors, needs_weights
 from deltaserve.errors import AdapterRefused, Reason
@@ -65,6 +66,10 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
         vectors, norms = fold_vectors(parsed, spec, base, scales, reasons)
         for name, vector in vectors.items():
             terms[name] = (*terms.get(name, ()), vector)
+    prefix: PrefixTerm | None = None
+    if parsed.prefix is not None:
+        prefix = fold_prefix(parsed.prefix, spec, dtype, base)
+        reasons += prefix_overflow(prefix, _range(dtype))
     if reasons:
         raise AdapterRefused(
             f"The adapter cannot be folded with this base: {len(reasons)} finding(s), first {reasons[0].where!r}.",
@@ -72,7 +77,7 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
         )
     order = {name: index for index, name in enumerate(spec.linears)}
     ordered = {name: terms[name] for name in sorted(terms, key=order.__getitem__)}
-    return FoldedAdapter(terms=ordered, base_fingerprint=spec.fingerprint, dtype=dtype, norms=norms)
+    return FoldedAdapter(terms=ordered, base_fingerprint=spec.fingerprint, dtype=dtype, norms=norms, prefix=prefix)
 
 
 def dense_delta(
@@ -154,9 +159,12 @@ def _overflow(module: str, term: Term, dtype: torch.dtype) -> list[Reason]:
     """A finite file can still overflow where scaling is multiplied in or the dtype is narrower."""
     parts = {"A": term.a, "scaling * B": term.b_t} if isinstance(term, LowRankTerm) else {}
     parts |= {"values": term.values} if isinstance(term, SparseTerm) else {}
-    allowed = f"magnitudes up to {torch.finfo(dtype).max:g} ({dtype_name(dtype)})"
     return [
-        Reason("value_out_of_range", f"{module} ({part})", "values that overflow the serving dtype", allowed)
+        Reason("value_out_of_range", f"{module} ({part})", "values that overflow the serving dtype", _range(dtype))
         for part, tensor in parts.items()
         if not bool(torch.isfinite(tensor).all())
     ]
+
+
+def _range(dtype: torch.dtype) -> str:
+    return f"magnitudes up to {torch.finfo(dtype).max:g} ({dtype_name(dtype)})"

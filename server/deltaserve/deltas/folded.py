@@ -1,8 +1,8 @@
 """The runtime form of an adapter: per base linear, the terms that are added to its output, in the serving dtype.
 
 Of the delta algebra a folded adapter holds the low-rank and the sparse terms, each with its own scaling already inside
-(``b_t``, ``values``), and the vector terms (``vector_terms``): loading is then read and copy. Names are those of the
-base's linears and norms.
+(``b_t``, ``values``), the vector terms (``vector_terms``), and a prefix (``prefixes``): loading is then read and copy.
+Names are those of the base's linears and norms.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.deltas.folded_file import FileDamaged, read_tensors, write_tensors
+from deltaserve.deltas.prefixes import PREFIX, PrefixTerm, take_prefix
 from deltaserve.deltas.vector_terms import NormTerm, VectorTerm, take_norm, take_vectors
 from deltaserve.errors import AdapterUnavailable
 
@@ -75,19 +76,21 @@ _FAMILIES: dict[type, str] = {LowRankTerm: "lora", SparseTerm: "sparse", VectorT
 class FoldedAdapter:
     """All terms of one adapter version for one base and dtype. At most one term of each class per linear.
 
-    ``kinds`` names the term families present, sorted ("lora", "sparse", "vector"); ``rank`` is the largest, None
-    without low-rank terms.
+    ``kinds`` names the term families present, sorted ("lora", "sparse", "vector", "prefix"); ``rank`` is the
+    largest, None without low-rank terms.
     """
 
     terms: Mapping[str, tuple[Term, ...]]
     base_fingerprint: str
     dtype: torch.dtype
     norms: Mapping[str, NormTerm] = field(default_factory=dict)
+    prefix: PrefixTerm | None = None
 
     @property
     def kinds(self) -> tuple[str, ...]:
         found = {_FAMILIES[type(term)] for part in self.terms.values() for term in part}
         found |= {"vector"} if self.norms else set()
+        found |= {"prefix"} if self.prefix is not None else set()
         return tuple(sorted(found))
 
     @property
@@ -98,7 +101,8 @@ class FoldedAdapter:
     @property
     def nbytes(self) -> int:
         linears = sum(term.nbytes for part in self.terms.values() for term in part)
-        return linears + sum(term.nbytes for term in self.norms.values())
+        prefix = self.prefix.nbytes if self.prefix is not None else 0
+        return linears + prefix + sum(term.nbytes for term in self.norms.values())
 
     def save(self, path: Path) -> None:
         """Write one safetensors file (``folded_file``), atomically and durably. Raises ``OSError``."""
@@ -116,6 +120,8 @@ class FoldedAdapter:
                     tensors[f"{linear}:values"] = term.values
         for norm, change in self.norms.items():
             tensors |= {f"{norm}:{role}": tensor for role, tensor in change.tensors().items()}
+        if self.prefix is not None:
+            tensors |= {f"{PREFIX}:{role}": tensor for role, tensor in self.prefix.tensors().items()}
         write_tensors(path, tensors, {**_identity(self.base_fingerprint, self.dtype), **_content(self)})
 
     @classmethod
@@ -132,8 +138,9 @@ class FoldedAdapter:
             changes = {
                 name: take_norm(name, grouped.pop(name), norm) for name, norm in spec.norms.items() if name in grouped
             }
+            prefix = take_prefix(grouped.pop(PREFIX), spec, dtype) if PREFIX in grouped else None
             terms = {linear: _linear_terms(linear, roles, spec, dtype) for linear, roles in grouped.items()}
-            folded = cls(terms=terms, base_fingerprint=spec.fingerprint, dtype=dtype, norms=changes)
+            folded = cls(terms=terms, base_fingerprint=spec.fingerprint, dtype=dtype, norms=changes, prefix=prefix)
             _require(metadata, _content(folded))
         except FileDamaged as error:
             raise FoldedFileInvalid(f"The folded adapter file is damaged: {error}. Fold the version again.") from error

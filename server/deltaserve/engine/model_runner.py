@@ -24,6 +24,7 @@ from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
 from deltaserve_kernels import (
     LoraTables,
     PaddedLayout,
+    PrefixTables,
     SparseTables,
     VectorFamily,
     VectorStep,
@@ -49,6 +50,7 @@ class ModelRunner:
         sparse: SparseTables | None = None,
         *,
         vectors: VectorFamily | None = None,
+        prefixes: PrefixTables | None = None,
         graphs: DecodeGraphs | None = None,
     ) -> None:
         self.base = base
@@ -56,6 +58,7 @@ class ModelRunner:
         self.lora = lora
         self.sparse = sparse
         self.vectors = vectors
+        self.prefixes = prefixes
         self.graphs = graphs
         self._is_host = base.device.type == "cpu"
         self._staging = np.empty(0, dtype=np.int64)
@@ -76,6 +79,8 @@ class ModelRunner:
         check_batch(batch, sizes, starts, self.base.max_context)
         if self.base.device.index is not None:  # Triton launches on the calling thread's device
             torch.cuda.set_device(self.base.device)
+        if self.prefixes is not None and not self.prefixes.is_empty:
+            self._copy_prefixes(batch, self.prefixes)
         if self.graphs is not None and not self._slots_with_vectors(part[0] for seq in batch for part in seq.parts):
             logits = self.graphs.run(batch)
             if logits is not None:
@@ -174,6 +179,12 @@ class ModelRunner:
         )
         logit_rows = None if num_logit_rows == num_rows else thin[rows_at : rows_at + num_logit_rows]
         return ctx, wide[0], logit_rows
+
+    def _copy_prefixes(self, batch: Sequence[ScheduledSequence], tables: PrefixTables) -> None:
+        for seq in batch:
+            if seq.prefix is not None:
+                slot, first, regime = seq.prefix
+                tables.copy(slot, self.kv.pool, seq.block_table, first, regime)
 
     def _reserve(self, count: int) -> Any:
         """A staging array of ``count`` int64; on the host the step's tensors live in it, so it is not shared then."""

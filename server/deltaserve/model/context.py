@@ -7,7 +7,7 @@ pass is in the context. So the engine thread and a proof in another thread can r
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -63,12 +63,16 @@ class FoldedContext(PassContext):
 
     ``deltas`` maps a linear's name to a function giving its fp32 ``[out, in]`` difference; called once per pass.
     ``biases`` maps it to one giving the difference of its bias, ``[out]``. ``norms`` maps a norm's name to the
-    differences of its weight and bias, ``[H]`` each or None.
+    differences of its weight and bias, ``[H]`` each or None. ``past``: K and V ``[kv_heads, p, head_dim]`` of each
+    layer for positions before the sequence's own. ``seen``, where given, gets what attention caches of this pass: K and
+    V ``[kv_heads, T, head_dim]`` by layer.
     """
 
     deltas: Mapping[str, Callable[[], Tensor]]
     biases: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
     norms: Mapping[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+    past: Sequence[tuple[Tensor, Tensor]] = ()
+    seen: dict[int, tuple[Tensor, Tensor]] | None = None
 
 
 _local = threading.local()

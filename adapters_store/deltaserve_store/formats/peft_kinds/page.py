@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from deltaserve_store.formats.peft_fields import MAX_RANK, FieldRule
 from deltaserve_store.formats.peft_kinds.table import READERS, REFUSED
+from deltaserve_store.formats.peft_prefixes import PREFIX_KINDS
 
 _INTRO = f"""# Kinds of adapters
 
@@ -68,6 +69,26 @@ PiSSA, OLoRA and CorDA as a plain LoRA of twice the rank: give `save_pretrained`
 Each with `unsupported_kind` and this reason:
 """
 
+_PREFIXES = """
+## Prefixes
+
+Kinds that put p virtual tokens before a sequence's own, all of them in the form of keys and values: of every layer, K
+and V of positions 0 to p - 1. They lie in whole blocks of the KV cache, copied there once and then shared by all
+requests of the adapter; the request's own tokens follow at position p. Nothing else changes, so such rows are rows of
+the base. Embeddings are turned into K and V at the door, by one float32 pass of the base over them; K of a prefix
+tuning is used as it is: no norm and no rotary is applied to it, as in PEFT.
+
+The virtual tokens count against the context: `prompt + max_tokens + p` may be at most the server's limit, and an
+adapter that leaves no room for one token of prompt and one of answer is refused (`prefix_too_long`). They are never
+reported as prompt tokens. A prefix has no fractional strength (0 is the base, 1 the adapter), and is not composed with
+other adapters. Its proof compares with the base run over the embeddings and the tokens in one go, or with the given K
+and V put before the tokens' own in plain float32 attention; an effect that hardly stands out of rounding cannot be
+amplified and stays with a warning. PEFT's `forward` and its `generate(use_cache=False)` are what the answers equal;
+with transformers 5.24, the cached `generate` of PEFT 0.21.2 puts the virtual tokens before each new token and forgets
+the rest.
+
+"""
+
 _FIELDS = """
 ## Fields of the configs
 
@@ -94,7 +115,14 @@ def kinds_page() -> str:
     ]
     lines = [_INTRO, *_table(("kind", "format", "tensors of the file", "delta of a linear", "term", "refused"), served)]
     lines += [_INITIAL, *_table(("type", "why"), [(f"`{kind}`", why) for kind, why in sorted(REFUSED.items())])]
+    prefixes = [
+        (kind.title, f"`peft-{name.lower().replace('_', '-')}`", kind.source, kind.meaning, kind.limits)
+        for name, kind in PREFIX_KINDS.items()
+    ]
+    lines += [_PREFIXES, *_table(("kind", "format", "tensors of the file", "becomes", "refused"), prefixes)]
     lines.append(_FIELDS)
+    for kind in PREFIX_KINDS.values():
+        lines += [f"### {kind.title}\n", *_table(("field", "treatment", "accepted"), _rows(kind.fields)), ""]
     for reader in READERS.values():
         lines += [f"### {reader.title}\n", *_table(("field", "treatment", "accepted"), _rows(reader.fields)), ""]
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from deltaserve_store.formats.peft_kinds.seeded import TinyLora, UniLora
 from deltaserve_store.formats.peft_kinds.supertuning import SuperTuning
 from deltaserve_store.formats.peft_kinds.vblora import VbLora
 from deltaserve_store.formats.peft_kinds.vera import Vera
+from deltaserve_store.formats.peft_prefixes import PREFIX_KINDS
 from deltaserve_store.formats.peft_vectors import VECTOR_READERS
 
 _ALL: tuple[type[PeftReader], ...] = (
@@ -36,10 +37,9 @@ _ALL: tuple[type[PeftReader], ...] = (
 READERS: Mapping[str, type[PeftReader]] = MappingProxyType({reader.peft_type: reader for reader in _ALL})
 """Types that are converted. ``LORA`` and ``SHIRA`` have readers of their own: they need no conversion."""
 
-SERVED_PEFT_TYPES = ("LORA", "SHIRA", *sorted(VECTOR_READERS), *sorted(READERS))
+SERVED_PEFT_TYPES = ("LORA", "SHIRA", *sorted(VECTOR_READERS), *sorted(PREFIX_KINDS), *sorted(READERS))
 
 _AS_LORA = "its delta has full rank; export it with PEFT's save_as_lora, which states the error, and upload the LoRA"
-_PROMPT = "virtual tokens are not served yet"
 _ROTATION = "rotations of the base path are not served yet"
 _NOT_YET = "not served yet"
 _NOT_LINEAR = "it is not a fixed sum on a linear: its effect depends on the input"
@@ -50,22 +50,16 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "BEFT": _NOT_YET,
         "BOFT": _ROTATION,
         "C3A": _AS_LORA,
-        "CARTRIDGE": _PROMPT,
-        "CPT": _PROMPT,
         "DEFT": _NOT_YET,
         "FOURIERFT": _AS_LORA,
         "FROD": _NOT_YET,
         "GLORA": "it scales the base's weights; its delta has full rank",
         "HIRA": "its delta is a product with the base's weights and has full rank",
         "LILY": _NOT_LINEAR,
-        "MULTITASK_PROMPT_TUNING": _PROMPT,
         "OFT": _ROTATION,
         "OSF": "it rewrites the base's spectrum",
-        "P_TUNING": _PROMPT,
         "PEANUT": _NOT_LINEAR,
         "POLY": "it is routed by task ids, which a request does not carry",
-        "PREFIX_TUNING": _PROMPT,
-        "PROMPT_TUNING": _PROMPT,
         "PSOFT": "it turns singular vectors of the base that are not in its file; their signs depend on the build",
         "PVERA": _NOT_YET,
         "RANDLORA": _AS_LORA,
