@@ -477,7 +477,7 @@ _HEADER = (
 
 _KINDS = tuple(
     _config("peft_type", kind, "unsupported_kind")
-    for kind in ("BOFT", "PREFIX_TUNING", "XLORA", "OFT", "RANDLORA", "FOURIERFT", "NO_SUCH_KIND", ["LORA"])
+    for kind in ("BOFT", "ADAPTION_PROMPT", "XLORA", "OFT", "RANDLORA", "FOURIERFT", "NO_SUCH_KIND", ["LORA"])
 )
 
 _CONFIG = (

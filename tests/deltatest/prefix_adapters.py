@@ -109,7 +109,7 @@ class Oracle:
 
 
 def _name_the_cache(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Since 5.2x transformers calls it ``cache``; PEFT 0.21.2 does not find it, and would begin anew at each token."""
+    """PEFT 0.21.2 looks for ``past_key_values``, transformers 5.24 says ``cache``: each token would begin anew."""
 
     def prepared(*args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = prepare(*args, **kwargs)

@@ -14,9 +14,9 @@ _INTRO = f"""# Kinds of adapters
 Made from the code by `python -m deltaserve_store.formats.peft_kinds.page`; edit the readers, not this page.
 
 The server adds two terms to a linear `y = W x + b`: low rank, `B (A x)`, and sparse, `S x`; and it serves vectors:
-scales, biases and norm differences. Every kind below is exactly made of them. What PEFT stores in another
-parametrisation is converted when the adapter is read, in float32, before the one cast to the serving dtype; nothing is
-approximated. The proof at the door compares the engine with the base plus the method's own formula, evaluated from the
+scales, biases and norm differences. Every kind of the first table is exactly made of them, [prefixes](#prefixes) are
+apart. What PEFT stores in another parametrisation is converted when the adapter is read, in float32, before the one
+cast to the serving dtype; nothing is approximated. The proof at the door compares the engine with the base plus the method's own formula, evaluated from the
 file's tensors, so that it would also find a wrong conversion. Low-rank terms are
 served at their exact rank, at most {MAX_RANK}; a higher one is refused with the rank found (`rank_out_of_range`).
 
@@ -72,21 +72,20 @@ Each with `unsupported_kind` and this reason:
 _PREFIXES = """
 ## Prefixes
 
-Kinds that put p virtual tokens before a sequence's own, all of them in the form of keys and values: of every layer, K
-and V of positions 0 to p - 1. They lie in whole blocks of the KV cache, copied there once and then shared by all
-requests of the adapter; the request's own tokens follow at position p. Nothing else changes, so such rows are rows of
-the base. Embeddings are turned into K and V at the door, by one float32 pass of the base over them; K of a prefix
-tuning is used as it is: no norm and no rotary is applied to it, as in PEFT.
+Kinds that put p virtual tokens before a sequence's own are served in one form: K and V of positions 0 to p - 1 of every
+layer. They lie in ordinary blocks of the KV cache, where they are copied once and shared by later requests of the
+adapter; the request's own tokens follow at position p. Nothing else changes: such rows are rows of the base. K and V of
+prefix tuning and of cartridges are used as they are given, without norm or rotary; embeddings are turned into K and V
+at the door, by one float32 pass of the base over them.
 
-The virtual tokens count against the context: `prompt + max_tokens + p` may be at most the server's limit, and an
-adapter that leaves no room for one token of prompt and one of answer is refused (`prefix_too_long`). They are never
-reported as prompt tokens. A prefix has no fractional strength (0 is the base, 1 the adapter), and is not composed with
-other adapters. Its proof compares with the base run over the embeddings and the tokens in one go, or with the given K
-and V put before the tokens' own in plain float32 attention; an effect that hardly stands out of rounding cannot be
-amplified and stays with a warning. PEFT's `forward` and its `generate(use_cache=False)` are what the answers equal;
-with transformers 5.24, the cached `generate` of PEFT 0.21.2 puts the virtual tokens before each new token and forgets
-the rest.
+The virtual tokens count against the context, `prompt + max_tokens + p`; an adapter that leaves no room for a token of
+prompt and one of answer is refused (`prefix_too_long`). They are not reported as prompt tokens. A prefix has the
+strengths 0 (the base) and 1, and is not composed with other adapters. Its proof runs the base over embeddings and
+tokens in one go, or puts the given K and V before the tokens' own in plain float32 attention; an effect that hardly
+stands out of rounding cannot be amplified and leaves a warning.
 
+Answers equal PEFT's `forward`. Its `generate` agrees where it keeps its cache: PEFT 0.21.2 looks for it under a name
+that transformers 5.24 no longer uses, and then begins anew at each token.
 """
 
 _FIELDS = """
