@@ -58,7 +58,11 @@ def build_method(
 
 
 def load_method(model: nn.Module, folder: Path, base: Base) -> Method:
-    """Attach a finished adapter from its files, after the store's strict check. Raises ``AdapterInvalid``."""
+    """Attach a finished adapter from its files, after the store's strict check: a PEFT LoRA or sparse entries.
+
+    Raises ``AdapterInvalid``, also for kinds that only the server applies.
+    """
+    from deltaserve_store.findings import refuse
     from deltaserve_store.formats import read_adapter
     from deltaserve_trainer.base import spec_of
 
@@ -67,6 +71,8 @@ def load_method(model: nn.Module, folder: Path, base: Base) -> Method:
         from deltaserve_trainer.methods.lora import LoraMethod
 
         return LoraMethod.load(model, folder)
+    if parsed.kind != "sparse":
+        raise refuse("unsupported_kind", "adapter", parsed.file_format, "here a PEFT LoRA or a sparse adapter")
     from deltaserve_trainer.methods.sparse import SparseMethod
 
     return SparseMethod.load(model, parsed)
