@@ -34,7 +34,7 @@ async def create_chat_completion(http: Request, caller: Caller = MAY_USE) -> Res
     target = resolve_target(services.engine, caller, fields.model)
     prompt_ids = await render(services, target, fields)
     sampling = fields.sampling(
-        max_tokens=fields.num_tokens or room_after(services, prompt_ids, target.num_prefix_tokens),
+        max_tokens=fields.num_tokens or room_after(services, prompt_ids, target.binding.num_prefix_tokens),
         logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
     )
     prompt = make_prompt(services, caller, target, fields, sampling, prompt_ids, 0)

@@ -16,9 +16,9 @@ Made from the code by `python -m deltaserve_store.formats.peft_kinds.page`; edit
 The server adds two terms to a linear `y = W x + b`: low rank, `B (A x)`, and sparse, `S x`; and it serves vectors:
 scales, biases and norm differences. Every kind of the first table is exactly made of them, [prefixes](#prefixes) are
 apart. What PEFT stores in another parametrisation is converted when the adapter is read, in float32, before the one
-cast to the serving dtype; nothing is approximated. The proof at the door compares the engine with the base plus the method's own formula, evaluated from the
-file's tensors, so that it would also find a wrong conversion. Low-rank terms are
-served at their exact rank, at most {MAX_RANK}; a higher one is refused with the rank found (`rank_out_of_range`).
+cast to the serving dtype; nothing is approximated. The proof at the door compares the engine with the base plus the
+method's own formula, evaluated from the file's tensors, so that it would also find a wrong conversion. Low-rank terms
+are served at their exact rank, at most {MAX_RANK}; a higher one is refused with the rank found (`rank_out_of_range`).
 
 Files, targets, base names and reason codes are those of [adapter-format.md](adapter-format.md).
 
