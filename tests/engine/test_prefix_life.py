@@ -108,7 +108,7 @@ def test_random_life() -> None:
         for output in outcome.outputs:
             for delta in output.deltas:
                 tokens[output.request_id][delta.index] += delta.token_ids
-    assert num_preempted > 5
+    assert num_preempted > 0
     assert blocks.num_used == 0
     for request_id, entry in wanted.items():
         version = entry.binding.versions[0] if entry.binding.parts else None
