@@ -209,4 +209,5 @@ def _record(row: sqlite3.Row) -> AdapterRecord:
         chat_template=manifest.chat_template,
         stop_token_ids=manifest.stop_token_ids,
         is_current=row["version"] == row["current"],
+        num_prefix_tokens=manifest.num_prefix_tokens,
     )

@@ -53,9 +53,13 @@ class AdapterManifest:
     stop_token_ids: tuple[int, ...]
     files: tuple[StoredFile, ...]
     manifest_version: int = MANIFEST_VERSION
+    num_prefix_tokens: int = 0
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True, indent=1) + "\n"
+        data = asdict(self)
+        if not self.num_prefix_tokens:  # manifests of other adapters stay what they were
+            del data["num_prefix_tokens"]
+        return json.dumps(data, sort_keys=True, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> AdapterManifest:
@@ -80,7 +84,8 @@ class AdapterRecord:
 
     ``state`` is the stored state ("stored", "incompatible", "failed"); where a version lives at run time is the
     engine's to say. ``effect`` is the measured effect on probe logits (None when not measured). ``is_current`` tells
-    whether the name points to this version now.
+    whether the name points to this version now. ``num_prefix_tokens``: positions of the context that the adapter takes
+    before a sequence's own tokens.
     """
 
     name: str
@@ -101,6 +106,7 @@ class AdapterRecord:
     chat_template: str | None = None
     stop_token_ids: tuple[int, ...] = ()
     is_current: bool = True
+    num_prefix_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

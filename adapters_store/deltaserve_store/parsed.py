@@ -12,10 +12,11 @@ from torch import Tensor
 from deltaserve_store.block_deltas import BlockDelta, RowsDelta
 from deltaserve_store.bottleneck_deltas import BottleneckDelta
 from deltaserve_store.dense_deltas import DenseDelta, MaskDelta, SignDelta
+from deltaserve_store.prefix_deltas import PrefixDelta
 from deltaserve_store.rotation_deltas import RotationDelta
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
 
-Kind = Literal["lora", "sparse", "vector", "rotation", "dense", "bottleneck", "rows", "block"]
+Kind = Literal["lora", "sparse", "vector", "rotation", "dense", "bottleneck", "rows", "block", "prefix"]
 FileFormat = str
 """``peft-`` and the PEFT type in lower case with dashes, or one of our own formats (``deltaserve-...``)."""
 
@@ -148,7 +149,8 @@ class ParsedAdapter:
 
     ``rank`` is the largest one (None for sparse adapters). ``base_name`` is what a PEFT config says,
     ``base_fingerprint`` what our own files carry. ``chat_template`` names a template of the operator's registry;
-    template text is never taken from an adapter. ``skipped`` lists files that are no part of the adapter.
+    template text is never taken from an adapter. ``skipped`` lists files that are no part of the adapter. ``prefix``
+    stands before a sequence's own tokens.
     """
 
     kind: Kind
@@ -164,11 +166,17 @@ class ParsedAdapter:
     skipped: tuple[str, ...] = field(default=())
     weight_deltas: tuple[BaseDelta, ...] = ()
     more_kinds: tuple[Kind, ...] = ()
+    prefix: PrefixDelta | None = None
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """``kind`` and, for a sum of unlike terms, the others."""
         return (self.kind, *self.more_kinds)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Positions that it takes before a sequence's own tokens."""
+        return self.prefix.num_tokens if self.prefix is not None else 0
 
     @property
     def lossy_deltas(self) -> tuple[LoraDelta, ...]:

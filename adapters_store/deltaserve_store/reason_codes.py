@@ -32,6 +32,7 @@ REASON_CODES: Mapping[str, str] = MappingProxyType(
         "unknown_field": "A field of the config that this version does not know.",
         "invalid_value": "A field has the wrong type or is out of range.",
         "rank_out_of_range": "A rank below 1 or above 1024.",
+        "prefix_too_long": "More virtual tokens than are taken, or than the context of this server has room for.",
         "unsupported_kind": "A kind of adapter that is not served yet; the kind is named.",
         "unsupported_feature": "A feature that is not served yet; the field or tensor is named.",
         "seed_not_usable": "A seed stands for tensors that cannot be drawn again bit for bit; save them in the file.",

@@ -49,7 +49,8 @@ class BaseSpec:
     ``fingerprint`` identifies config, weights, tokenizer and template by content. ``names`` are the names under which
     this base is known, the served id first. ``vocab_size`` is the number of rows of the embedding; ``num_tokens`` the
     number of tokens the tokenizer knows, where that is known (checkpoints pad the embedding). ``points`` are where
-    residual modules may be attached, all of ``hidden_size``.
+    residual modules may be attached, all of ``hidden_size``. A layer's K and V of one position are ``kv_heads`` times
+    ``head_dim`` each; 0 where nobody asked the base, and no prefix can be checked.
 
     ``embedding`` is a linear from token ids (``in_features`` the vocabulary) and ``head`` one to logits
     (``out_features`` the vocabulary); neither is among ``linears``. None where adapters cannot change them.
@@ -68,6 +69,8 @@ class BaseSpec:
     points: frozenset[str] = frozenset()
     embedding: LinearSpec | None = None
     head: LinearSpec | None = None
+    kv_heads: int = 0
+    head_dim: int = 0
 
     @property
     def vocabulary(self) -> dict[str, LinearSpec]:

@@ -194,4 +194,5 @@ def _describe(folder: Path, names: tuple[str, str], parsed: ParsedAdapter) -> Ad
         chat_template=parsed.chat_template,
         stop_token_ids=parsed.stop_token_ids,
         files=files,
+        num_prefix_tokens=parsed.num_prefix_tokens,
     )

@@ -24,6 +24,7 @@ from deltaserve_kernels.errors import (
 from deltaserve_kernels.module_tables import ACTIVATIONS, ModuleEntry, ModuleTables
 from deltaserve_kernels.operators import lora_linear, paged_attention, sparse_linear, write_kv
 from deltaserve_kernels.padded_list import PaddedLayout
+from deltaserve_kernels.prefix_tables import PrefixEntry, PrefixTables
 from deltaserve_kernels.rotation_tables import RotationEntry, RotationFactor, RotationTables
 from deltaserve_kernels.rotations import rotate_blocks, rotation_change
 from deltaserve_kernels.sources import source_digest
@@ -70,6 +71,8 @@ __all__ = [
     "NotContiguous",
     "OutOfRange",
     "PaddedLayout",
+    "PrefixEntry",
+    "PrefixTables",
     "RotationEntry",
     "RotationFactor",
     "RotationTables",

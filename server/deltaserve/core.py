@@ -39,12 +39,15 @@ class BindingPart:
 
     Terms are stored at scale 1; the scale is data of the binding and runs linearly over depth from ``scale_first``
     (first decoder layer) to ``scale_last`` (last one). ``start_position`` is the first position whose row is adapted.
+    ``num_prefix_tokens``: positions that the version puts before the sequence's own, as far as whoever binds it knows;
+    it follows from the version and tells no two parts apart.
     """
 
     version: str
     scale_first: float = 1.0
     scale_last: float = 1.0
     start_position: int = 0
+    num_prefix_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,11 @@ class Binding:
     @property
     def versions(self) -> tuple[str, ...]:
         return tuple(part.version for part in self.parts)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Positions before the sequence's own; a part at strength 0 has none."""
+        return sum(part.num_prefix_tokens for part in self.parts if part.scale_first or part.scale_last)
 
 
 BASE_BINDING = Binding()

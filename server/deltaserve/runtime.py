@@ -45,6 +45,7 @@ from deltaserve_kernels import (
     BackendUnavailable,
     BlockTables,
     LoraTables,
+    PrefixTables,
     SparseTables,
     VectorFamily,
     VocabularyFamily,
@@ -179,6 +180,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
     apart = ApartFamily(len(base.linears), len(base.points), limits.adapter_slots, base.device)
     vocabulary = VocabularyFamily(limits.adapter_slots, base.device)
     block_tables = BlockTables(len(base.linears), limits.adapter_slots, base.device)
+    prefixes = PrefixTables(limits.adapter_slots)
     pool = DevicePool(
         base.linears,
         lora,
@@ -193,6 +195,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
         vocabulary=vocabulary,
         matrices=base.matrices,
         blocks=block_tables,
+        prefixes=prefixes,
     )
     loader = FoldedLoader(base.spec, base.dtype, proven.locate)
     residency = AdapterResidency(
@@ -225,6 +228,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
         apart=apart,
         vocabulary=vocabulary,
         blocks=block_tables,
+        prefixes=prefixes,
         graphs=graphs,
     )
     began = time.monotonic()
@@ -233,7 +237,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
         fields = {"graphs": graphs.num_graphs, "seconds": round(time.monotonic() - began, 1)}
         logger.info("decode steps captured", extra={"fields": fields})
     kv_regime = base.kv_regime if base.has_kv_regimes else None
-    scheduler = Scheduler(blocks, residency, engine_limits, kv_regime=kv_regime)
+    scheduler = Scheduler(blocks, residency, engine_limits, kv_regime=kv_regime, prefixes=prefixes)
     engine = Engine(runner, residency, blocks, scheduler, Sampler(base.vocab_size), engine_limits)
     return AsyncEngine(engine, loader=loader, metrics=metrics)
 

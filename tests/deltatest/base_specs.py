@@ -39,6 +39,8 @@ def spec_of(model: torch.nn.Module, *, fingerprint: str = FINGERPRINT) -> BaseSp
         vocab_size=config.vocab_size,  # type: ignore[union-attr]
         num_layers=config.num_hidden_layers,  # type: ignore[union-attr]
         hidden_size=config.hidden_size,  # type: ignore[union-attr]
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,  # type: ignore[union-attr]
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,  # type: ignore
     )
 
 

@@ -10,12 +10,20 @@ import torch
 from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.core import Binding, Logits
 from deltaserve.deltas.folded import FoldedAdapter
-from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
+from deltaserve.engine.batch import PrefixCopy, ScheduledPart, ScheduledSequence
 from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import KVCache
-from deltaserve_kernels import ApartFamily, BlockTables, LoraTables, SparseTables, VectorFamily, VocabularyFamily
+from deltaserve_kernels import (
+    ApartFamily,
+    BlockTables,
+    LoraTables,
+    PrefixTables,
+    SparseTables,
+    VectorFamily,
+    VocabularyFamily,
+)
 from deltaserve_store.names import NameMap
 
 
@@ -41,6 +49,7 @@ class SerialEngine:
         apart = ApartFamily(len(base.linears), len(base.points), 1, base.device)
         vocabulary = VocabularyFamily(1, base.device)
         block_tables = BlockTables(len(base.linears), 1, base.device)
+        self._prefixes = PrefixTables(1)
         self._pool = DevicePool(
             base.linears,
             lora,
@@ -54,10 +63,18 @@ class SerialEngine:
             vocabulary=vocabulary,
             matrices=base.matrices,
             blocks=block_tables,
+            prefixes=self._prefixes,
         )
-        kv = KVCache(base.kv_layout, 8, base.device)
         self._runner = ModelRunner(
-            base, kv, lora, sparse, vectors=vectors, apart=apart, vocabulary=vocabulary, blocks=block_tables
+            base,
+            KVCache(base.kv_layout, 8, base.device),
+            lora,
+            sparse,
+            vectors=vectors,
+            apart=apart,
+            vocabulary=vocabulary,
+            blocks=block_tables,
+            prefixes=self._prefixes,
         )
 
     def publish(self, names: NameMap) -> None:
@@ -78,8 +95,11 @@ class SerialEngine:
             path = self.candidates[part.version]
             self._install(FoldedAdapter.load(path, self.base.spec, self.base.dtype))
             parts = (ScheduledPart(0, part.scale_first, part.scale_last),)
-        blocks = list(range(1 + (len(ids) - 1) // 16))
-        logits = self._runner.execute([ScheduledSequence(0, ids, 0, blocks, parts, logits="all")])
+        start = self._prefixes.num_tokens(0) if parts else 0
+        blocks = list(range(1 + (start + len(ids) - 1) // 16))
+        prefix = PrefixCopy(0) if start else None
+        seq = ScheduledSequence(0, ids, start, blocks, () if start else parts, logits="all", prefix=prefix)
+        logits = self._runner.execute([seq])
         if self.on_probe is not None:
             logits = self.on_probe(binding, logits)
         return Logits(len(ids), logits.shape[1], logits.contiguous().numpy().tobytes())

@@ -25,7 +25,15 @@ from deltaserve.engine.sampler import Sampler
 from deltaserve.engine.scheduler import Scheduler
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import KVCache
-from deltaserve_kernels import ApartFamily, BlockTables, LoraTables, SparseTables, VectorFamily, VocabularyFamily
+from deltaserve_kernels import (
+    ApartFamily,
+    BlockTables,
+    LoraTables,
+    PrefixTables,
+    SparseTables,
+    VectorFamily,
+    VocabularyFamily,
+)
 from deltaserve_store.formats import read_adapter
 
 
@@ -101,6 +109,7 @@ def real_rig(
     apart = ApartFamily(len(base.linears), len(base.points), num_slots, base.device)
     vocabulary = VocabularyFamily(num_slots, base.device)
     block_tables = BlockTables(len(base.linears), num_slots, base.device)
+    prefixes = PrefixTables(num_slots)
     pool = DevicePool(
         base.linears,
         lora,
@@ -115,6 +124,7 @@ def real_rig(
         vocabulary=vocabulary,
         matrices=base.matrices,
         blocks=block_tables,
+        prefixes=prefixes,
     )
     residency = AdapterResidency(pool, HostCache(1 << 30), MemoryLoader(adapters or {}))
     limits = EngineLimits(
@@ -129,7 +139,7 @@ def real_rig(
     # What blocks held before must not matter.
     kv.pool.normal_(generator=torch.Generator(base.device).manual_seed(1))
     kv_regime = base.kv_regime if base.has_kv_regimes else None
-    scheduler = Scheduler(blocks, residency, limits, kv_regime=kv_regime, patience_seconds=0.05)
+    scheduler = Scheduler(blocks, residency, limits, kv_regime=kv_regime, patience_seconds=0.05, prefixes=prefixes)
     graphs = None
     if has_graphs:  # each a pass that is run again; wants the reference operators
         graphs = DecodeGraphs(base, kv, lora, sparse, max_seqs=max_num_seqs, capture=lambda run: run)
@@ -143,6 +153,7 @@ def real_rig(
         apart=apart,
         vocabulary=vocabulary,
         blocks=block_tables,
+        prefixes=prefixes,
         graphs=graphs,
     )
     runner = RecordingRunner(inner)

@@ -101,6 +101,7 @@ def spec_of(model: Any, base: Base) -> BaseSpec:
         out_features, in_features = (columns, rows) if transposed else (rows, columns)
         has_bias = getattr(linear, "bias", None) is not None
         linears[name] = LinearSpec(name, out_features, in_features, has_bias, transposed)
+    heads = config.num_attention_heads
     return BaseSpec(
         fingerprint=base.fingerprint,
         names=(base.name,),
@@ -111,6 +112,8 @@ def spec_of(model: Any, base: Base) -> BaseSpec:
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         tied_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
     )
 
 

@@ -38,6 +38,7 @@ from deltaserve_store.formats.peft_kinds.low_rank import DEFAULT_LIMITS, Convers
 from deltaserve_store.formats.peft_kinds.reader import read_kind
 from deltaserve_store.formats.peft_kinds.table import READERS, peft_type_of
 from deltaserve_store.formats.peft_lora import parse_peft_lora
+from deltaserve_store.formats.peft_prefixes import PREFIX_KINDS, parse_peft_prefix
 from deltaserve_store.formats.peft_shira import parse_peft_shira
 from deltaserve_store.formats.peft_trainable_tokens import parse_peft_trainable_tokens
 from deltaserve_store.formats.peft_vectors import VECTOR_READERS
@@ -138,6 +139,8 @@ def _parse_kind(
         return deltaserve_bottleneck.parse_deltaserve_bottleneck(config, tensors, base, findings)
     if not kind and config.get("format") == deltaserve_dense.FORMAT:
         return deltaserve_dense.parse_deltaserve_dense(config, tensors, base, findings)
+    if kind in PREFIX_KINDS:
+        return parse_peft_prefix(kind, config, PEFT_CONFIG, tensors, base, findings)
     if kind in VECTOR_READERS:
         return VECTOR_READERS[kind](config, PEFT_CONFIG, tensors, base, findings)
     return parse_deltaserve_sparse(config, tensors, base, findings)

@@ -22,6 +22,8 @@ from deltaserve_kernels import (
     BlockEntry,
     BlockTables,
     LoraTables,
+    PrefixEntry,
+    PrefixTables,
     SparseEntry,
     SparseTables,
     VectorEntries,
@@ -46,20 +48,23 @@ class StagedAdapter:
     apart: ApartEntries = NOTHING_APART
     vocabulary: VocabularyEntries = NO_VOCABULARY
     blocks: tuple[tuple[int, BlockEntry], ...] = ()
+    prefix: PrefixEntry | None = None
 
     @property
     def nbytes(self) -> int:
         """On the host as on the device."""
         lora, sparse = sum(a.nbytes + b_t.nbytes for _, a, b_t in self.lora), sum(e.nbytes for _, e in self.sparse)
         blocks = sum(entry.nbytes for _, entry in self.blocks)
-        return lora + sparse + self.vectors.nbytes + self.apart.nbytes + self.vocabulary.nbytes + blocks
+        prefix = self.prefix.nbytes if self.prefix is not None else 0
+        return lora + sparse + self.vectors.nbytes + self.apart.nbytes + self.vocabulary.nbytes + blocks + prefix
 
     def to(self, device: torch.device) -> StagedAdapter:
         lora = tuple((index, a.to(device), b_t.to(device)) for index, a, b_t in self.lora)
         sparse = tuple((index, entry.to(device)) for index, entry in self.sparse)
         blocks = tuple((index, entry.to(device)) for index, entry in self.blocks)
         vectors, vocabulary = self.vectors.to(device), self.vocabulary.to(device)
-        return StagedAdapter(lora, sparse, vectors, self.apart.to(device), vocabulary, blocks)
+        prefix = self.prefix.to(device) if self.prefix is not None else None
+        return StagedAdapter(lora, sparse, vectors, self.apart.to(device), vocabulary, blocks, prefix)
 
 
 class DevicePool:
@@ -67,8 +72,8 @@ class DevicePool:
     worker.
 
     ``linears`` are the base's linears in table order, ``norms`` its norms, ``points`` its attach points, ``matrices``
-    the names of its embedding and head. Without ``vectors``, ``apart`` (dense differences and modules), ``vocabulary`` or
-    ``blocks`` adapters that have such terms are refused.
+    the names of its embedding and head. Without ``vectors``, ``apart`` (dense differences and modules),
+    ``vocabulary``, ``blocks`` or ``prefixes`` adapters that have such terms are refused.
     """
 
     def __init__(
@@ -87,8 +92,9 @@ class DevicePool:
         vocabulary: VocabularyFamily | None = None,
         matrices: Sequence[str | None] = (None, None),
         blocks: BlockTables | None = None,
+        prefixes: PrefixTables | None = None,
     ) -> None:
-        given = (lora, sparse, vectors, apart, vocabulary, blocks)
+        given = (lora, sparse, vectors, apart, vocabulary, blocks, prefixes)
         available = [tables.num_slots for tables in given if tables is not None]
         if num_slots > min(available):
             raise ValueError(f"{num_slots} slots asked for; the tables have {', '.join(map(str, available))}")
@@ -104,6 +110,7 @@ class DevicePool:
         self._apart = apart
         self._vocabulary = vocabulary
         self._blocks = blocks
+        self._prefixes = prefixes
         self._lora = lora
         self._sparse = sparse
         self._free = list(range(num_slots - 1, -1, -1))
@@ -154,7 +161,12 @@ class DevicePool:
         vocabulary = vocabulary_entries(folded, self._matrix_index, is_apart=is_apart)
         if self._vocabulary is None and vocabulary.nbytes:
             raise ValueError("this pool has no tables for terms of embedding and head")
-        return StagedAdapter(tuple(lora), tuple(sparse), vectors, terms_apart, vocabulary, tuple(blocks))
+        prefix = None
+        if folded.prefix is not None:
+            if self._prefixes is None:
+                raise ValueError("this pool has no tables for prefixes")
+            prefix = PrefixEntry(folded.prefix.pages, folded.prefix.num_tokens)
+        return StagedAdapter(tuple(lora), tuple(sparse), vectors, terms_apart, vocabulary, tuple(blocks), prefix)
 
     def _scan_block(self, name: str, term: BlockTerm, is_apart: bool) -> BlockEntry:
         if self._blocks is None:
@@ -199,6 +211,8 @@ class DevicePool:
                 self._vocabulary.set_all(slot, staged.vocabulary)
             if self._blocks is not None:
                 self._blocks.set_all(slot, staged.blocks)
+            if self._prefixes is not None and staged.prefix is not None:
+                self._prefixes.set(slot, staged.prefix)
         except Exception:
             self._clear(slot)
             raise
@@ -221,6 +235,8 @@ class DevicePool:
             self._vocabulary.clear(slot)
         if self._blocks is not None and self._blocks.has_slot(slot):
             self._blocks.clear(slot)
+        if self._prefixes is not None:
+            self._prefixes.clear(slot)
 
     def versions(self) -> list[str]:
         """Versions that hold a slot."""

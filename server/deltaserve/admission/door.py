@@ -134,6 +134,7 @@ class Admission:
                 accept_base, accept_no_effect = accept_base or BASE_WAIVER in waived, accept_no_effect or is_same
                 waivers = match_base(adapter, self._base.spec, self._base_names, accept_base=accept_base)
                 self._check_chat_template(adapter)
+                self._check_room(adapter)
                 evidence = await self._worker.run(lambda: self._proven.evidence(version))
                 # Whoever uploads the same bytes again may be mending what the disk has lost.
                 if known is not None and is_same and evidence is not None and await self._is_whole(version):
@@ -175,6 +176,7 @@ class Admission:
             adapter = await self._worker.run(lambda: self._read_stored(version))
             match_base(adapter, self._base.spec, self._base_names, accept_base=BASE_WAIVER in waivers)
             self._check_chat_template(adapter)
+            self._check_room(adapter)
             async with self._folded_candidate(version, adapter) as folded:
                 evidence = await self._prove(version, adapter)
                 self._judge(evidence, accept_no_effect=True)
@@ -270,6 +272,14 @@ class Admission:
         known = ", ".join(sorted(self._chat_templates)) or "none is registered; see --chat-template"
         reason = Reason("unknown_chat_template", "chat_template", repr(adapter.chat_template), known)
         raise AdapterRefused(f"The chat template {adapter.chat_template!r} is not registered here.", reasons=[reason])
+
+    def _check_room(self, adapter: ParsedAdapter) -> None:
+        """A prefix must leave room for a token of prompt and one of answer."""
+        found, limit = adapter.num_prefix_tokens, self._engine.limits.max_model_len
+        if found + 2 > limit:
+            allowed = f"at most {limit - 2}: the context of this server is {limit} tokens"
+            reason = Reason("prefix_too_long", "prefix", f"{found} virtual tokens", allowed)
+            raise AdapterRefused(f"The adapter's {found} virtual tokens leave no room here.", reasons=[reason])
 
     @asynccontextmanager
     async def _folded_candidate(self, version: str, adapter: ParsedAdapter) -> AsyncIterator[Path]:

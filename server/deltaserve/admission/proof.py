@@ -9,7 +9,7 @@ times the distance of the base alone from its float32 self on the same tokens, a
 
 An adapter whose effect hardly exceeds that would pass although it were not applied at all. It is compared a second time
 at a scale that makes its effect stand out, where the error may be a third of the effect. The scale is data of a
-binding; the terms are the ones that will be served.
+binding; the terms are the ones that will be served. A prefix has one strength only: its effect cannot be amplified.
 
 An adapter some of whose terms are the nearest of their rank (``conversion``) is compared with those terms, and these
 with the method's own deltas, both folded: together that bounds how far serving is from the exact adapter.
@@ -42,10 +42,12 @@ from deltaserve.admission.evidence import Comparison, Evidence, ProofKey
 from deltaserve.core import BASE_BINDING, Binding, BindingPart, Logits
 from deltaserve.deltas.fold import dense_deltas
 from deltaserve.deltas.modules import parallel_points, plain_modules
+from deltaserve.deltas.prefixes import PlainPrefix, plain_prefix
 from deltaserve.deltas.vectors import dense_biases, dense_norms
 from deltaserve.deltas.vocabulary import row_changes, trained_tokens
 from deltaserve.errors import Reason
 from deltaserve.model.base import BaseModel
+from deltaserve.model.prefix import prefixed_logits
 from deltaserve_store.parsed import ParsedAdapter
 from deltaserve_store.spec import BaseSpec
 
@@ -99,7 +101,7 @@ def probe_ids(version: str, spec: BaseSpec, max_model_len: int, trained: Sequenc
 
 
 class Change(NamedTuple):
-    """What folded mode does to the base, as ``BaseModel.folded_logits`` takes it."""
+    """What folded mode does to the base, as ``BaseModel.folded_logits`` takes it, or what it puts before the tokens."""
 
     deltas: Mapping[str, Callable[[], Tensor]] = {}
     biases: Mapping[str, Callable[[], Tensor]] = {}
@@ -107,6 +109,7 @@ class Change(NamedTuple):
     modules: Mapping[str, Callable[[Tensor], Tensor]] = {}
     parallel: frozenset[str] = frozenset()
     rows: Mapping[str, Callable[[Tensor], Tensor]] = {}
+    prefix: PlainPrefix | None = None
 
 
 class NonFiniteOutput(Exception):
@@ -143,7 +146,8 @@ class Prover:
         """
         started = time.monotonic()
         trained = await self._in_worker(lambda: trained_tokens(adapter, self._base))
-        ids = probe_ids(version, self._base.spec, self._engine.limits.max_model_len, trained)
+        room = self._engine.limits.max_model_len - adapter.num_prefix_tokens
+        ids = probe_ids(version, self._base.spec, room, trained)
         folded_base = await self._folded(ids, Change(), "the base's own logits")
         base_error = None
         if self._base.dtype != torch.float32:
@@ -151,7 +155,7 @@ class Prover:
             base_error = await self._in_worker(lambda: _distance(served_base, folded_base))
         plain = await self._compare(version, adapter, ids, 1.0, folded_base, base_error)
         amplified = None
-        if (scale := _amplification(plain)) > 1.0:
+        if adapter.prefix is None and (scale := _amplification(plain)) > 1.0:
             with contextlib.suppress(NonFiniteOutput):  # as it is served it was finite: this scale is too much for it
                 amplified = await self._compare(version, adapter, ids, scale, folded_base, base_error)
         conversion = None
@@ -198,6 +202,7 @@ class Prover:
                 name: partial(_scaled_rows, change, scale)
                 for name, change in row_changes(adapter, self._base.spec, self._base).items()
             },
+            plain_prefix(adapter.prefix, self._base.spec) if adapter.prefix is not None else None,
         )
 
     async def _compare(
@@ -209,9 +214,9 @@ class Prover:
         folded_base: Tensor,
         base_error: float | None,
     ) -> Comparison:
-        binding = Binding((BindingPart(version, scale_first=scale, scale_last=scale),))
+        part = BindingPart(version, scale, scale, num_prefix_tokens=adapter.num_prefix_tokens)
         change = self._change(adapter, scale, as_served=True)
-        served = await self._probe(ids, binding, "the engine's logits with the adapter")
+        served = await self._probe(ids, Binding((part,)), "the engine's logits with the adapter")
         folded = await self._folded(ids, change, "the folded weights' logits")
 
         def compare() -> Comparison:
@@ -236,7 +241,14 @@ class Prover:
 
     async def _folded(self, ids: tuple[int, ...], change: Change, where: str) -> Tensor:
         tokens = torch.tensor(ids, dtype=torch.int64)
-        return await self._in_worker(lambda: _finite(self._base.folded_logits(tokens, *change).cpu(), where))
+        return await self._in_worker(lambda: _finite(_folded_logits(self._base, tokens, change), where))
+
+
+def _folded_logits(base: BaseModel, tokens: Tensor, change: Change) -> Tensor:
+    if change.prefix is None:
+        return base.folded_logits(tokens, *change[:-1]).cpu()
+    prefix = change.prefix  # such adapters change nothing else
+    return prefixed_logits(base, tokens, embeddings=prefix.embeddings, keys_values=prefix.keys_values).cpu()
 
 
 def judge(evidence: Evidence, *, accept_no_effect: bool) -> Judgement:

@@ -23,6 +23,7 @@ def adapter_view(record: AdapterRecord, live: AdapterStatus | None, base: str | 
         "rank": record.rank,
         "bytes": record.bytes,
         "parameters": record.num_parameters,
+        "prefix_tokens": record.num_prefix_tokens,
         "state": state,
         "state_reason": (live.reason if live is not None else None) or record.state_reason,
         "effect": record.effect,

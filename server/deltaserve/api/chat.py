@@ -34,7 +34,7 @@ async def create_chat_completion(http: Request, caller: Caller = MAY_USE) -> Res
     target = resolve_target(services.engine, caller, fields.model)
     prompt_ids = await render(services, target, fields)
     sampling = fields.sampling(
-        max_tokens=fields.num_tokens or room_after(services, prompt_ids),
+        max_tokens=fields.num_tokens or room_after(services, prompt_ids, target.binding.num_prefix_tokens),
         logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
     )
     prompt = make_prompt(services, caller, target, fields, sampling, prompt_ids, 0)
@@ -52,9 +52,9 @@ async def render(services: Services, target: Target, fields: ChatRequest) -> lis
     return await asyncio.to_thread(services.tokenizer.render_chat, *arguments)
 
 
-def room_after(services: Services, prompt_ids: Sequence[int]) -> int:
+def room_after(services: Services, prompt_ids: Sequence[int], num_prefix_tokens: int) -> int:
     """Tokens that the context leaves for the answer. Raises ContextLengthExceeded when it leaves none."""
-    limit = services.engine.limits.max_model_len
+    limit = services.engine.limits.max_model_len - num_prefix_tokens
     if len(prompt_ids) >= limit:
         raise ContextLengthExceeded(
             f"the messages have {len(prompt_ids)} tokens and the context of this server is {limit} tokens, which must "

@@ -80,7 +80,8 @@ def _base(name: str, limit: int) -> dict[str, Any]:
 
 
 def _adapter(model: str, record: AdapterRecord, names: NameMap, limit: int) -> dict[str, Any]:
-    """``root`` is the adapter's own name, also where ``model`` is an alias or a pinned version."""
+    """``root`` is the adapter's own name, also where ``model`` is an alias or a pinned version. What the adapter puts
+    before a prompt is not there for prompt and answer."""
     return {
         "id": model,
         "object": "model",
@@ -88,6 +89,6 @@ def _adapter(model: str, record: AdapterRecord, names: NameMap, limit: int) -> d
         "owned_by": OWNER,
         "root": record.name,
         "parent": names.base_names[0],
-        "max_model_len": limit,
+        "max_model_len": limit - record.num_prefix_tokens,
         "version": record.version,
     }

@@ -13,7 +13,8 @@ from deltaserve.core import BASE_BINDING, Binding, BindingPart
 class Target:
     """``model`` is what the client wrote and reads back. ``version`` None is the base alone.
 
-    ``fingerprint`` names the bytes that answer: the version's digest, or the base's fingerprint.
+    ``fingerprint`` names the bytes that answer: the version's digest, or the base's fingerprint. ``num_prefix_tokens``:
+    what the adapter takes of the context.
     """
 
     model: str
@@ -22,10 +23,13 @@ class Target:
     fingerprint: str
     chat_template: str | None = None
     stop_token_ids: tuple[int, ...] = ()
+    num_prefix_tokens: int = 0
 
     @property
     def binding(self) -> Binding:
-        return BASE_BINDING if self.version is None else Binding((BindingPart(self.version),))
+        if self.version is None:
+            return BASE_BINDING
+        return Binding((BindingPart(self.version, num_prefix_tokens=self.num_prefix_tokens),))
 
     @property
     def headers(self) -> dict[str, str]:
@@ -40,5 +44,11 @@ def resolve_target(engine: GenerationEngine, caller: Caller, model: str) -> Targ
     if record is None:
         return Target(model, resolved.name, resolved.version, fingerprint)
     return Target(
-        model, resolved.name, resolved.version, fingerprint, record.chat_template, tuple(record.stop_token_ids)
+        model,
+        resolved.name,
+        resolved.version,
+        fingerprint,
+        record.chat_template,
+        tuple(record.stop_token_ids),
+        record.num_prefix_tokens,
     )

@@ -19,6 +19,7 @@ from deltaserve.deltas.blocks import misfit as block_misfit
 from deltaserve.deltas.dense import DenseTerm, change_of, fold_mask, fold_signs_or_matrix, misfit
 from deltaserve.deltas.folded import FOLD_VERSION, FoldedAdapter, LowRankTerm, SparseTerm, Term, dtype_name
 from deltaserve.deltas.modules import fold_modules
+from deltaserve.deltas.prefixes import PrefixTerm, fold_prefix, prefix_overflow
 from deltaserve.deltas.rotations import dense_rotation, fold_rotations, rotation_of
 from deltaserve.deltas.vector_terms import NormTerm
 from deltaserve.deltas.vectors import (
@@ -98,11 +99,15 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
     for name, rotation in fold_rotations(parsed, spec, dtype, reasons).items():
         terms[name] = (*terms.get(name, ()), rotation)
     modules = fold_modules(parsed, spec, dtype, reasons)
+    prefix: PrefixTerm | None = None
+    if parsed.prefix is not None:
+        prefix = fold_prefix(parsed.prefix, spec, dtype, base)
+        reasons += prefix_overflow(prefix, _range(dtype))
     if reasons:
         raise _refusal(reasons)
     order = {name: index for index, name in enumerate((*spec.linears, *spec.vocabulary))}
     ordered = {name: terms[name] for name in sorted(terms, key=order.__getitem__)}
-    return FoldedAdapter(terms=ordered, base_fingerprint=spec.fingerprint, dtype=dtype, norms=norms, modules=modules)
+    return FoldedAdapter(ordered, spec.fingerprint, dtype, norms, modules, prefix)
 
 
 def dense_delta(
@@ -240,9 +245,12 @@ def _overflow(module: str, term: Term, dtype: torch.dtype) -> list[Reason]:
     parts |= {"values": term.values} if isinstance(term, SparseTerm) else {}
     parts |= term.tensors() if isinstance(term, DenseTerm) else {}
     parts |= {"block": term.d} if isinstance(term, BlockTerm) else {}
-    allowed = f"magnitudes up to {torch.finfo(dtype).max:g} ({dtype_name(dtype)})"
     return [
-        Reason("value_out_of_range", f"{module} ({part})", "values that overflow the serving dtype", allowed)
+        Reason("value_out_of_range", f"{module} ({part})", "values that overflow the serving dtype", _range(dtype))
         for part, tensor in parts.items()
         if not bool(torch.isfinite(tensor).all())
     ]
+
+
+def _range(dtype: torch.dtype) -> str:
+    return f"magnitudes up to {torch.finfo(dtype).max:g} ({dtype_name(dtype)})"

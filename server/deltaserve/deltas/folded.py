@@ -1,8 +1,8 @@
 """The runtime form of an adapter: per base linear, the terms that are added to its output, in the serving dtype.
 
 Of the delta algebra a folded adapter holds the low-rank and the sparse terms, each with its own scaling already inside
-(``b_t``, ``values``), the vector terms (``vector_terms``) and rotations (``rotation_terms``): loading is then read and
-copy. Names are those of the base's linears and norms.
+(``b_t``, ``values``), the vector terms (``vector_terms``), rotations (``rotation_terms``) and a prefix (``prefixes``):
+loading is then read and copy. Names are those of the base's linears and norms.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from deltaserve.deltas.blocks import BlockTerm, take_block
 from deltaserve.deltas.dense import DenseTerm, take_dense
 from deltaserve.deltas.folded_file import FileDamaged, read_tensors, write_tensors
 from deltaserve.deltas.modules import ModuleTerm, take_module
+from deltaserve.deltas.prefixes import PREFIX, PrefixTerm, take_prefix
 from deltaserve.deltas.rotation_terms import RotationTerm, take_rotations
 from deltaserve.deltas.vector_terms import NormTerm, VectorTerm, take_norm, take_vectors
 from deltaserve.deltas.vocabulary import RowsTerm, take_rows
@@ -91,8 +92,8 @@ class FoldedAdapter:
     and the head (linears from and to the vocabulary) included.
 
     ``modules`` are residual modules by attach point. ``kinds`` names the term families present, sorted ("block",
-    "bottleneck", "dense", "lora", "rotation", "rows", "sparse", "vector"); ``rank`` is the largest, None without
-    low-rank terms.
+    "bottleneck", "dense", "lora", "prefix", "rotation", "rows", "sparse", "vector"); ``rank`` is the largest, None
+    without low-rank terms.
     """
 
     terms: Mapping[str, tuple[Term, ...]]
@@ -100,12 +101,14 @@ class FoldedAdapter:
     dtype: torch.dtype
     norms: Mapping[str, NormTerm] = field(default_factory=dict)
     modules: Mapping[str, ModuleTerm] = field(default_factory=dict)
+    prefix: PrefixTerm | None = None
 
     @property
     def kinds(self) -> tuple[str, ...]:
         found = {_FAMILIES[type(term)] for part in self.terms.values() for term in part}
         found |= {"vector"} if self.norms else set()
         found |= {"bottleneck"} if self.modules else set()
+        found |= {"prefix"} if self.prefix is not None else set()
         return tuple(sorted(found))
 
     @property
@@ -116,8 +119,8 @@ class FoldedAdapter:
     @property
     def nbytes(self) -> int:
         linears = sum(term.nbytes for part in self.terms.values() for term in part)
-        norms = sum(term.nbytes for term in self.norms.values())
-        return linears + norms + sum(term.nbytes for term in self.modules.values())
+        others = (*self.norms.values(), *self.modules.values(), *((self.prefix,) if self.prefix is not None else ()))
+        return linears + sum(term.nbytes for term in others)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file (``folded_file``), atomically and durably. Raises ``OSError``."""
@@ -139,6 +142,8 @@ class FoldedAdapter:
             tensors |= {f"{norm}:{role}": tensor for role, tensor in change.tensors().items()}
         for point, module in self.modules.items():
             tensors |= {f"{point}:{role}": tensor for role, tensor in module.tensors().items()}
+        if self.prefix is not None:
+            tensors |= {f"{PREFIX}:{role}": tensor for role, tensor in self.prefix.tensors().items()}
         told = {point: [module.activation, module.is_parallel] for point, module in self.modules.items()}
         identity = {**_identity(self.base_fingerprint, self.dtype), **_content(self)}
         write_tensors(path, tensors, {**identity, "modules": json.dumps(told)})
@@ -162,8 +167,9 @@ class FoldedAdapter:
                 name: take_module(name, grouped.pop(name), told.get(name), spec.hidden_size, dtype)
                 for name in sorted(spec.points & set(grouped))
             }
+            prefix = take_prefix(grouped.pop(PREFIX), spec, dtype) if PREFIX in grouped else None
             terms = {linear: _linear_terms(linear, roles, spec, dtype) for linear, roles in grouped.items()}
-            folded = cls(terms, spec.fingerprint, dtype, changes, modules)
+            folded = cls(terms, spec.fingerprint, dtype, changes, modules, prefix)
             _require(metadata, _content(folded))
         except FileDamaged as error:
             raise FoldedFileInvalid(f"The folded adapter file is damaged: {error}. Fold the version again.") from error

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from deltaserve.deltas.prefixes import PromptBase
 from deltaserve.deltas.rotations import rotation_biases
 from deltaserve.deltas.vector_terms import NormTerm, VectorTerm
 from deltaserve.errors import Reason
@@ -40,7 +41,7 @@ class LinearWeights(Protocol):
     def rows(self, i: int, j: int) -> Tensor: ...
 
 
-class BaseWeights(Protocol):
+class BaseWeights(PromptBase, Protocol):
     """The part of ``BaseModel`` that folding reads."""
 
     def linear(self, name: str) -> LinearWeights: ...

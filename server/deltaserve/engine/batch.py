@@ -19,15 +19,23 @@ class ScheduledPart(NamedTuple):
     start_position: int = 0
 
 
+class PrefixCopy(NamedTuple):
+    """Before the step, the prefix of an adapter ``slot`` is copied to the sequence's blocks from ``first_block`` on."""
+
+    slot: int
+    first_block: int = 0
+    regime: int = 0
+
+
 @dataclass(slots=True)
 class ScheduledSequence:
     """The tokens of one sequence that a step computes.
 
     ``token_ids`` are the tokens at positions ``start .. start + len(token_ids)``; ``block_table`` covers all positions
-    up to there, and K and V of positions before ``start`` are already in it. ``logits``: "none", "last" (one row) or
-    "all" (one row per token). ``length`` is the number of tokens of the sequence known by now (prompt and completion),
-    which a prefill chunk cannot tell; 0 means ``start + len(token_ids)``. It picks the KV regime
-    (``BaseModel.kv_regime``).
+    up to there, and K and V of positions before ``start`` are already in it, or will be by ``prefix``. ``logits``:
+    "none", "last" (one row) or "all" (one row per token). ``length`` is the number of positions of the sequence known
+    by now (prompt, completion, and what stands before them), which a prefill chunk cannot tell; 0 means ``start +
+    len(token_ids)``. It picks the KV regime (``BaseModel.kv_regime``).
     """
 
     seq_id: int
@@ -37,6 +45,7 @@ class ScheduledSequence:
     parts: tuple[ScheduledPart, ...] = ()
     logits: Literal["none", "last", "all"] = "last"
     length: int = 0
+    prefix: PrefixCopy | None = None
 
     @property
     def num_tokens(self) -> int:

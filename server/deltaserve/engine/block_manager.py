@@ -51,7 +51,7 @@ class BlockManager:
         to compute, since its logits are needed.
         """
         hits = self._cached_prefix(seq)
-        num_new = self.blocks_for(seq.num_tokens) - len(hits)
+        num_new = self.blocks_for(seq.num_positions) - len(hits)
         num_revived = sum(1 for block in hits if self._ref_counts[block] == 0)
         if num_new + num_revived + reserve > self.num_free:
             return False
@@ -60,14 +60,16 @@ class BlockManager:
                 del self._free[block]
             self._ref_counts[block] += 1
         seq.block_table = hits
-        seq.num_computed_tokens = len(hits) * BLOCK_SIZE
+        num_ready = len(hits) * BLOCK_SIZE
+        seq.num_computed_tokens = max(0, num_ready - seq.num_prefix_tokens)
+        seq.first_prefix_block = len(hits) if num_ready < seq.num_prefix_tokens else -1
         for _ in range(num_new):
             seq.block_table.append(self._take())
         return True
 
     def extend(self, seq: Sequence) -> bool:
         """Make the block table cover all tokens of a running sequence; False when no block is free."""
-        missing = -(-len(seq.token_ids) // BLOCK_SIZE) - len(seq.block_table)
+        missing = -(-(len(seq.token_ids) + seq.num_prefix_tokens) // BLOCK_SIZE) - len(seq.block_table)
         if missing <= 0:  # fifteen times in sixteen
             return True
         if missing > self.num_free:
@@ -81,7 +83,7 @@ class BlockManager:
 
         A block whose key another block already has stays private to its holders.
         """
-        num_full = seq.num_computed_tokens // BLOCK_SIZE
+        num_full = (seq.num_prefix_tokens + seq.num_computed_tokens) // BLOCK_SIZE
         if num_full <= seq.num_committed_blocks or seq.is_probe:
             return
         for index in range(len(seq.block_keys), num_full):
@@ -102,12 +104,13 @@ class BlockManager:
         seq.block_table = []
         seq.num_computed_tokens = 0
         seq.num_committed_blocks = 0
+        seq.first_prefix_block = -1
 
     def _cached_prefix(self, seq: Sequence) -> list[int]:
-        if seq.wants_all_rows:
-            return []  # rows of cached positions are not computed, and these sequences want every row
+        # Rows of cached positions are not computed; sequences that want every row can share a prefix at most.
+        num_shareable = seq.num_prefix_tokens if seq.wants_all_rows else seq.num_positions - 1
         hits: list[int] = []
-        for index in range((seq.num_tokens - 1) // BLOCK_SIZE):
+        for index in range(num_shareable // BLOCK_SIZE):
             if index == len(seq.block_keys):
                 seq.block_keys.append(self._key(seq, index))
             block = self._block_of.get(seq.block_keys[index])
@@ -122,7 +125,9 @@ class BlockManager:
         parent = seq.block_keys[index - 1] if index else ROOT_KEY
         start, stop = index * BLOCK_SIZE, (index + 1) * BLOCK_SIZE
         delta = delta_key(seq.binding, start, stop)
-        return block_key(parent, seq.token_ids[start:stop], delta, seq.cache_context)
+        skipped = seq.num_prefix_tokens  # positions without a token: what they hold is told by the delta key
+        tokens = seq.token_ids[max(0, start - skipped) : max(0, stop - skipped)]
+        return block_key(parent, tokens, delta, seq.cache_context)
 
     def _take(self) -> int:
         block, _ = self._free.popitem(last=False)
@@ -138,7 +143,7 @@ class BlockManager:
         for seq in sequences:
             if len(set(seq.block_table)) != len(seq.block_table):
                 raise RuntimeError(f"sequence {seq.seq_id} holds a block twice")
-            if seq.num_computed_tokens > len(seq.block_table) * BLOCK_SIZE:
+            if seq.num_prefix_tokens + seq.num_computed_tokens > len(seq.block_table) * BLOCK_SIZE:
                 raise RuntimeError(f"sequence {seq.seq_id} has computed more positions than its blocks hold")
             for block in seq.block_table:
                 counts[block] += 1

@@ -181,12 +181,13 @@ class Engine:
         for seq, scheduled in zip(schedule.seqs, schedule.batch, strict=True):
             if len(seq.token_ids) == seq.num_prompt_tokens:
                 self._note_start(seq)
-            seq.num_computed_tokens += seq.num_scheduled_tokens
+            began = seq.num_computed_tokens
+            seq.num_computed_tokens = began + seq.num_scheduled_tokens
             self._blocks.commit(seq)
             first = offset
             offset += 0 if scheduled.logits == "none" else 1 if scheduled.logits == "last" else scheduled.num_tokens
             if scheduled.logits == "all":
-                self._collect(seq, logits[first:offset], scheduled.start)
+                self._collect(seq, logits[first:offset], began)
             if seq.num_computed_tokens < len(seq.token_ids):
                 continue
             seq.has_prompt_rows = True
@@ -233,7 +234,7 @@ class Engine:
         }
 
     def _collect(self, seq: Sequence, rows: Tensor, start: int) -> None:
-        """Rows of the prompt positions from ``start`` on; row i is about the token at ``start + i + 1``."""
+        """Rows of the prompt's tokens from ``start`` on; row i is about the token at ``start + i + 1``."""
         if seq.is_probe:
             self._probes[seq.request_id].collect(rows, start)
             return

@@ -48,20 +48,26 @@ class EngineLimits:
         self.check_prompt(request.prompt_ids)
         if sampling.max_tokens < 0:
             raise InvalidRequest(f"max_tokens is {sampling.max_tokens}; it must be at least 0.", param="max_tokens")
-        num_tokens = len(request.prompt_ids) + sampling.max_tokens
-        if num_tokens > self.max_model_len:
-            raise ContextLengthExceeded(
-                f"The prompt has {len(request.prompt_ids)} tokens and max_tokens is {sampling.max_tokens}: "
-                f"{num_tokens} tokens in all, but the longest sequence is {self.max_model_len} tokens. "
-                "Shorten the prompt or lower max_tokens.",
-                param="max_tokens" if len(request.prompt_ids) < self.max_model_len else "prompt",
-            )
+        self.check_length(len(request.prompt_ids), sampling.max_tokens, request.binding.num_prefix_tokens)
         if request.n < 1:
             raise InvalidRequest(f"n is {request.n}; it must be at least 1.", param="n")
         if request.n > self.max_queue:
             raise InvalidRequest(f"n is {request.n}; at most {self.max_queue} are allowed.", param="n")
         self.check_binding(request.binding)
         self._check_sampling(sampling)
+
+    def check_length(self, num_prompt_tokens: int, max_tokens: int, num_prefix_tokens: int = 0) -> None:
+        """Prompt, answer and what an adapter puts before them must fit the context."""
+        room = self.max_model_len - num_prefix_tokens
+        num_tokens = num_prompt_tokens + max_tokens
+        if num_tokens > room:
+            taken = f", of which the adapter's prefix takes {num_prefix_tokens}" if num_prefix_tokens else ""
+            raise ContextLengthExceeded(
+                f"The prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}: "
+                f"{num_tokens} tokens in all, but the longest sequence is {self.max_model_len} tokens{taken}. "
+                "Shorten the prompt or lower max_tokens.",
+                param="max_tokens" if num_prompt_tokens < room else "prompt",
+            )
 
     def check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
         if not prompt_ids:
@@ -88,6 +94,24 @@ class EngineLimits:
                     )
             if part.start_position < 0:
                 raise InvalidRequest("An adapter's start position is negative.", param="adapters")
+        self.check_prefixes(binding, [part.num_prefix_tokens for part in binding.parts])
+
+    def check_prefixes(self, binding: Binding, lengths: Iterable[int]) -> None:
+        """``lengths``: positions of each part's prefix. A prefix is there or not, from the start, and alone."""
+        for part, length in zip(binding.parts, lengths, strict=True):
+            if not length:
+                continue
+            if part.scale_first != part.scale_last or part.scale_first not in (0.0, 1.0):
+                raise InvalidRequest(
+                    f"The strength of an adapter with virtual tokens is {part.scale_first:g} to {part.scale_last:g}; "
+                    "it has no other strengths than 0 and 1.",
+                    param="adapters",
+                )
+            if part.start_position or len(binding.parts) > 1:
+                raise InvalidRequest(
+                    "An adapter with virtual tokens stands before the whole prompt and is not composed with others.",
+                    param="adapters",
+                )
 
     def _check_sampling(self, sampling: SamplingParams) -> None:
         allowed = (

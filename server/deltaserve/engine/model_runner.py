@@ -27,6 +27,7 @@ from deltaserve_kernels import (
     BlockTables,
     LoraTables,
     PaddedLayout,
+    PrefixTables,
     SparseTables,
     VectorFamily,
     VectorStep,
@@ -59,6 +60,7 @@ class ModelRunner:
         apart: ApartFamily | None = None,
         vocabulary: VocabularyFamily | None = None,
         blocks: BlockTables | None = None,
+        prefixes: PrefixTables | None = None,
         graphs: DecodeGraphs | None = None,
     ) -> None:
         self.base = base
@@ -69,6 +71,7 @@ class ModelRunner:
         self.apart = apart
         self.vocabulary = vocabulary
         self.blocks = blocks
+        self.prefixes = prefixes
         self.graphs = graphs
         self._is_host = base.device.type == "cpu"
         self._staging = np.empty(0, dtype=np.int64)
@@ -91,6 +94,8 @@ class ModelRunner:
         check_batch(batch, sizes, starts, self.base.max_context)
         if self.base.device.index is not None:  # Triton launches on the calling thread's device
             torch.cuda.set_device(self.base.device)
+        if self.prefixes is not None and not self.prefixes.is_empty:
+            self._copy_prefixes(batch, self.prefixes)
         if self.graphs is not None and not self._is_eager(batch):
             logits = self.graphs.run(batch)
             if logits is not None:
@@ -196,6 +201,12 @@ class ModelRunner:
         )
         logit_rows = None if num_logit_rows == num_rows else thin[rows_at : rows_at + num_logit_rows]
         return ctx, wide[0], logit_rows
+
+    def _copy_prefixes(self, batch: Sequence[ScheduledSequence], tables: PrefixTables) -> None:
+        for seq in batch:
+            if seq.prefix is not None:
+                slot, first, regime = seq.prefix
+                tables.copy(slot, self.kv.pool, seq.block_table, first, regime)
 
     def _reserve(self, count: int) -> Any:
         """A staging array of ``count`` int64; on the host the step's tensors live in it, so it is not shared then."""

@@ -15,12 +15,14 @@ from itertools import islice
 from operator import attrgetter
 
 from deltaserve.adapters.residency import AdapterResidency
-from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
+from deltaserve.engine.batch import PrefixCopy, ScheduledPart, ScheduledSequence
 from deltaserve.engine.block_manager import BlockManager
 from deltaserve.engine.limits import EngineLimits
+from deltaserve.engine.prefix_seat import seat_prefix
 from deltaserve.engine.sequence import Sequence, SequenceState
 from deltaserve.engine.turn import Turn
-from deltaserve.errors import AdapterUnavailable
+from deltaserve.errors import AdapterUnavailable, DeltaserveError, InvalidRequest
+from deltaserve_kernels import PrefixTables
 
 MAX_ALL_ROWS = 64
 """Most tokens of a step whose every position needs logits: [64, vocab] float32 is held at once for them."""
@@ -33,11 +35,12 @@ _BY_PRIORITY = attrgetter("priority")
 
 @dataclass(slots=True)
 class Schedule:
-    """One step: ``batch[i]`` is what ``seqs[i]`` computes. ``refused``: their adapter failed."""
+    """One step: ``batch[i]`` is what ``seqs[i]`` computes. ``refused``: their adapter failed, or they do
+    not fit it."""
 
     batch: list[ScheduledSequence] = field(default_factory=list)
     seqs: list[Sequence] = field(default_factory=list)
-    refused: list[tuple[Sequence, AdapterUnavailable]] = field(default_factory=list)
+    refused: list[tuple[Sequence, DeltaserveError]] = field(default_factory=list)
     num_prefill_tokens: int = 0
     num_decode_tokens: int = 0
     num_all_rows: int = 0
@@ -48,6 +51,7 @@ class Scheduler:
     """Owns the two queues. ``waiting`` and ``running`` are ordered by priority (arrival; probes a little later).
 
     ``kv_regime(length)``: which rope frequencies a sequence of that length uses (``BaseModel.kv_regime``).
+    ``prefixes``: those of the adapters on the device.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Scheduler:
         *,
         kv_regime: Callable[[int], int] | None = None,
         patience_seconds: float = 0.5,
+        prefixes: PrefixTables | None = None,
     ) -> None:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -65,6 +70,7 @@ class Scheduler:
         self._residency = residency
         self._limits = limits
         self._kv_regime = kv_regime
+        self._prefixes = prefixes
         self._turn = Turn(residency, patience_seconds)
 
     def add(self, seq: Sequence) -> None:
@@ -99,7 +105,7 @@ class Scheduler:
         """A sequence that grew into other rope frequencies cannot read its old K: all of it is computed again."""
         if self._kv_regime is None:
             return
-        for seq in [s for s in self.running if s.kv_regime != self._kv_regime(s.num_tokens)]:
+        for seq in [s for s in self.running if s.kv_regime != self._kv_regime(s.num_positions)]:
             self._preempt(seq, step)
 
     def _schedule_decodes(self, step: Schedule) -> None:
@@ -127,17 +133,23 @@ class Scheduler:
     def _schedule(self, seq: Sequence, num_tokens: int, step: Schedule) -> None:
         start, length = seq.num_computed_tokens, len(seq.token_ids)
         stop = start + num_tokens
+        skipped = seq.num_prefix_tokens
+        prefix = None
+        if seq.first_prefix_block >= 0:
+            prefix = PrefixCopy(seq.prefix_slot, seq.first_prefix_block, seq.kv_regime)
+            seq.first_prefix_block = -1
         seq.num_scheduled_tokens = num_tokens
         step.seqs.append(seq)
         step.batch.append(
             ScheduledSequence(
                 seq_id=seq.seq_id,
                 token_ids=seq.token_ids[start:stop],
-                start=start,
+                start=skipped + start,
                 block_table=seq.block_table,
                 parts=seq.parts,
                 logits="all" if seq.wants_all_rows else "last" if stop == length else "none",
-                length=length,
+                length=skipped + length,
+                prefix=prefix,
             )
         )
 
@@ -172,6 +184,13 @@ class Scheduler:
                     seq.adapter_blocked_since = now
                 continue
             self._turn.end(seq)
+            if self._prefixes is not None and not self._prefixes.is_empty:
+                try:
+                    seat_prefix(seq, slots, self._prefixes, self._limits)
+                except InvalidRequest as error:
+                    self._residency.release(seq.versions)
+                    step.refused.append((seq, error))
+                    continue
             if not self._start(seq, slots, now):
                 return
             self._schedule_chunk(seq, step)
@@ -193,6 +212,7 @@ class Scheduler:
         seq.parts = tuple(
             ScheduledPart(slot, part.scale_first, part.scale_last, part.start_position)
             for slot, part in zip(slots, seq.binding.parts, strict=True)
+            if self._prefixes is None or not self._prefixes.has_slot(slot)  # rows of the base behind a prefix
         )
         seq.state = SequenceState.RUNNING
         self.waiting.remove(seq)
@@ -200,7 +220,7 @@ class Scheduler:
         return True
 
     def _set_regime(self, seq: Sequence) -> None:
-        regime = self._kv_regime(seq.num_tokens) if self._kv_regime else 0
+        regime = self._kv_regime(seq.num_positions) if self._kv_regime else 0
         if regime != seq.kv_regime:
             seq.kv_regime = regime
             seq.block_keys = []

@@ -24,8 +24,10 @@ class Sequence:
     """Prompt and completion tokens, and how far they are computed.
 
     ``token_ids[:num_computed_tokens]`` have their K and V in ``block_table``; the rest is computed next. While
-    decoding exactly the last token is uncomputed. ``priority`` orders sequences: lower is served first, and it never
-    changes, so whoever waits longest comes first. ``leader`` is the sibling whose prefill this one waits to share.
+    decoding exactly the last token is uncomputed. Token i stands at position ``num_prefix_tokens`` + i: before come the
+    K and V of the adapter in ``prefix_slot``; from block ``first_prefix_block`` on they are still to be copied (-1: all
+    are there). ``priority`` orders sequences: lower is served first, and it never changes, so whoever waits longest
+    comes first. ``leader`` is the sibling whose prefill this one waits to share.
     """
 
     seq_id: int
@@ -54,6 +56,9 @@ class Sequence:
     cache_context: bytes | None = None
     kv_regime: int = 0
     parts: tuple[ScheduledPart, ...] = ()
+    num_prefix_tokens: int = 0
+    prefix_slot: int = -1
+    first_prefix_block: int = -1
     has_prompt_rows: bool = False  # the rows for prompt logprobs (or a probe) have all been collected
     rng: random.Random = field(default_factory=random.Random)
     counts: TokenCounts | None = None
@@ -67,6 +72,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_positions(self) -> int:
+        """The prefix and all tokens."""
+        return self.num_prefix_tokens + len(self.token_ids)
 
     @property
     def num_completion_tokens(self) -> int:

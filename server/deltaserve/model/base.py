@@ -25,6 +25,7 @@ from deltaserve.model.kv_cache import KVLayout
 from deltaserve.model.linear import BaseLinear
 from deltaserve.model.norms import TunableNorm, find_norms, watch
 from deltaserve.model.packing import find_linears, pack, wrap_head
+from deltaserve.model.prefix import prompt_kv
 from deltaserve.model.rope import check_rope, choose_longrope_per_row
 from deltaserve.model.support import find_layers
 from deltaserve.model.trace import Trace, trace
@@ -114,6 +115,11 @@ class BaseModel:
         names = dict.fromkeys(tuple(self.linears[m.linear] for m in x.group.members) for x in self._linears.values())
         return tuple(names)
 
+    @property
+    def num_kv_regimes(self) -> int:
+        """How many values ``kv_regime`` has."""
+        return 2 if self.has_kv_regimes else 1
+
     def kv_regime(self, length: int) -> int:
         """Which rope frequencies a sequence of ``length`` tokens uses; 0 for all lengths of most bases.
 
@@ -178,6 +184,18 @@ class BaseModel:
             hidden = hidden + modules[FINAL_HIDDEN](hidden)
         return self.logits(hidden, ctx)
 
+    def prompt_kv(self, embeddings: Tensor, regime: int = 0) -> Tensor:
+        """What attention caches of virtual tokens [p, hidden] alone: fp32 [num_layers, 2, kv_heads, p, head_dim]."""
+        return prompt_kv(self, embeddings, regime)
+
+    def decode_embeddings(self, embeddings: Tensor, ids: Tensor, positions: Tensor, ctx: FoldedContext) -> Tensor:
+        """A folded pass over p virtual tokens [p, hidden] and then ``ids`` [T]: final hidden rows [p + T, hidden]."""
+        with use(ctx):
+            rows = self._model.get_input_embeddings()(ids[None])
+            rows = torch.cat((embeddings[None].to(rows), rows), dim=1)
+            output = self._decoder(inputs_embeds=rows, position_ids=positions[None], use_cache=False)
+        return output.last_hidden_state[0]
+
     def _decode(self, ids: Tensor, positions: Tensor, ctx: PassContext) -> Tensor:
         with use(ctx):
             output = self._decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
@@ -235,6 +253,8 @@ def load_base(
         num_tokens=identity.count_tokens(folder),
         embedding=None if embedding is None else embedding.spec,
         head=None if head is None else _linear_spec(head),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
     )
     base = BaseModel(
         model,

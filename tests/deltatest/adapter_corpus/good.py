@@ -47,6 +47,8 @@ def corpus_base(*, transposed: bool = False) -> BaseSpec:
         num_tokens=90,
         norms=norms,
         points=frozenset([*ends, "embed_out", "final_hidden"]),
+        kv_heads=2,
+        head_dim=4,
     )
 
 

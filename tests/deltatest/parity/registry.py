@@ -57,8 +57,11 @@ class Entry:
 
 
 NOT_MEASURED: dict[str, str] = dict.fromkeys(
-    ("deltaserve terms",),
-    "not yet measured",
+    (
+        *("BEFT", "BOFT", "OFT", "RoAd", "Trainable tokens", "deltaserve blocks", "deltaserve bottleneck"),
+        *("deltaserve dense", "deltaserve rotations", "deltaserve terms"),
+    ),
+    "not measured yet",
 )
 """Kinds that are served and have no row, by their name in docs/adapter-kinds.md, with the reason."""
 

@@ -98,8 +98,8 @@ def update_of(adapter: ParsedAdapter, spec: BaseSpec, base: BaseWeights) -> Upda
             linears[delta.module] = change if before is None else add_linears([(1.0, before), (1.0, change)])
         else:
             raise MergeRefused(
-                f"{type(delta).__name__} of {delta.module} is no low-rank, sparse or vector term of a linear; only those "
-                "add up"
+                f"{type(delta).__name__} of {delta.module} is no low-rank, sparse or vector term of a linear; "
+                "only those add up"
             )
     return Update(linears, norms)
 

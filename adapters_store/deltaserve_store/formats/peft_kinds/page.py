@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from deltaserve_store.formats.peft_fields import MAX_RANK, FieldRule
 from deltaserve_store.formats.peft_kinds.low_rank import DEFAULT_LIMITS
 from deltaserve_store.formats.peft_kinds.table import READERS, REFUSED
+from deltaserve_store.formats.peft_prefixes import PREFIX_KINDS
 
 _INTRO = f"""# Kinds of adapters
 
@@ -15,11 +16,12 @@ Made from the code by `python -m deltaserve_store.formats.peft_kinds.page`; edit
 
 The server adds terms to a linear `y = W x + b`: low rank, `B (A x)`, sparse, `S x`, dense, `Q x`, and dense blocks of
 some rows and columns; it serves vectors: scales, biases and norm differences; rotations of a linear's input or output;
-trained rows of embedding and head; and bottlenecks on the residual stream. Every kind below is made of them. What PEFT
-stores in another parametrisation is converted when the adapter is read, in float32, before the one cast to the serving
-dtype. The proof at the door compares the engine with the base plus the method's own formula, evaluated from the file's
-tensors, so that it would also find a wrong conversion. Low-rank terms are served at their exact rank up to {MAX_RANK},
-and nothing is approximated then. What becomes of deltas of a higher rank is told [below](#deltas-of-high-rank).
+trained rows of embedding and head; and bottlenecks on the residual stream. Every kind of the first table is made of
+them; [prefixes](#prefixes) are apart. What PEFT stores in another parametrisation is converted when the adapter is
+read, in float32, before the one cast to the serving dtype. The proof at the door compares the engine with the base plus
+the method's own formula, evaluated from the file's tensors, so that it would also find a wrong conversion. Low-rank
+terms are served at their exact rank up to {MAX_RANK}, and nothing is approximated then. What becomes of deltas of a
+higher rank is told [below](#deltas-of-high-rank).
 
 Files, targets, base names and reason codes are those of [adapter-format.md](adapter-format.md).
 
@@ -163,6 +165,25 @@ the file holds what was trained beside the rest. On the base itself that is `alp
 Each with `unsupported_kind` and this reason:
 """
 
+_PREFIXES = """
+## Prefixes
+
+Kinds that put p virtual tokens before a sequence's own are served in one form: K and V of positions 0 to p - 1 of every
+layer. They lie in ordinary blocks of the KV cache, where they are copied once and shared by later requests of the
+adapter; the request's own tokens follow at position p. Nothing else changes: such rows are rows of the base. K and V of
+prefix tuning and of cartridges are used as they are given, without norm or rotary; embeddings are turned into K and V
+at the door, by one float32 pass of the base over them.
+
+The virtual tokens count against the context, `prompt + max_tokens + p`; an adapter that leaves no room for a token of
+prompt and one of answer is refused (`prefix_too_long`). They are not reported as prompt tokens. A prefix has the
+strengths 0 (the base) and 1, and is not composed with other adapters. Its proof runs the base over embeddings and
+tokens in one go, or puts the given K and V before the tokens' own in plain float32 attention; an effect that hardly
+stands out of rounding cannot be amplified and leaves a warning.
+
+Answers equal PEFT's `forward`. Its `generate` agrees where it keeps its cache: PEFT 0.21.2 looks for it under a name
+that transformers 5.24 no longer uses, and then begins anew at each token.
+"""
+
 _FIELDS = """
 ## Fields of the configs
 
@@ -188,13 +209,21 @@ def kinds_page() -> str:
         ),
     ]
     lines = [_INTRO, *_table(("kind", "format", "tensors of the file", "delta of a linear", "term", "refused"), served)]
+    prefixes = [
+        (kind.title, f"`peft-{name.lower().replace('_', '-')}`", kind.source, kind.meaning, kind.limits)
+        for name, kind in PREFIX_KINDS.items()
+    ]
     lines += [
         _HIGH_RANK,
         _ROTATIONS,
+        _PREFIXES,
+        *_table(("kind", "format", "tensors of the file", "becomes", "refused"), prefixes),
         _INITIAL,
         *_table(("type", "why"), [(f"`{kind}`", why) for kind, why in sorted(REFUSED.items())]),
     ]
     lines.append(_FIELDS)
+    for kind in PREFIX_KINDS.values():
+        lines += [f"### {kind.title}\n", *_table(("field", "treatment", "accepted"), _rows(kind.fields)), ""]
     for reader in READERS.values():
         lines += [f"### {reader.title}\n", *_table(("field", "treatment", "accepted"), _rows(reader.fields)), ""]
     return "\n".join(lines)

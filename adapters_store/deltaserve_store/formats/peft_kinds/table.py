@@ -27,6 +27,7 @@ from deltaserve_store.formats.peft_kinds.supertuning import SuperTuning
 from deltaserve_store.formats.peft_kinds.vblora import VbLora
 from deltaserve_store.formats.peft_kinds.vera import Vera
 from deltaserve_store.formats.peft_kinds.wavelets import WaveFt
+from deltaserve_store.formats.peft_prefixes import PREFIX_KINDS
 from deltaserve_store.formats.peft_vectors import VECTOR_READERS
 
 _ALL: tuple[type[PeftReader], ...] = (
@@ -56,27 +57,27 @@ _ALL: tuple[type[PeftReader], ...] = (
 READERS: Mapping[str, type[PeftReader]] = MappingProxyType({reader.peft_type: reader for reader in _ALL})
 """Types that are converted. ``LORA``, ``SHIRA`` and ``TRAINABLE_TOKENS`` have readers of their own: no conversion."""
 
-SERVED_PEFT_TYPES = ("LORA", "SHIRA", "TRAINABLE_TOKENS", *sorted(VECTOR_READERS), *sorted(READERS))
+SERVED_PEFT_TYPES = (
+    "LORA",
+    "SHIRA",
+    "TRAINABLE_TOKENS",
+    *sorted(VECTOR_READERS),
+    *sorted(PREFIX_KINDS),
+    *sorted(READERS),
+)
 
-_PROMPT = "virtual tokens are not served yet"
 _NOT_YET = "not served yet"
 _NOT_LINEAR = "it is not a fixed sum on a linear: its effect depends on the input"
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "ADAMSS": _NOT_YET,
         "ADAPTION_PROMPT": _NOT_LINEAR,
-        "CARTRIDGE": _PROMPT,
-        "CPT": _PROMPT,
         "FROD": _NOT_YET,
         "GLORA": "it scales the base's weights; its delta has full rank",
         "LILY": _NOT_LINEAR,
-        "MULTITASK_PROMPT_TUNING": _PROMPT,
         "OSF": "it rewrites the base's spectrum",
-        "P_TUNING": _PROMPT,
         "PEANUT": _NOT_LINEAR,
         "POLY": "it is routed by task ids, which a request does not carry",
-        "PREFIX_TUNING": _PROMPT,
-        "PROMPT_TUNING": _PROMPT,
         "PSOFT": "it turns singular vectors of the base that are not in its file; their signs depend on the build",
         "PVERA": _NOT_YET,
         "SHADOW": "it brings a second model",
