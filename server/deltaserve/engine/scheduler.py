@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from itertools import islice
 from operator import attrgetter
 
+from deltaserve.adapters.binding import check_binding
 from deltaserve.adapters.residency import AdapterResidency
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
 from deltaserve.engine.block_manager import BlockManager
 from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.sequence import Sequence, SequenceState
 from deltaserve.engine.turn import Turn
-from deltaserve.errors import AdapterUnavailable
+from deltaserve.errors import AdapterUnavailable, CompositionRefused
 
 MAX_ALL_ROWS = 64
 """Most tokens of a step whose every position needs logits: [64, vocab] float32 is held at once for them."""
@@ -33,11 +34,12 @@ _BY_PRIORITY = attrgetter("priority")
 
 @dataclass(slots=True)
 class Schedule:
-    """One step: ``batch[i]`` is what ``seqs[i]`` computes. ``refused``: their adapter failed."""
+    """One step: ``batch[i]`` is what ``seqs[i]`` computes. ``refused``: an adapter failed, or has no place beside the
+    others."""
 
     batch: list[ScheduledSequence] = field(default_factory=list)
     seqs: list[Sequence] = field(default_factory=list)
-    refused: list[tuple[Sequence, AdapterUnavailable]] = field(default_factory=list)
+    refused: list[tuple[Sequence, AdapterUnavailable | CompositionRefused]] = field(default_factory=list)
     num_prefill_tokens: int = 0
     num_decode_tokens: int = 0
     num_all_rows: int = 0
@@ -162,8 +164,9 @@ class Scheduler:
                 slots = None
             else:
                 try:
+                    check_binding(seq.binding, self._residency)  # first: nothing is evicted for what is refused
                     slots = self._residency.acquire(seq.versions)
-                except AdapterUnavailable as error:
+                except (AdapterUnavailable, CompositionRefused) as error:
                     step.refused.append((seq, error))
                     continue
             if slots is None:
