@@ -12,7 +12,9 @@ MAX_LISTED = 256
 
 
 def _scale(value: Any) -> tuple[float, float]:
-    """A number, or [at the first layer, at the last one] -> both ends of the line over depth."""
+    """A number, or [at the first layer, at the last one] -> both ends of the line over depth; null is 1."""
+    if value is None:
+        return 1.0, 1.0
     ends = value if isinstance(value, list) else [value, value]
     if len(ends) != 2 or not all(type(end) in (int, float) and _is_finite(end) for end in ends):
         raise ValueError("must be a finite number, or two: [at the first layer, at the last layer]")
