@@ -24,7 +24,7 @@ BINDINGS: list[Parts] = [((0, 1.0, 3.0),), (), ((1, -1.0, 1.0), (0, 0.5, 0.5)), 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scale_and_bias_follow_the_delta(dtype: torch.dtype) -> None:
+def test_scale_and_bias_meet_the_base_and_not_the_delta(dtype: torch.dtype) -> None:
     case = VectorCase(40, [(0, 0, 24), (1, 24, 30)], 3, dtype)
     case.add_lora(0, 5)
     case.add_vectors(0, True, True, [0])
