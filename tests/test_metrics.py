@@ -120,6 +120,23 @@ def test_adapter_labels_are_bounded_and_reused() -> None:
     assert labels == {"adapter-0", "adapter-2", "adapter-50", OTHER}
 
 
+def test_a_composed_request_counts_once_and_for_each_of_its_adapters() -> None:
+    metrics = Metrics(max_adapters=2)
+    metrics.on_request(REQUEST, ("tone", "code", "one more", "and more"), "composition")
+    found = samples(metrics)
+    served = {
+        dict(labels)["adapter"]: value
+        for (name, labels), value in found.items()
+        if name == "deltaserve_adapter_requests_total"
+    }
+    assert served == {"tone": 1.0, "code": 1.0, OTHER: 1.0}
+    assert found["deltaserve_generation_seconds_count", (("kind", "composition"),)] == 1.0
+    prompts = [
+        value for (name, labels), value in found.items() if name == "deltaserve_tokens_total" and "prompt" in labels[0]
+    ]
+    assert prompts == [REQUEST.num_prompt_tokens]
+
+
 def test_a_deleted_adapter_leaves_no_series() -> None:
     metrics = Metrics()
     drive(metrics)

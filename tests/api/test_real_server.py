@@ -14,6 +14,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+from peft import PeftModel
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM
 
@@ -95,6 +96,28 @@ def test_a_mixed_batch_answers_as_each_alone(client: openai.OpenAI) -> None:
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         mixed = list(pool.map(lambda i: (models[i % 3], greedy_ids(client, models[i % 3])), range(24)))
     assert all(ids == alone[model] for model, ids in mixed)
+
+
+def test_a_composition_is_peft_s_weighted_sum(client: openai.OpenAI, folders: dict[str, Path]) -> None:
+    adapters = [{"id": "tone", "scale": 0.4}, {"id": "code", "scale": 0.7}]
+    fields: Any = {**GREEDY, "extra_body": {**GREEDY["extra_body"], "adapters": adapters}}
+    answer: Any = client.completions.create(model=BASE, prompt=PROMPT, **fields)
+    model: Any = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folders["base"], dtype=torch.float32), str(folders["tone"]), "tone"
+    )
+    model.load_adapter(str(folders["code"]), "code")
+    model.add_weighted_adapter(["tone", "code"], [0.4, 0.7], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    ids = byte_level().encode(PROMPT)
+    said = answer.choices[0].token_ids
+    with torch.no_grad():
+        wanted = model(torch.tensor([[*ids, *said]])).logits[0, len(ids) - 1 : -1].argmax(-1).tolist()
+    assert said == wanted
+    assert said not in [greedy_ids(client, name) for name in (BASE, "tone", "code")]
+    assert [part["id"] for part in answer.adapters] == ["tone", "code"]
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model=BASE, prompt=PROMPT, extra_body={"adapters": [{"id": "tone"}, {"id": "none"}]})
+    assert caught.value.param == "adapters[1].id"
 
 
 def test_streams_equal_whole_answers(client: openai.OpenAI) -> None:

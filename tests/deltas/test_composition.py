@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 import torch
 
@@ -32,9 +30,6 @@ def refused(*traits: Traits, scales: tuple[tuple[float, float], ...] = ()) -> li
     try:
         check_composition(binding(len(traits), *scales), traits)
     except CompositionRefused as error:
-        assert error.status == 400
-        assert error.param == "adapters"
-        assert pickle.loads(pickle.dumps(error)).reasons == error.reasons
         return [(reason.code, reason.where) for reason in error.reasons]
     return []
 
@@ -65,6 +60,9 @@ def test_scales_of_both_sides_of_a_linear_have_no_sum() -> None:
     assert refused(DORA, SPARSE, IA3, GATES) == [("mixed_sides", "adapters[2]"), *[("mixed_sides", "adapters[3]")] * 2]
     with pytest.raises(CompositionRefused, match=rf"adapters\[0\] has scales of the inputs of {DOWN} and of 1 more"):
         check_composition(binding(2), [GATES, DORA])
+    with pytest.raises(CompositionRefused) as caught:
+        check_composition(binding(2), [GATES, DORA])
+    assert (caught.value.status, caught.value.param) == (400, "adapters")
     # Each on a linear of its own is no mixture.
     assert not refused(Traits(input_scales=frozenset({UP})), Traits(output_scales=frozenset({DOWN})))
 

@@ -35,12 +35,14 @@ from deltaserve.engine import messages
 from deltaserve.engine.async_engine import AsyncEngine, RequestStream
 from deltaserve.errors import (
     AdapterUnavailable,
+    CompositionRefused,
     Conflict,
     ContextLengthExceeded,
     DeltaserveError,
     EngineFailed,
     InvalidRequest,
     QueueFull,
+    Reason,
     RequestTimeout,
     Unavailable,
 )
@@ -545,7 +547,11 @@ def test_everything_that_crosses_pickles_and_is_frozen() -> None:
             with pytest.raises(AttributeError):
                 setattr(message, field, None)
     assert {type(message) for message in crossing} >= set(messages.Message.__args__)
-    errors: list[DeltaserveError] = [AdapterUnavailable("why", retry_after_seconds=2.0), EngineFailed("why")]
+    errors: list[DeltaserveError] = [
+        AdapterUnavailable("why", retry_after_seconds=2.0),
+        EngineFailed("why"),
+        CompositionRefused("why", param="adapters", reasons=[Reason("code", "where", "found", "allowed")]),
+    ]
     delivery = messages.Delivery((output,), tuple(messages.Failed("id", error) for error in errors), ended=errors[1])
     copy = pickle.loads(pickle.dumps(delivery))  # noqa: S301
     assert copy.outputs == delivery.outputs

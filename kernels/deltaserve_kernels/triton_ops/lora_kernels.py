@@ -155,8 +155,8 @@ def expand_tile(
 ):  # fmt: skip
     """Add every part's ``B h`` to one tile of y: [TILE_ROWS, BLOCK_N] of one member, read and written once.
 
-    The first B tile and y are asked for before h is looked at. VECTORS: y is scaled and shifted by the parts'
-    vectors first; an item of rank 0 may have nothing else. WAIT: h comes from programs of this launch; wait until ``flag``
+    The first B tile and y are asked for before h is looked at. VECTORS: y is scaled and shifted by the parts' vectors
+    first; an item of rank 0 may have nothing else. WAIT: h comes from programs of this launch; wait until ``flag``
     counts all SPLITS of them.
     """
     start = tl.load(item_rows + item)

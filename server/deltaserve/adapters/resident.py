@@ -18,8 +18,8 @@ class Resident:
     """``slot`` is -1 without a place on the device; ``nbytes`` 0 until the first load has told it.
 
     ``num_pins`` counts parts of running sequences, ``num_holds`` of running and waiting ones. ``hosted`` holds the
-    adapter while it is on a device that shares the host's memory: it is in no other tier then. ``traits`` is known from the
-    first load on.
+    adapter while it is on a device that shares the host's memory: it is in no other tier then. ``traits`` are known
+    from the first load on.
     """
 
     version: str

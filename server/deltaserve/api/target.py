@@ -12,7 +12,7 @@ from typing import Any
 from deltaserve.api.keys import Caller
 from deltaserve.api.schemas.composition import AdapterChoice
 from deltaserve.api.services import GenerationEngine
-from deltaserve.core import Binding, BindingPart
+from deltaserve.core import BASE_BINDING, Binding, BindingPart
 from deltaserve.errors import InvalidRequest, ModelNotFound
 from deltaserve_store.errors import NotFound
 from deltaserve_store.names import Resolved
@@ -30,7 +30,7 @@ class Target:
     model: str
     fingerprint: str
     names: tuple[str, ...] = ()
-    binding: Binding = Binding()
+    binding: Binding = BASE_BINDING
     adapters: tuple[Mapping[str, Any], ...] = ()
     chat_templates: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -65,7 +65,7 @@ def resolve_target(
     resolved = engine.resolve(caller.tenant, model)
     if not adapters:
         version = resolved.version
-        binding = Binding() if version is None else Binding((BindingPart(version),))
+        binding = BASE_BINDING if version is None else Binding((BindingPart(version),))
         return _target(model, version or engine.base_fingerprint, binding, [resolved])
     if not resolved.is_base:
         raise InvalidRequest(
@@ -74,9 +74,7 @@ def resolve_target(
             param="model",
         )
     found = [_resolve(engine, caller, index, choice) for index, choice in enumerate(adapters)]
-    parts = tuple(
-        BindingPart(str(each.version), *choice.scale) for each, choice in zip(found, adapters, strict=True)
-    )
+    parts = tuple(BindingPart(str(each.version), *choice.scale) for each, choice in zip(found, adapters, strict=True))
     _refuse_repeats(parts, adapters)
     told = tuple(
         {"id": choice.id, "version": part.version, "scale": _written(choice.scale)}

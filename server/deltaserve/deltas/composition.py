@@ -42,6 +42,9 @@ class Traits:
     output_scales: frozenset[str] = frozenset()
 
 
+NO_TRAITS = Traits()
+
+
 def traits_of(folded: FoldedAdapter) -> Traits:
     inputs: set[str] = set()
     outputs: set[str] = set()
