@@ -53,6 +53,7 @@ class AdapterManifest:
     stop_token_ids: tuple[int, ...]
     files: tuple[StoredFile, ...]
     manifest_version: int = MANIFEST_VERSION
+    invocation_token_ids: tuple[int, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True, indent=1) + "\n"
@@ -69,7 +70,8 @@ class AdapterManifest:
                 )
             files = tuple(StoredFile(**entry) for entry in data.pop("files"))
             kinds, stops = tuple(data.pop("kinds")), tuple(data.pop("stop_token_ids"))
-            return cls(files=files, kinds=kinds, stop_token_ids=stops, **data)
+            invocation = tuple(data.pop("invocation_token_ids", ()))  # stores of earlier programs have none
+            return cls(files=files, kinds=kinds, stop_token_ids=stops, invocation_token_ids=invocation, **data)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise StoreCorrupt(f"a manifest cannot be read: {type(error).__name__}") from error
 
@@ -100,6 +102,7 @@ class AdapterRecord:
     source: str = ""
     chat_template: str | None = None
     stop_token_ids: tuple[int, ...] = ()
+    invocation_token_ids: tuple[int, ...] = ()
     is_current: bool = True
 
     def to_dict(self) -> dict[str, Any]:

@@ -193,5 +193,6 @@ def _describe(folder: Path, names: tuple[str, str], parsed: ParsedAdapter) -> Ad
         base_fingerprint=parsed.base_fingerprint,
         chat_template=parsed.chat_template,
         stop_token_ids=parsed.stop_token_ids,
+        invocation_token_ids=parsed.invocation_token_ids,
         files=files,
     )

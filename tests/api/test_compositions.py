@@ -187,6 +187,24 @@ def test_stop_tokens_of_all_parts_end_the_answer(
     assert engine.requests[-1].eos_token_ids == (*engine.tokenizer.eos_token_ids, 9, 11, 7)
 
 
+def test_an_activated_part_begins_at_its_invocation_in_each_prompt(
+    http: TestClient, engine: FakeEngine, change: Callable[..., None]
+) -> None:
+    """The last one counts; where there is none, the part is left out and the others act alone."""
+    change(tone={"invocation_token_ids": (7, 9)})
+    ids = [[1, 7, 9, 2, 7, 9, 3], [1, 2, 3], [7, 9]]
+    for adapters, others in (
+        ([{"id": "code", "scale": 0.5}, {"id": "tone"}], (BindingPart(CODE_V1, 0.5, 0.5),)),
+        ([], ()),
+    ):
+        engine.requests.clear()
+        response = ask(http, adapters, prompt=ids, model=BASE if adapters else "tone")
+        assert response.status_code == 200
+        assert TONE_V2 in response.headers["x-adapter-version"]
+        starts = [(*others, BindingPart(TONE_V2, start_position=start)) for start in (4, 0)]
+        assert [request.binding.parts for request in engine.requests] == [starts[0], others, starts[1]]
+
+
 def test_chat_templates_must_agree(http: TestClient, change: Callable[..., None]) -> None:
     change(tone={"chat_template": "a"}, code={"chat_template": "b"})
     both = [{"id": "code"}, {"id": "tone"}]

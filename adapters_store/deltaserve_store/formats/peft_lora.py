@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from deltaserve_store.findings import Findings
+from deltaserve_store.formats.activated_lora import take_invocation
 from deltaserve_store.formats.lora_vectors import LoraVectors, split_config, vector_names
 from deltaserve_store.formats.peft_config import PeftLoraConfig, parse_lora_config
 from deltaserve_store.formats.tensor_checks import (
@@ -29,7 +30,8 @@ def parse_peft_lora(
     config: Mapping[str, Any], config_name: str, tensors: TensorFile, base: BaseSpec, findings: Findings
 ) -> ParsedAdapter | None:
     """None when ``findings`` got a reason. Shapes are settled from the header before a tensor is read."""
-    plain, options = split_config(config, config_name, findings)
+    always, invocation = take_invocation(config, base, config_name, findings)
+    plain, options = split_config(always, config_name, findings)
     lora = parse_lora_config(plain, base, config_name, findings)
     if lora is None or findings:
         _name_strays_without_config(tensors, base, findings)
@@ -59,6 +61,7 @@ def parse_peft_lora(
         base_fingerprint=None,
         rank=max(delta.rank for delta in deltas),
         num_parameters=sum(delta.a.numel() + delta.b.numel() for delta in deltas) + sum(vectors.sizes.values()),
+        invocation_token_ids=invocation,
     )
 
 

@@ -104,7 +104,7 @@ def make_prompt(
         request_id=f"gen-{secrets.token_hex(12)}",
         prompt_ids=tuple(prompt_ids),
         sampling=sampling,
-        binding=target.binding,
+        binding=target.binding_for(prompt_ids),
         n=fields.n,
         eos_token_ids=tuple(dict.fromkeys((*tokenizer.eos_token_ids, *target.stop_token_ids))),
         tenant=caller.tenant,

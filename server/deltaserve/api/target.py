@@ -6,9 +6,10 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from deltaserve.api.activation import start_of
 from deltaserve.api.keys import Caller
 from deltaserve.api.schemas.composition import AdapterChoice
 from deltaserve.api.services import GenerationEngine
@@ -24,7 +25,8 @@ class Target:
 
     ``fingerprint`` names the bytes that answer: the version's digest, the base's fingerprint, or a digest of the
     versions and scales that are composed. ``adapters`` is what the answer to a composition tells of its parts.
-    ``chat_templates`` are those that the adapters name.
+    ``chat_templates`` are those that the adapters name. ``invocations``: for each part the tokens from which on it
+    acts, empty where it always does.
     """
 
     model: str
@@ -34,6 +36,7 @@ class Target:
     adapters: tuple[Mapping[str, Any], ...] = ()
     chat_templates: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    invocations: tuple[tuple[int, ...], ...] = ()
 
     @property
     def headers(self) -> dict[str, str]:
@@ -43,6 +46,17 @@ class Target:
     def log_fields(self) -> dict[str, Any]:
         """The name and version of an adapter; of a composition all of them, joined."""
         return {"model": "+".join(self.names) or self.model, "version": ",".join(self.binding.versions) or None}
+
+    def binding_for(self, prompt_ids: Sequence[int]) -> Binding:
+        """The parts that act on this prompt, each from its invocation on; one that is not invoked is left out."""
+        if not any(self.invocations):
+            return self.binding
+        parts = []
+        for part, invocation in zip(self.binding.parts, self.invocations, strict=True):
+            start = start_of(prompt_ids, invocation) if invocation else 0
+            if start is not None:
+                parts.append(replace(part, start_position=start))
+        return Binding(tuple(parts))
 
     @property
     def chat_template(self) -> str | None:
@@ -99,6 +113,7 @@ def _target(
         adapters=told,
         chat_templates=tuple(dict.fromkeys(r.chat_template for r in records if r.chat_template is not None)),
         stop_token_ids=tuple(dict.fromkeys(token_id for r in records for token_id in r.stop_token_ids)),
+        invocations=tuple(record.invocation_token_ids for record in records),
     )
 
 
