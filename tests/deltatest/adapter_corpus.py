@@ -505,7 +505,6 @@ _CONFIG = (
     _config("modules_to_save", ["lm_head"], "unsupported_feature"),
     _config("trainable_token_indices", [1, 2], "unsupported_feature"),
     _config("target_parameters", ["mlp.experts.gate_up_proj"], "unsupported_feature"),
-    _config("alora_invocation_tokens", [5, 6], "unsupported_feature"),
     _config("layer_replication", [[0, 2]], "unsupported_feature"),
     _config("megatron_config", {"a": 1}, "unsupported_feature"),
     _config("use_qalora", True, "unsupported_feature"),
