@@ -12,6 +12,7 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
+from deltaserve.api.target import NEVER
 from deltaserve.core import Binding, BindingPart
 from deltaserve.errors import CompositionRefused, Reason
 from deltaserve_store.manifest import AdapterRecord
@@ -190,19 +191,17 @@ def test_stop_tokens_of_all_parts_end_the_answer(
 def test_an_activated_part_begins_at_its_invocation_in_each_prompt(
     http: TestClient, engine: FakeEngine, change: Callable[..., None]
 ) -> None:
-    """The last one counts; where there is none, the part is left out and the others act alone."""
+    """The last one counts; where there is none the base answers, or the other parts do."""
     change(tone={"invocation_token_ids": (7, 9)})
     ids = [[1, 7, 9, 2, 7, 9, 3], [1, 2, 3], [7, 9]]
-    for adapters, others in (
-        ([{"id": "code", "scale": 0.5}, {"id": "tone"}], (BindingPart(CODE_V1, 0.5, 0.5),)),
-        ([], ()),
-    ):
-        engine.requests.clear()
-        response = ask(http, adapters, prompt=ids, model=BASE if adapters else "tone")
-        assert response.status_code == 200
-        assert TONE_V2 in response.headers["x-adapter-version"]
-        starts = [(*others, BindingPart(TONE_V2, start_position=start)) for start in (4, 0)]
-        assert [request.binding.parts for request in engine.requests] == [starts[0], others, starts[1]]
+    assert ask(http, [], prompt=ids, model="tone").headers["x-adapter-version"] == TONE_V2
+    alone = [[(part.version, part.start_position) for part in each.binding.parts] for each in engine.requests]
+    assert alone == [[(TONE_V2, 4)], [], [(TONE_V2, 0)]]
+    engine.requests.clear()
+    assert ask(http, [{"id": "tone", "scale": 0.5}, {"id": "code"}], prompt=ids).status_code == 200
+    assert [each.binding.parts for each in engine.requests] == [
+        (BindingPart(TONE_V2, 0.5, 0.5, start), BindingPart(CODE_V1)) for start in (4, NEVER, 0)
+    ]
 
 
 def test_chat_templates_must_agree(http: TestClient, change: Callable[..., None]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from deltaserve.api.activation import start_of
+from deltaserve.api.target import NEVER
 from deltaserve.core import Binding, BindingPart, GenerationRequest
 from deltaserve.deltas.fold import dense_delta
 from deltaserve.deltas.folded import FoldedAdapter
@@ -49,10 +50,10 @@ class Setting:
     folder: Path
     adapters: dict[str, FoldedAdapter]
 
-    def subject(self) -> Any:
+    def subject(self, name: str = "alora") -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return PeftModel.from_pretrained(copy.deepcopy(self.model), str(self.folder)).eval()
+            return PeftModel.from_pretrained(copy.deepcopy(self.model), str(self.folder.with_name(name))).eval()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,10 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     folder = make_peft_lora(model, root / "alora", rank=4, std=0.2, alora_invocation_tokens=INVOCATION)
     lora = make_peft_lora(model, root / "lora", rank=3, std=0.2, seed=5)
     sparse = make_sparse(base.spec, root / "sparse", seed=6)
-    adapters = {path.name: fold_folder(path, base) for path in (folder, lora, sparse)}
+    # Its B has a bias, which acts where B does.
+    called: Any = {"alora_invocation_tokens": INVOCATION, "lora_bias": True}
+    biased = make_peft_lora(model, root / "biased", rank=2, std=0.2, seed=7, **called)
+    adapters = {path.name: fold_folder(path, base) for path in (folder, lora, sparse, biased)}
     return Setting(base, model, folder, adapters)
 
 
@@ -87,11 +91,11 @@ def prompts_with() -> dict[str, list[int]]:
 
 
 @torch.no_grad()
-def oracle(setting: Setting, prompt: list[int], said: list[int]) -> Tensor:
+def oracle(setting: Setting, prompt: list[int], said: list[int], name: str = "alora") -> Tensor:
     """PEFT's logits for what was said, with the offset it finds in the prompt."""
     ids, start = [*prompt, *said], start_of(prompt, INVOCATION)
     offset = None if start is None else len(ids) - start
-    logits = setting.subject()(torch.tensor([ids]), alora_offsets=[offset]).logits[0].float()
+    logits = setting.subject(name)(torch.tensor([ids]), alora_offsets=[offset]).logits[0].float()
     return logits[len(prompt) - 1 : -1]
 
 
@@ -132,6 +136,22 @@ def test_peft_generates_the_same(setting: Setting) -> None:
                 pad_token_id=0,
             )[0, prompt.shape[1] :]  # fmt: skip
         assert run(rig, ask(name, given[name]))[name][0] == said.tolist(), name
+
+
+def test_a_bias_of_b_acts_where_b_does_and_never_is_never(setting: Setting) -> None:
+    given = prompts_with()
+    start = start_of(given["middle"], INVOCATION) or 0
+    biased = Binding((BindingPart("biased", start_position=start),))
+    never = Binding((BindingPart("biased", start_position=NEVER), BindingPart("lora")))
+    requests = [
+        make_request("biased", given["middle"], binding=biased, max_tokens=NUM_TOKENS, ignore_eos=True),
+        make_request("never", given["absent"], binding=never, max_tokens=NUM_TOKENS, ignore_eos=True),
+        make_request("lora", given["absent"], "lora", max_tokens=NUM_TOKENS, ignore_eos=True),
+    ]
+    found = run(real_rig(setting.base, setting.adapters), *requests)
+    said, rows = found["biased"]
+    assert (rows - oracle(setting, given["middle"], said, "biased")).abs().max() <= 1e-4
+    assert torch.equal(found["never"][1], found["lora"][1])
 
 
 def test_rows_before_the_invocation_are_the_base_s_and_share_its_blocks(setting: Setting) -> None:

@@ -18,6 +18,9 @@ from deltaserve.errors import InvalidRequest, ModelNotFound
 from deltaserve_store.errors import NotFound
 from deltaserve_store.names import Resolved
 
+NEVER = (1 << 31) - 1
+"""A position that no sequence reaches."""
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -48,15 +51,17 @@ class Target:
         return {"model": "+".join(self.names) or self.model, "version": ",".join(self.binding.versions) or None}
 
     def binding_for(self, prompt_ids: Sequence[int]) -> Binding:
-        """The parts that act on this prompt, each from its invocation on; one that is not invoked is left out."""
+        """The parts, each from its invocation in this prompt on.
+
+        An adapter that is not invoked leaves the base alone; a part of a composition keeps its place, as errors count.
+        """
         if not any(self.invocations):
             return self.binding
-        parts = []
-        for part, invocation in zip(self.binding.parts, self.invocations, strict=True):
-            start = start_of(prompt_ids, invocation) if invocation else 0
-            if start is not None:
-                parts.append(replace(part, start_position=start))
-        return Binding(tuple(parts))
+        starts = [start_of(prompt_ids, invocation) if invocation else 0 for invocation in self.invocations]
+        if starts == [None]:
+            return BASE_BINDING
+        parts = zip(self.binding.parts, starts, strict=True)
+        return Binding(tuple(replace(part, start_position=NEVER if at is None else at) for part, at in parts))
 
     @property
     def chat_template(self) -> str | None:
