@@ -56,7 +56,10 @@ class AdapterManifest:
     invocation_token_ids: tuple[int, ...] = ()
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True, indent=1) + "\n"
+        data = asdict(self)
+        if not self.invocation_token_ids:  # manifests of other adapters stay what they were
+            del data["invocation_token_ids"]
+        return json.dumps(data, sort_keys=True, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> AdapterManifest:

@@ -82,6 +82,13 @@ def test_a_composition_that_is_refused_is_loaded_once_and_evicts_nobody(monkeypa
     assert sorted(rig.loader.loads) == ["v1", "v2", "v3", "v4"]
     ready = {status.version for status in rig.residency.status() if status.state is AdapterState.READY}
     assert ready == {"v3", "v4"}
+    # A proof uses what strength it needs; a request for it is refused.
+    half = Binding((BindingPart("v3", 0.5, 0.5),))
+    with pytest.raises(CompositionRefused, match="strength 0 or 1"):
+        rig.run(request("half", [1, 2], binding=half))
+    rig.engine.add_probe("probe", (1, 2), half, rig.engine.clock())
+    outcome = rig.engine.step()
+    assert [probe_id for probe_id, _ in outcome.probes] == ["probe"]
 
 
 def test_forced_preemption_changes_nothing() -> None:

@@ -83,9 +83,8 @@ def resolve_target(
     ``InvalidRequest`` for what cannot be composed as it is written."""
     resolved = engine.resolve(caller.tenant, model)
     if not adapters:
-        version = resolved.version
-        binding = BASE_BINDING if version is None else Binding((BindingPart(version),))
-        return _target(model, version or engine.base_fingerprint, binding, [resolved])
+        binding = BASE_BINDING if resolved.is_base else Binding((_part(resolved),))
+        return _target(model, resolved.version or engine.base_fingerprint, binding, [resolved])
     if not resolved.is_base:
         raise InvalidRequest(
             f"model names the adapter {resolved.name}; beside adapters it names the base, and adapters lists all of "
@@ -93,13 +92,17 @@ def resolve_target(
             param="model",
         )
     found = [_resolve(engine, caller, index, choice) for index, choice in enumerate(adapters)]
-    parts = tuple(BindingPart(str(each.version), *choice.scale) for each, choice in zip(found, adapters, strict=True))
+    parts = tuple(_part(each, choice.scale) for each, choice in zip(found, adapters, strict=True))
     _refuse_repeats(parts, adapters)
     told = tuple(
         {"id": choice.id, "version": part.version, "scale": _written(choice.scale)}
         for part, choice in zip(parts, adapters, strict=True)
     )
     return _target(model, _digest(parts), Binding(parts), found, told)
+
+
+def _part(resolved: Resolved, scale: tuple[float, float] = (1.0, 1.0)) -> BindingPart:
+    return BindingPart(str(resolved.version), *scale)
 
 
 def _target(
@@ -148,7 +151,7 @@ def _refuse_repeats(parts: Sequence[BindingPart], adapters: Sequence[AdapterChoi
 
 def _digest(parts: Sequence[BindingPart]) -> str:
     """Of an adapter at full strength its own; else 64 hex digits over versions and float32 scales, in order."""
-    if len(parts) == 1 and parts[0] == BindingPart(parts[0].version):
+    if len(parts) == 1 and parts[0].scale_first == parts[0].scale_last == 1.0:
         return parts[0].version
     digest = hashlib.sha256(b"composition")
     for part in parts:

@@ -3,7 +3,8 @@
 A composition means the base plus the sum of the parts' deltas, each times its strength (task arithmetic). Terms that
 are added to a linear's output stack in any number and mixture. Scales of one side stack too,
 ``s = 1 + sum of t_k (s_k - 1)``; a scale of inputs and one of outputs on the same linear have no such form, and are
-refused. What no rule speaks of is served alone, at strength 0 or 1: nothing is approximated silently.
+refused. What no rule speaks of is served alone, at strength 0 or 1: nothing is approximated silently. Probes are not
+asked: a proof runs one version, at whatever strength shows it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,17 @@ class FamilyRule:
 ADDITIVE = FamilyRule(adds=True, is_switch=False)
 UNKNOWN = FamilyRule(adds=False, is_switch=True)
 
-RULES: Mapping[str, FamilyRule] = {"lora": ADDITIVE, "sparse": ADDITIVE, "vector": ADDITIVE}
+RULES: Mapping[str, FamilyRule] = {
+    "lora": ADDITIVE,
+    "sparse": ADDITIVE,
+    "vector": ADDITIVE,
+    "rows": ADDITIVE,
+    "block": ADDITIVE,
+    "dense": ADDITIVE,
+    "bottleneck": ADDITIVE,  # modules of one point run in the order of the parts
+    "rotation": UNKNOWN,
+    "prefix": UNKNOWN,
+}
 """By family (``FoldedAdapter.kinds``); one that is missing here is ``UNKNOWN``."""
 
 

@@ -164,7 +164,8 @@ class Scheduler:
                 slots = None
             else:
                 try:
-                    check_binding(seq.binding, self._residency)  # first: nothing is evicted for what is refused
+                    if not seq.is_probe:
+                        check_binding(seq.binding, self._residency)  # nothing is evicted for what is refused
                     slots = self._residency.acquire(seq.versions)
                 except (AdapterUnavailable, CompositionRefused) as error:
                     step.refused.append((seq, error))
