@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from deltaserve.core import GenerationRequest
 from deltaserve.deltas.folded import FoldedAdapter
+from deltaserve.engine.batch import ScheduledPart
 from deltaserve.errors import CompositionRefused
 from deltaserve.model.base import BaseModel, load_base
 from deltatest.engine_fakes import request as make_request
-from deltatest.mixed_batch import prompts
+from deltatest.mixed_batch import MixedBatch, prompts
 from deltatest.peft_adapters import (
     make_bitfit,
     make_gates,
@@ -139,6 +140,20 @@ def test_each_is_alone_what_it_is_in_company(setting: Setting, mixed: dict[str, 
         alone = answers(rig, request)[name]
         assert alone.tokens == mixed[name].tokens
         assert all((a - b).abs().max() <= 1e-4 for a, b in zip(alone.rows, mixed[name].rows, strict=True)), name
+
+
+def test_company_is_not_felt_to_the_bit(setting: Setting) -> None:
+    """The rows of every composition in shared steps, prompts in pieces of seven, against each by itself."""
+    batch = MixedBatch(setting.base).load_all(setting.adapters)
+    bindings = [setting.requests[name].binding for name in ("base", "lora", *COMPOSED)]
+    parts = [
+        tuple(ScheduledPart(batch.slots[p.version], p.scale_first, p.scale_last) for p in binding.parts)
+        for binding in bindings
+    ]
+    ids = prompts([5 + i for i in range(len(parts))], VOCAB_SIZE)
+    together = [rows.clone() for rows in batch.driver.logits(ids, parts, chunk=7)]
+    for own_ids, own_parts, rows in zip(ids, parts, together, strict=True):
+        assert torch.equal(batch.driver.logits([own_ids], [own_parts], chunk=7)[0], rows)
 
 
 def test_strength_0_of_everything_is_the_base_to_the_bit(setting: Setting) -> None:
