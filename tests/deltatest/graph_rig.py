@@ -18,6 +18,7 @@ from deltaserve_kernels import LoraTables, PaddedLayout, SparseTables
 from deltatest.kernel_cases import csr
 
 NUM_SLOTS = 5
+LONGEST_TABLE = 6  # blocks of a sequence; all sequences of the largest step have blocks of their own
 
 
 def rerun(run: Pass) -> Pass:
@@ -46,7 +47,7 @@ class GraphRig:
         device = base.device
         self.lora = LoraTables(len(base.linears), NUM_SLOTS, device)
         self.sparse = SparseTables(len(base.linears), NUM_SLOTS, device)
-        self.num_blocks = 40
+        self.num_blocks = max(40, LONGEST_TABLE * max(options.get("row_counts") or [max_seqs]))
         self.kv = KVCache(base.kv_layout, self.num_blocks, device, has_scratch=True)
         self.kv.pool.normal_(generator=torch.Generator(device).manual_seed(seed))
         self.graphs = DecodeGraphs(
@@ -99,7 +100,7 @@ class GraphRig:
         self.draw.shuffle(free)
         batch = []
         for i in range(num_rows):
-            start = self.draw.choice([0, 1, 15, 16, self.draw.randrange(6 * BLOCK_SIZE)])
+            start = self.draw.choice([0, 1, 15, 16, self.draw.randrange(LONGEST_TABLE * BLOCK_SIZE)])
             table = [free.pop() for _ in range(start // BLOCK_SIZE + 1)]
             token = self.draw.randrange(self.base.vocab_size)
             batch.append(ScheduledSequence(i, [token], start, table, self.random_parts(start, max_parts)))

@@ -23,6 +23,8 @@ class SyncError(AssertionError):
 
 
 LOOKS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+# Memory is handed out, or looked at in another shape: nothing runs on a device.
+MEMORY_OPS = ("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::_unsafe_view")
 LOOKING_OPS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero", "aten::equal")
 
 
@@ -61,9 +63,9 @@ def watched(run: Callable[[], None]) -> Callable[[], None]:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, steps: list[Callable[[], None]]) -> None:
+    def __init__(self, steps: list[Callable[[], None]], launches: list[str]) -> None:
         super().__init__()
-        self._steps = steps
+        self._steps, self._launches = steps, launches
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -86,6 +88,8 @@ class _Recorder(TorchDispatchMode):
                 held[place].copy_(again[place])
 
         self._steps.append(step)
+        if name not in MEMORY_OPS and not func.is_view:
+            self._launches.append(name)
         return result
 
 
@@ -94,7 +98,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _recorded_launches(steps: list[Callable[[], None]]) -> Iterator[None]:
+def _recorded_launches(steps: list[Callable[[], None]], launches: list[str]) -> Iterator[None]:
     """Triton's interpreter runs a launch with torch operations of its own: kept off the tape, whole launches are on."""
     from torch.utils._python_dispatch import _disable_current_modes
     from triton.runtime.interpreter import GridExecutor
@@ -108,6 +112,7 @@ def _recorded_launches(steps: list[Callable[[], None]]) -> Iterator[None]:
 
         step()
         steps.append(step)
+        launches.append(self.fn.__name__)
 
     GridExecutor.__call__ = launch
     try:
@@ -117,17 +122,22 @@ def _recorded_launches(steps: list[Callable[[], None]]) -> Iterator[None]:
 
 
 class Tape:
-    """A ``Capture``. Runs the pass once, without letting it look into a tensor, and replays what it did."""
+    """A ``Capture``. Runs the pass once, without letting it look into a tensor, and replays what it did.
+
+    ``launches``: of what was recorded last, in order, the operations that a GPU would run a kernel for at least.
+    """
 
     def __init__(self) -> None:
         self.num_steps = 0
+        self.launches: list[str] = []
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         run()  # as before a capture: what is made once is made now
         steps: list[Callable[[], None]] = []
-        with _recorded_launches(steps), NoLooking(), _Recorder(steps):
+        launches: list[str] = []
+        with _recorded_launches(steps, launches), NoLooking(), _Recorder(steps, launches):
             run()
-        self.num_steps = len(steps)
+        self.num_steps, self.launches = len(steps), launches
 
         def replay() -> None:
             for step in steps:

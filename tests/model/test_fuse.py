@@ -29,7 +29,7 @@ FUSED = {
     "phi3": {"norm"},  # linears that are fused in the checkpoint
     "gpt2": set(),
 }
-KINDS = {"_FusedNorm": "norm", "_FusedGated": "gated", "_FusedAttention": "attention"}
+KINDS = {"FusedNorm": "norm", "FusedGated": "gated", "FusedAttention": "attention"}
 
 
 def logits(folder: Path, dtype: torch.dtype) -> torch.Tensor:
@@ -73,4 +73,4 @@ def test_a_lookalike_is_left_alone() -> None:
     model = nn.Sequential(OddNorm(), nn.RMSNorm(32, eps=1e-5))
     fuse.fuse(model)
     assert "forward" not in model[0].__dict__
-    assert type(model[1].__dict__["forward"]).__name__ == "_FusedNorm"
+    assert type(model[1].__dict__["forward"]).__name__ == "FusedNorm"

@@ -26,7 +26,15 @@ from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.engine.sampler import Sampler
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve_kernels import use_backend
-from deltaserve_kernels.triton_ops import attention_kernels, guard, lora_programs, sparse_kernels, tile_kernels
+from deltaserve_kernels.triton_ops import (
+    attention_kernels,
+    guard,
+    lora_programs,
+    pointwise_kernels,
+    rotary,
+    sparse_kernels,
+    tile_kernels,
+)
 from deltatest.graph_rig import GraphRig
 from deltatest.tape import Tape
 from deltatest.tiny_models import save_random, tiny_config
@@ -38,7 +46,8 @@ SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8,
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
 KERNELS = (
     lora_programs.shrink, lora_programs.expand, sparse_kernels.sparse, tile_kernels.build_tiles,
-    attention_kernels.decode, attention_kernels.combine, attention_kernels.prefill, attention_kernels.store_kv,
+    attention_kernels.decode, attention_kernels.combine, attention_kernels.prefill, rotary.rotate_and_store,
+    pointwise_kernels.rms_norm_rows, pointwise_kernels.gated_rows,
 )  # fmt: skip
 
 
@@ -46,7 +55,12 @@ KERNELS = (
 def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     folder = save_random(tiny_config("llama", **(SIZES if ON_GPU else SMALL)), tmp_path_factory.mktemp("base"))
     dtype = torch.bfloat16 if ON_GPU else torch.float32
-    return load_base(folder, dtype=dtype, device=DEVICE, cache_dir=folder / "cache")
+    # What is fused is decided at load; on the host verifying a base in the interpreter would take minutes.
+    before = use_backend("triton" if ON_GPU else "auto")
+    try:
+        return load_base(folder, dtype=dtype, device=DEVICE, cache_dir=folder / "cache")
+    finally:
+        use_backend(before)
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +164,7 @@ def sampling_sequences(count: int) -> list:  # type: ignore[type-arg]
             versions=(),
             priority=(0.0, i),
             arrival_seconds=0.0,
+            stop_token_ids=frozenset(),
         )
         for i in range(count)
     ]

@@ -36,6 +36,11 @@ def test_weight_multiplies_and_reads_back(
         tolerance = {torch.float32: 1e-4}.get(dtype, 2e-1)
         assert torch.allclose(held.matmul(rows, bias), F.linear(rows, matrix, bias), atol=tolerance)
         assert torch.allclose(held.matmul(rows, None), F.linear(rows, matrix), atol=tolerance)
+        for added in (bias, None):
+            stream = 3 * torch.randn(count, 37, dtype=dtype)
+            wanted = stream + F.linear(rows, matrix, added)
+            assert held.matmul(rows, added, stream) is stream
+            assert torch.allclose(stream, wanted, atol=tolerance)
 
 
 def test_a_tied_weight_stays_shared() -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 
 import torch
 
 
 def unavailable_reason(device: torch.device) -> str | None:
     """Why the kernels cannot run on ``device``, or None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed():
         return "the package triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if device.type == "cuda":
@@ -24,3 +25,9 @@ def unavailable_reason(device: torch.device) -> str | None:
     if device.type == "cpu":
         return None if interpreted else "on the host only Triton's interpreter runs; it needs TRITON_INTERPRET=1"
     return f"kernels are written for CUDA devices, not {device.type}"
+
+
+@cache
+def _is_installed() -> bool:
+    """Asked at every operator; looking through the path takes longer than a launch."""
+    return importlib.util.find_spec("triton") is not None

@@ -9,20 +9,25 @@ import torch
 import triton
 from torch import Tensor
 
+from deltaserve_kernels.checks import BLOCK_SIZE
 from deltaserve_kernels.triton_ops import attention_kernels, guard
 
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """Tiles. Untuned: no GPU has run them. ``rows``: of a prefill tile, queries * heads; below 64 by design.
+    """Tiles. ``rows``: of a prefill tile, queries * heads; below 64 by design.
 
     ``segments``: at most so many programs share a decode row; ``min_segment``: positions a segment has at least.
+    ``decode_n``, ``num_warps``, ``num_stages``: of decode.
     """
 
     rows: int = 32
     block_n: int = 32
+    decode_n: int = 32
     segments: int = 16
     min_segment: int = 128
+    num_warps: int = 4
+    num_stages: int = 2
 
 
 DEFAULT = AttentionForm()
@@ -57,20 +62,22 @@ def paged_attention(
     sink = q if sinks is None else sinks
     sizes: dict[str, Any] = {"D": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim))}
     sizes |= {"BLOCK_N": form.block_n, "HAS_WINDOW": window is not None}
-    segments: dict[str, Any] = {"SEGMENTS": form.segments, "MIN_SEGMENT": form.min_segment}
+    segments: dict[str, Any] = {"SEGMENTS": form.segments, "MIN_SEGMENT": form.min_segment, "BLOCK_N": form.decode_n}
+    # No sequence has more segments than the tables have room for; how one is cut goes by its own length all the same.
+    room = min(form.segments, triton.cdiv(block_tables.shape[1] * BLOCK_SIZE, form.min_segment))
     part_acc = torch.empty(num_seqs, heads, form.segments, sizes["BLOCK_D"], dtype=torch.float32, device=q.device)
     part_max, part_sum = (
         torch.empty(num_seqs, heads, form.segments, dtype=torch.float32, device=q.device) for _ in range(2)
     )
     head_tiles = triton.cdiv(group, _MIN_TILE_HEADS)
-    attention_kernels.decode[(num_seqs, kv_heads * head_tiles, form.segments)](
+    attention_kernels.decode[(num_seqs, kv_heads * head_tiles, room)](
         part_acc, part_max, part_sum, q, k_cache, v_cache, *tables, *q.stride()[:2], *cache, *numbers,
         KV_HEADS=kv_heads, GROUP=group, TILE_HEADS=_MIN_TILE_HEADS, HAS_SOFTCAP=softcap is not None,
-        **sizes, **segments,
+        num_warps=form.num_warps, num_stages=form.num_stages, **sizes | segments,
     )  # fmt: skip
     attention_kernels.combine[(num_seqs, heads)](
         out, part_acc, part_max, part_sum, cu_seqlens_q, kv_lens, sink, out.stride(0), numbers[2],
-        HEADS=heads, HAS_SINKS=sinks is not None, num_warps=1, **sizes, **segments,
+        HEADS=heads, HAS_SINKS=sinks is not None, num_warps=1, **sizes | segments,
     )  # fmt: skip
     if one_query:
         return out

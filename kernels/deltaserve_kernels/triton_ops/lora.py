@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.tables import RANK_TILE, LoraTables
-from deltaserve_kernels.triton_ops import guard, lora_programs
+from deltaserve_kernels.triton_ops import guard, lora_programs, lora_rows
 from deltaserve_kernels.triton_ops.members import MemberGroup, groups_of
 from deltaserve_kernels.triton_ops.tiles import RowTiles, row_tiles
 from deltaserve_kernels.vector_tables import VectorTables
@@ -20,27 +21,39 @@ from deltaserve_kernels.worklist import WorkList
 
 @dataclass(frozen=True)
 class LoraForm:
-    """One way to launch: how many launches, and tiles. Untuned: no GPU has run them.
+    """One way to launch: how many launches, and tiles.
 
+    ``by_row``: a tile's rows one after another, without matrix products (``lora_rows``); for few rows an adapter. K is
+    then cut into chunks of ``block_k``, and ``rank_tile`` ranks at a time are taken by each of ``rank_programs``.
     ``fold``: shrunk rows scaled and rounded to the 16-bit dtype, K not split; for many rows an adapter.
+    ``early``: each of two launches begins while the one before it ends (programmatic dependent launch, capability 9.0).
     ``split_k``: columns of x a split takes at least; the number of splits is a function of K alone.
-    ``rank_tile``: ranks that one reading of x serves; those past an adapter's own cost no bytes.
+    ``rank_tile``: ranks that one reading of x serves, ``b_ranks``: of B that one program holds; those past an adapter's
+    own cost no bytes.
     """
 
+    by_row: bool = False
     one_launch: bool = False
     fold: bool = False
+    early: bool = False
     tile_rows: int = 16
     block_k: int = 128
-    block_n: int = 128
     split_k: int = 512
-    rank_tile: int = RANK_TILE
     max_splits: int = 16
+    rank_tile: int = RANK_TILE
     num_warps: int = 4
+    num_stages: int = 3
+    block_n: int = 128
+    b_ranks: int = RANK_TILE
+    b_warps: int = 4
+    rank_programs: int = 4
 
     def splits(self, in_features: int) -> int:
         """The largest power of two that leaves each split ``split_k`` columns, 1 to ``max_splits``."""
         if self.fold:
             return 1
+        if self.by_row:
+            return -(-in_features // self.block_k)
         return min(self.max_splits, 1 << max(0, (in_features // self.split_k).bit_length() - 1))
 
     def chunk(self, in_features: int) -> int:
@@ -49,8 +62,9 @@ class LoraForm:
 
 
 DECODE = LoraForm()
+BY_ROW = LoraForm(by_row=True, block_k=4096, rank_tile=4, block_n=1024)
 ONE_LAUNCH = LoraForm(one_launch=True)
-PREFILL = LoraForm(fold=True, tile_rows=64, block_k=64, rank_tile=64, num_warps=8)
+PREFILL = LoraForm(fold=True, tile_rows=64, block_k=64, rank_tile=64, b_ranks=64, num_warps=8, b_warps=8)
 
 
 def lora_linear(
@@ -100,20 +114,34 @@ def _launch(
     dtype = y.dtype if form.fold else torch.float32
     h = torch.empty(splits, tiles.num_plane_rows, plane_stride, dtype=dtype, device=x.device)
     planes = (h, h.stride(0), plane_stride, max_rank)
-    lists = (*tiles.arguments(work), tables.pointers, tables.ranks)
+    lists = (work.rows, tiles.records, work.part_slot, work.part_scale, tables.pointers, tables.ranks)
     epilogue = tables.pointers if vectors is None else vectors.pointers
     tiles_n = group.num_tiles(form.block_n)
-    read: dict[str, Any] = {"K": in_features, "CHUNK": form.chunk(in_features), "BLOCK_K": form.block_k}
-    shared: dict[str, Any] = {"TILE_ROWS": form.tile_rows, "RANK_TILE": form.rank_tile, "num_warps": form.num_warps}
-    write: dict[str, Any] = {"SPLITS": splits, "BLOCK_N": form.block_n, "VECTORS": vectors is not None}
-    write |= group.place
+    read: dict[str, Any] = {
+        "K": in_features, "CHUNK": form.chunk(in_features), "BLOCK_K": form.block_k, "TILE_ROWS": form.tile_rows,
+    }  # fmt: skip
+    write: dict[str, Any] = {"SPLITS": splits, "BLOCK_N": form.block_n, "VECTORS": vectors is not None, **group.place}
+    early = form.early and allows_early_launch(x.device)
+    if form.by_row:
+        lora_rows.shrink_rows[(num_members * form.rank_programs, splits, tiles.capacity)](
+            x, x.stride(0), *planes, *lists, tables.num_slots, *group.linears, depth, K=in_features,
+            CHUNK=form.block_k, GROUP=form.rank_tile, PROGRAMS=form.rank_programs, EARLY=early,
+            num_warps=form.num_warps, launch_pdl=early,
+        )  # fmt: skip
+        lora_rows.expand_rows[(tiles.capacity, tiles_n)](
+            y, y.stride(0), *planes, *lists, epilogue, tables.num_slots, *group.linears, depth,
+            **write, RANK_TILE=form.b_ranks, EARLY=early, num_warps=form.b_warps, launch_pdl=early,
+        )  # fmt: skip
+        return
     if not form.one_launch:
+        shared = {"FOLD": form.fold, "EARLY": early, "TILE_ROWS": form.tile_rows, "launch_pdl": early}
         lora_programs.shrink[(num_members, splits, tiles.capacity)](
-            x, x.stride(0), *planes, *lists, tables.num_slots, *group.linears, depth, **read, **shared, FOLD=form.fold
-        )
+            x, x.stride(0), *planes, *lists, tables.num_slots, *group.linears, depth,
+            **read | shared, RANK_TILE=form.rank_tile, num_warps=form.num_warps, num_stages=form.num_stages,
+        )  # fmt: skip
         lora_programs.expand[(tiles.capacity, tiles_n)](
-            y, y.stride(0), *planes, *lists, epilogue, tables.num_slots, *group.linears, depth, FOLD=form.fold,
-            **write, **shared,
+            y, y.stride(0), *planes, *lists, epilogue, tables.num_slots, *group.linears, depth,
+            **write | shared, RANK_TILE=form.b_ranks, num_warps=form.b_warps,
         )  # fmt: skip
         return
     num_flags = tiles.capacity * num_members
@@ -121,8 +149,14 @@ def _launch(
     lora_programs.fused[(producers + tiles.capacity * tiles_n,)](
         y, y.stride(0), x, x.stride(0), *planes, counters(num_flags, x.device), *lists, epilogue, tables.num_slots,
         *group.linears, depth, producers, num_flags,
-        **read, **write, **shared, NUM_MEMBERS=num_members, TILES_N=tiles_n,
+        **read, **write, RANK_TILE=form.rank_tile, NUM_MEMBERS=num_members, TILES_N=tiles_n, num_warps=form.num_warps,
     )  # fmt: skip
+
+
+@cache
+def allows_early_launch(device: torch.device) -> bool:
+    """Whether launches on this device may overlap: capability 9.0 on; never in the interpreter."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 _counters: dict[torch.device, list[Tensor]] = {}

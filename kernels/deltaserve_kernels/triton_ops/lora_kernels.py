@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from deltaserve_kernels.triton_ops.tile_kernels import RECORD
 
 
 @triton.jit
@@ -48,10 +51,27 @@ def room(rank):
 
 
 @triton.jit
+def tile_of(records, tile):
+    """(rows of the tile, first position, first part, end of its parts, slot of the first part, plane row for the first
+    part, distance to the next part's): one sector of memory, so one wait; see ``tiles.RowTiles.records``."""
+    at = records + tile * RECORD
+    return (
+        tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
+        tl.load(at + 6),
+    )  # fmt: skip
+
+
+@triton.jit
+def scale_of(part_scale, part, depth):
+    at_first = tl.load(part_scale + 2 * part)
+    return at_first + (tl.load(part_scale + 2 * part + 1) - at_first) * depth
+
+
+@triton.jit
 def shrink_tile(
     x, x_stride, h, split_stride, plane_stride, max_rank,
-    rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
-    item, first, split, member, linear, depth,
+    rows, records, part_slot, part_scale, pointers, ranks, num_slots,
+    tile, split, member, linear, depth,
     K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
@@ -59,37 +79,36 @@ def shrink_tile(
 
     FOLD: multiply by the part's scale and store in h's 16-bit dtype (prefill, one split).
     """
-    start = tl.load(item_rows + item)
-    num_rows = tl.load(item_rows + item + 1) - start
-    position = first - start + tl.arange(0, TILE_ROWS)
-    live = position < num_rows
-    row = tl.load(rows + start + position, mask=live, other=0).to(tl.int64)
-    part_begin = tl.load(item_parts + item)
-    for part in range(part_begin, tl.load(item_parts + item + 1)):
-        slot = tl.load(part_slot + part)
-        rank = tl.load(ranks + linear * num_slots + slot)
-        a = matrix(x, pointers, 0, linear, slot, num_slots)
-        plane = tl.load(item_plane + item) + (part - part_begin) * num_rows + position
-        out = h + split * split_stride + plane.to(tl.int64) * plane_stride + member * max_rank
-        for rank_begin in range(0, rank, RANK_TILE):
-            r = rank_begin + tl.arange(0, RANK_TILE)
-            acc = tl.zeros((TILE_ROWS, RANK_TILE), dtype=tl.float32)
-            for step in range(0, CHUNK, BLOCK_K):
-                k = split * CHUNK + step + tl.arange(0, BLOCK_K)
-                x_tile = tl.load(
-                    x + row[:, None] * x_stride + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0
-                )
-                a_tile = tl.load(
-                    a + r[:, None] * K + k[None, :], mask=(r < rank)[:, None] & (k < K)[None, :], other=0.0
-                )
-                acc = tl.dot(x_tile, tl.trans(a_tile), acc, input_precision="ieee")
-            if FOLD:
-                at_first = tl.load(part_scale + 2 * part)
-                acc *= at_first + (tl.load(part_scale + 2 * part + 1) - at_first) * depth
-            # Groups of 16 make wide stores. Past the rank A is zero, so h is, in a row without inf or NaN.
-            tl.store(
-                out[:, None] + r[None, :], acc.to(h.dtype.element_ty), mask=live[:, None] & (r < room(rank))[None, :]
-            )
+    num_rows, first, part_begin, part_end, slot, first_plane, plane_step = tile_of(records, tile)
+    if num_rows > 0:
+        position = tl.arange(0, TILE_ROWS)
+        live = position < num_rows
+        row = tl.load(rows + first + position, mask=live, other=0).to(tl.int64)
+        for part in range(part_begin, part_end):
+            rank = tl.load(ranks + linear * num_slots + slot)
+            a = matrix(x, pointers, 0, linear, slot, num_slots)
+            slot = tl.load(part_slot + part + 1, mask=part + 1 < part_end, other=0)
+            plane = first_plane + (part - part_begin) * plane_step + position
+            out = h + split * split_stride + plane.to(tl.int64) * plane_stride + member * max_rank
+            for rank_begin in range(0, rank, RANK_TILE):
+                r = rank_begin + tl.arange(0, RANK_TILE)
+                acc = tl.zeros((TILE_ROWS, RANK_TILE), dtype=tl.float32)
+                for step in range(0, CHUNK, BLOCK_K):
+                    k = split * CHUNK + step + tl.arange(0, BLOCK_K)
+                    x_tile = tl.load(
+                        x + row[:, None] * x_stride + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0
+                    )
+                    a_tile = tl.load(
+                        a + r[:, None] * K + k[None, :], mask=(r < rank)[:, None] & (k < K)[None, :], other=0.0
+                    )
+                    acc = tl.dot(x_tile, tl.trans(a_tile), acc, input_precision="ieee")
+                if FOLD:
+                    acc *= scale_of(part_scale, part, depth)
+                # Groups of 16 make wide stores. Past the rank A is zero, so h is, in a row without inf or NaN.
+                tl.store(
+                    out[:, None] + r[None, :], acc.to(h.dtype.element_ty),
+                    mask=live[:, None] & (r < room(rank))[None, :],
+                )  # fmt: skip
 
 
 @triton.jit
@@ -148,49 +167,50 @@ def load_vectors(vectors, part_slot, part_scale, part_begin, part_end, linear, n
 @triton.jit
 def expand_tile(
     y, y_stride, h, split_stride, plane_stride, max_rank,
-    rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, vectors, num_slots,
-    flag, item, first, member, linear, width, column, tile_n, depth,
+    rows, records, part_slot, part_scale, pointers, ranks, vectors, num_slots,
+    flag, tile, member, linear, width, column, tile_n, depth,
     SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     FOLD: tl.constexpr, VECTORS: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Add every part's ``B h`` to one tile of y: [TILE_ROWS, BLOCK_N] of one member, read and written once.
 
     The first B tile and y are asked for before h is looked at. VECTORS: y is scaled and shifted by the parts' vectors
-    first; an item of rank 0 may have nothing else. WAIT: h comes from programs of this launch; wait until ``flag``
-    counts all SPLITS of them.
+    first; an item of rank 0 may have nothing else. WAIT: h comes from others that may still be at work. "flag":
+    programs of this launch, until ``flag`` counts all SPLITS of them; "launch": the launch before this one.
     """
-    start = tl.load(item_rows + item)
-    num_rows = tl.load(item_rows + item + 1) - start
-    position = first - start + tl.arange(0, TILE_ROWS)
-    live = position < num_rows
-    row = tl.load(rows + start + position, mask=live, other=0).to(tl.int64)
-    part_begin = tl.load(item_parts + item)
-    part_end = tl.load(item_parts + item + 1)
+    num_rows, first, part_begin, part_end, first_slot, first_plane, plane_step = tile_of(records, tile)
     work = 0
     for part in range(part_begin, part_end):
-        slot = tl.load(part_slot + part)
+        slot = first_slot
+        if part > part_begin:
+            slot = tl.load(part_slot + part)
         work += tl.load(ranks + linear * num_slots + slot)
         if VECTORS:
             for which in tl.static_range(2):
                 work += (vector(vectors, which, linear, slot, num_slots) != 0).to(tl.int32)
-    if work > 0:
+    if (num_rows > 0) & (work > 0):
+        position = tl.arange(0, TILE_ROWS)
+        live = position < num_rows
+        row = tl.load(rows + first + position, mask=live, other=0).to(tl.int64)
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         out = y + row[:, None] * y_stride + (column + n)[None, :]
         out_mask = live[:, None] & (n < width)[None, :]
-        slot = tl.load(part_slot + part_begin)
+        slot = first_slot
         rank = tl.load(ranks + linear * num_slots + slot)
         b_tile = load_b(matrix(y, pointers, 1, linear, slot, num_slots), 0, rank, width, n, RANK_TILE)
         before = tl.load(out, mask=out_mask, other=0.0)
-        if WAIT:
+        if WAIT == "flag":
             while tl.atomic_add(flag, 0, sem="acquire") < SPLITS:
                 pass
+        if WAIT == "launch":
+            gdc_wait()
         acc = tl.zeros((TILE_ROWS, BLOCK_N), dtype=tl.float32)
         for part in range(part_begin, part_end):
-            slot = tl.load(part_slot + part)
-            rank = tl.load(ranks + linear * num_slots + slot)
-            at_first = tl.load(part_scale + 2 * part)
-            scale = at_first + (tl.load(part_scale + 2 * part + 1) - at_first) * depth
-            plane = tl.load(item_plane + item) + (part - part_begin) * num_rows + position
+            if part > part_begin:
+                slot = tl.load(part_slot + part)
+                rank = tl.load(ranks + linear * num_slots + slot)
+            scale = scale_of(part_scale, part, depth)
+            plane = first_plane + (part - part_begin) * plane_step + position
             b = matrix(y, pointers, 1, linear, slot, num_slots)
             if part > part_begin:
                 b_tile = load_b(b, 0, rank, width, n, RANK_TILE)
@@ -211,3 +231,6 @@ def expand_tile(
             )  # fmt: skip
             base = base * factor[None, :] + shift[None, :]
         tl.store(out, (base + acc).to(y.dtype.element_ty), mask=out_mask)
+    elif WAIT == "launch":
+        # Whoever comes behind waits for this launch alone, so it must not end before those before it have.
+        gdc_wait()

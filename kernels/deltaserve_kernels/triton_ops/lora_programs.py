@@ -1,6 +1,6 @@
 """The launched kernels of LoRA: ``shrink`` and ``expand`` (two launches), ``fused`` (one). Up to three members each.
 
-Programs of tiles past the list's end (``tile_item`` negative) leave at once, so grids are of fixed capacity and no
+Programs of tiles past the list's end (records of no rows) leave at once, so grids are of fixed capacity and no
 count ever travels to the host.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from deltaserve_kernels.triton_ops.lora_kernels import expand_tile, pick, shrink_tile
 
@@ -15,7 +16,7 @@ from deltaserve_kernels.triton_ops.lora_kernels import expand_tile, pick, shrink
 # alignment differs from step to step; live traffic would have the compiler run for each. max_rank and the strides are
 # always multiples of 16, which the compiler is to know.
 VARYING = [
-    "num_slots", "depth", "tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane",
+    "num_slots", "depth", "tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "records",
     "part_slot", "part_scale", "pointers", "ranks", "vectors",
     "linear0", "linear1", "linear2",
 ]  # fmt: skip
@@ -24,22 +25,25 @@ VARYING = [
 @triton.jit(do_not_specialize=VARYING)
 def shrink(
     x, x_stride, h, split_stride, plane_stride, max_rank,
-    tile_item, tile_first, rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
+    rows, records, part_slot, part_scale, pointers, ranks, num_slots,
     linear0, linear1, linear2, depth,
     K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, FOLD: tl.constexpr,
+    TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, FOLD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (members, splits, tiles): programs that read the same rows of x run side by side."""
-    tile = tl.program_id(2)
+    """Grid (members, splits, tiles): programs that read the same rows of x run side by side.
+
+    EARLY: launched while the launch before it ends, and lets the next one begin likewise.
+    """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     member = tl.program_id(0)
-    item = tl.load(tile_item + tile)
-    if item >= 0:
-        shrink_tile(
-            x, x_stride, h, split_stride, plane_stride, max_rank,
-            rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
-            item, tl.load(tile_first + tile), tl.program_id(1), member, pick(member, linear0, linear1, linear2), depth,
-            K, CHUNK, BLOCK_K, TILE_ROWS, RANK_TILE, FOLD,
-        )  # fmt: skip
+    shrink_tile(
+        x, x_stride, h, split_stride, plane_stride, max_rank,
+        rows, records, part_slot, part_scale, pointers, ranks, num_slots,
+        tl.program_id(2), tl.program_id(1), member, pick(member, linear0, linear1, linear2), depth,
+        K, CHUNK, BLOCK_K, TILE_ROWS, RANK_TILE, FOLD,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -54,34 +58,31 @@ def place(pid, WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
 @triton.jit(do_not_specialize=VARYING)
 def expand(
     y, y_stride, h, split_stride, plane_stride, max_rank,
-    tile_item, tile_first, rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks,
+    rows, records, part_slot, part_scale, pointers, ranks,
     vectors, num_slots,
     linear0, linear1, linear2, depth,
     SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, RANK_TILE: tl.constexpr, BLOCK_N: tl.constexpr,
-    FOLD: tl.constexpr, VECTORS: tl.constexpr,
+    FOLD: tl.constexpr, VECTORS: tl.constexpr, EARLY: tl.constexpr,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     COLUMN0: tl.constexpr, COLUMN1: tl.constexpr, COLUMN2: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, output tiles of all members)."""
-    tile = tl.program_id(0)
-    item = tl.load(tile_item + tile)
-    if item >= 0:
-        member, tile_n = place(tl.program_id(1), WIDTH0, WIDTH1, WIDTH2, BLOCK_N)
-        width = pick(member, WIDTH0, WIDTH1, WIDTH2)
-        column = pick(member, COLUMN0, COLUMN1, COLUMN2)
-        expand_tile(
-            y, y_stride, h, split_stride, plane_stride, max_rank,
-            rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, vectors, num_slots,
-            h, item, tl.load(tile_first + tile), member, pick(member, linear0, linear1, linear2), width, column,
-            tile_n, depth,
-            SPLITS, TILE_ROWS, RANK_TILE, BLOCK_N, FOLD, VECTORS, False,
-        )  # fmt: skip
+    """Grid (tiles, output tiles of all members). EARLY: as in ``shrink``, the launch right before this one."""
+    if EARLY:
+        gdc_launch_dependents()
+    member, tile_n = place(tl.program_id(1), WIDTH0, WIDTH1, WIDTH2, BLOCK_N)
+    expand_tile(
+        y, y_stride, h, split_stride, plane_stride, max_rank,
+        rows, records, part_slot, part_scale, pointers, ranks, vectors, num_slots,
+        h, tl.program_id(0), member, pick(member, linear0, linear1, linear2),
+        pick(member, WIDTH0, WIDTH1, WIDTH2), pick(member, COLUMN0, COLUMN1, COLUMN2), tile_n, depth,
+        SPLITS, TILE_ROWS, RANK_TILE, BLOCK_N, FOLD, VECTORS, "launch" if EARLY else "",
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*VARYING, "num_producers", "num_flags"])
 def fused(
     y, y_stride, x, x_stride, h, split_stride, plane_stride, max_rank, counters,
-    tile_item, tile_first, rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks,
+    rows, records, part_slot, part_scale, pointers, ranks,
     vectors, num_slots,
     linear0, linear1, linear2, depth,
     num_producers, num_flags,
@@ -103,32 +104,26 @@ def fused(
         pair = ticket // SPLITS
         member = pair % NUM_MEMBERS
         tile = pair // NUM_MEMBERS
-        item = tl.load(tile_item + tile)
-        if item >= 0:
-            shrink_tile(
-                x, x_stride, h, split_stride, plane_stride, max_rank,
-                rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, num_slots,
-                item, tl.load(tile_first + tile), split, member, pick(member, linear0, linear1, linear2), depth,
-                K, CHUNK, BLOCK_K, TILE_ROWS, RANK_TILE, False,
-            )  # fmt: skip
-            # All threads' stores, then one thread's release: the barrier orders the first before the second.
-            tl.debug_barrier()
-            tl.atomic_add(counters + 2 + pair, 1, sem="release")
+        shrink_tile(
+            x, x_stride, h, split_stride, plane_stride, max_rank,
+            rows, records, part_slot, part_scale, pointers, ranks, num_slots,
+            tile, split, member, pick(member, linear0, linear1, linear2), depth,
+            K, CHUNK, BLOCK_K, TILE_ROWS, RANK_TILE, False,
+        )  # fmt: skip
+        # All threads' stores, then one thread's release: the barrier orders the first before the second.
+        tl.debug_barrier()
+        tl.atomic_add(counters + 2 + pair, 1, sem="release")
     else:
         output = ticket - num_producers
         tile = output // TILES_N
-        item = tl.load(tile_item + tile)
-        if item >= 0:
-            member, tile_n = place(output % TILES_N, WIDTH0, WIDTH1, WIDTH2, BLOCK_N)
-            width = pick(member, WIDTH0, WIDTH1, WIDTH2)
-            column = pick(member, COLUMN0, COLUMN1, COLUMN2)
-            expand_tile(
-                y, y_stride, h, split_stride, plane_stride, max_rank,
-                rows, item_rows, item_parts, item_plane, part_slot, part_scale, pointers, ranks, vectors, num_slots,
-                counters + 2 + tile * NUM_MEMBERS + member, item, tl.load(tile_first + tile), member,
-                pick(member, linear0, linear1, linear2), width, column, tile_n, depth,
-                SPLITS, TILE_ROWS, RANK_TILE, BLOCK_N, False, VECTORS, True,
-            )  # fmt: skip
+        member, tile_n = place(output % TILES_N, WIDTH0, WIDTH1, WIDTH2, BLOCK_N)
+        expand_tile(
+            y, y_stride, h, split_stride, plane_stride, max_rank,
+            rows, records, part_slot, part_scale, pointers, ranks, vectors, num_slots,
+            counters + 2 + tile * NUM_MEMBERS + member, tile, member, pick(member, linear0, linear1, linear2),
+            pick(member, WIDTH0, WIDTH1, WIDTH2), pick(member, COLUMN0, COLUMN1, COLUMN2), tile_n, depth,
+            SPLITS, TILE_ROWS, RANK_TILE, BLOCK_N, False, VECTORS, "flag",
+        )  # fmt: skip
     # The last one out leaves the counters as it found them, so that a captured graph replays.
     tl.debug_barrier()
     done = tl.atomic_add(counters + 1, 1, sem="acq_rel")

@@ -14,16 +14,27 @@ TILE_HEADS = 8
 
 
 @triton.jit
-def rotate(source, target, row_mask, cos, sin, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """Rotate pairs (d, HALF + d) of every head; ``source`` and ``target`` [heads, 1] point to where heads begin."""
+def rotate(
+    source, target, row_mask, cos, sin, HALF: tl.constexpr, SECOND: tl.constexpr, BLOCK_HALF: tl.constexpr
+):  # fmt: skip
+    """Rotate pairs (d, HALF + d) of every head; ``source`` and ``target`` [heads, 1] point to where heads begin.
+
+    Angles of second elements lie SECOND behind those of first ones; 0: they are the same.
+    """
     d = tl.arange(0, BLOCK_HALF)[None, :]
     mask = row_mask & (d < HALF)
     c = tl.load(cos + d, mask=d < HALF, other=0.0).to(tl.float32)
     s = tl.load(sin + d, mask=d < HALF, other=0.0).to(tl.float32)
     first = tl.load(source + d, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + HALF + d, mask=mask, other=0.0).to(tl.float32)
+    if SECOND > 0:
+        c_second = tl.load(cos + SECOND + d, mask=d < HALF, other=0.0).to(tl.float32)
+        s_second = tl.load(sin + SECOND + d, mask=d < HALF, other=0.0).to(tl.float32)
+    else:
+        c_second = c
+        s_second = s
     tl.store(target + d, (first * c - second * s).to(target.dtype.element_ty), mask=mask)
-    tl.store(target + HALF + d, (second * c + first * s).to(target.dtype.element_ty), mask=mask)
+    tl.store(target + HALF + d, (second * c_second + first * s_second).to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -39,7 +50,8 @@ def rotate_and_store(
     q, k, v, cos, sin, k_cache, v_cache, kv_index, q_row, q_row_head, k_row, k_row_head, v_row, v_row_head,
     cos_row, sin_row, k_page, k_head, k_slot, v_page, v_head, v_slot,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TILE_HEADS: tl.constexpr,
-    D: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, SECOND: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, tiles of kv heads, then of heads). Keys and values go to their page; queries are rotated in place."""
     KV_TILES: tl.constexpr = (KV_HEADS + TILE_HEADS - 1) // TILE_HEADS
@@ -53,7 +65,7 @@ def rotate_and_store(
         index = tl.load(kv_index + row)
         keys = k + row * k_row + head * k_row_head
         k_out = k_cache + index // PAGE * k_page + head * k_head + index % PAGE * k_slot
-        rotate(keys, k_out, has, cos, sin, HALF, BLOCK_HALF)
+        rotate(keys, k_out, has, cos, sin, HALF, SECOND, BLOCK_HALF)
         if D > 2 * HALF:
             copy(keys, k_out, has, 2 * HALF, D, BLOCK_REST)
         v_out = v_cache + index // PAGE * v_page + head * v_head + index % PAGE * v_slot
@@ -61,7 +73,7 @@ def rotate_and_store(
     else:
         head = (tile - KV_TILES) * TILE_HEADS + tl.arange(0, TILE_HEADS)[:, None]
         queries = q + row * q_row + head * q_row_head
-        rotate(queries, queries, head < HEADS, cos, sin, HALF, BLOCK_HALF)
+        rotate(queries, queries, head < HEADS, cos, sin, HALF, SECOND, BLOCK_HALF)
 
 
 def rotate_and_write_kv(
@@ -73,13 +85,30 @@ def rotate_and_write_kv(
     """
     term_checks.check_rotary(q, k, cos, sin)
     guard.check_write(k, v, k_cache, v_cache, kv_index)
-    (num_rows, heads, head_dim), kv_heads, half = q.shape, k.shape[1], cos.shape[1]
+    launch(q, k, v, cos, sin, k_cache, v_cache, kv_index, half=cos.shape[1], second=0)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_index: Tensor,
+    *,
+    half: int,
+    second: int,
+) -> None:
+    """``rotate_and_write_kv`` of arguments that were checked; ``half`` and ``second`` as the kernel's HALF, SECOND."""
+    (num_rows, heads, head_dim), kv_heads = q.shape, k.shape[1]
     if num_rows:
         tiles = triton.cdiv(kv_heads, TILE_HEADS) + triton.cdiv(heads, TILE_HEADS)
         rotate_and_store[(num_rows, tiles)](
             q, k, v, cos, sin, k_cache, v_cache, kv_index, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             cos.stride(0), sin.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3],
-            HEADS=heads, KV_HEADS=kv_heads, TILE_HEADS=TILE_HEADS, D=head_dim, HALF=half,
+            HEADS=heads, KV_HEADS=kv_heads, TILE_HEADS=TILE_HEADS, D=head_dim, HALF=half, SECOND=second,
             BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_HALF=triton.next_power_of_2(half),
             BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)), num_warps=2,
         )  # fmt: skip

@@ -14,11 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltaserve_kernels.triton_ops.lora_kernels import pick
+from deltaserve_kernels.triton_ops.lora_kernels import pick, scale_of
 from deltaserve_kernels.triton_ops.lora_programs import VARYING as LORA_VARYING
 from deltaserve_kernels.triton_ops.lora_programs import place
 
-VARYING = [name for name in LORA_VARYING if name not in ("item_plane", "ranks")]
+VARYING = [name for name in LORA_VARYING if name not in ("item_plane", "ranks", "vectors")]
 UNROLL = tl.constexpr(8)
 WINDOW = tl.constexpr(128)
 
@@ -41,12 +41,6 @@ def delta_of(x, pointers, linear, slot, num_slots):
         tl.multiple_of(cols, 16), tl.multiple_of(values, 16), tl.multiple_of(diagonals, 16),
         tl.multiple_of(cell_first, 16), tl.multiple_of(lanes, 16),
     )  # fmt: skip
-
-
-@triton.jit
-def scale_of(part_scale, part, depth):
-    at_first = tl.load(part_scale + 2 * part)
-    return at_first + (tl.load(part_scale + 2 * part + 1) - at_first) * depth
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from deltaserve_kernels.triton_ops.tile_kernels import build_tiles
+from deltaserve_kernels.triton_ops.tile_kernels import RECORD, build_tiles
 from deltaserve_kernels.worklist import WorkList
 
 
@@ -22,6 +22,9 @@ class RowTiles:
     tile_item:      int32 [capacity]  item of the tile, or -1
     tile_first:     int32 [capacity]  position of its first row in ``work.rows``; any number where there is no tile
     item_plane:     int32 [I]         first row of the item in the buffer of shrunk rows: parts * rows, part-major
+    records:        int32 [capacity, 8]  the same once more, as a kernel wants it at one place: rows of the tile (0: no
+                    tile), first position, first part, end of its parts, slot of the first part, plane row of the
+                    tile's first row for the first part, distance to that of the next part
     num_plane_rows: rows of that buffer
     """
 
@@ -30,6 +33,7 @@ class RowTiles:
     tile_item: Tensor
     tile_first: Tensor
     item_plane: Tensor
+    records: Tensor
     num_plane_rows: int
 
     def arguments(self, work: WorkList) -> tuple[Tensor, ...]:
@@ -62,11 +66,12 @@ def _build(work: WorkList, tile_rows: int) -> RowTiles:
     capacity = min(num_rows, num_items + num_rows // tile_rows)
     tile_item, tile_first = torch.empty(2, capacity, dtype=torch.int32, device=work.device)
     item_plane = torch.empty(num_items, dtype=torch.int32, device=work.device)
+    records = torch.empty(capacity, RECORD.value, dtype=torch.int32, device=work.device)
     build_tiles[(1,)](
-        work.item_rows, work.item_parts, tile_item, tile_first, item_plane, num_items, capacity,
+        work.item_rows, work.item_parts, work.part_slot, tile_item, tile_first, item_plane, records, num_items, capacity,
         TILE_ROWS=tile_rows, num_warps=4,
     )  # fmt: skip
     num_planes = work.num_planes
     if num_planes is None:  # a list from elsewhere, whose counts only the device knows: a sync
         num_planes = int((work.item_rows.diff() * work.item_parts.diff()).sum())
-    return RowTiles(tile_rows, capacity, tile_item, tile_first, item_plane, num_planes)
+    return RowTiles(tile_rows, capacity, tile_item, tile_first, item_plane, records, num_planes)

@@ -17,6 +17,7 @@ from deltaserve.model.attention import ATTENTION_NAME, attach_spec
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, use
 from deltaserve.model.folded import widen_in_folded_mode
 from deltaserve.model.fuse import fuse, make_tunable
+from deltaserve.model.fuse_layer import fuse_layers
 from deltaserve.model.head import cut_before_head, find_decoder
 from deltaserve.model.kv_cache import KVLayout
 from deltaserve.model.linear import BaseLinear
@@ -239,6 +240,7 @@ def _take_over(
         choose_longrope_per_row(model, longrope_limit)
     widen_in_folded_mode(model)
     fuse(model)
+    fuse_layers(model)
     make_tunable(norms.values())
     return linears, norms, seen
 

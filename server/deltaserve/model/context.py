@@ -40,6 +40,7 @@ class ForwardContext(PassContext):
     valid after this step; ``block_tables`` int32 [S, B]; ``kv_index`` int64 [T] = block * 16 + offset, where each row's
     K and V go. ``work`` groups rows by binding; None or empty means base only. ``is_decode``: every sequence has one
     row, which spares a launch. ``vectors``: rows of ``work`` that have vector terms, None when no row has.
+    ``stream`` is what a fused layer returned last: a tensor of its own, which the next layer may add onto in place.
     """
 
     positions: Tensor
@@ -53,6 +54,7 @@ class ForwardContext(PassContext):
     sparse: SparseTables | None = None
     vectors: VectorStep | None = None
     is_decode: bool = False
+    stream: Tensor | None = None
     # Results of a projection group waiting for its other members: linear index -> (input rows, output slice).
     pending: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 

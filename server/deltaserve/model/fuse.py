@@ -1,15 +1,18 @@
-"""Modules of the base that run as one operator in a step on the CPU: RMS norms, gated MLPs, attention with rotary.
+"""Modules of the base that run as few operators in a step: RMS norms, gated MLPs, attention with rotary.
 
 transformers writes them as a dozen small operations each. Nothing is replaced because of its name: a module that has
 the right parts is run beside the formula in fp32, on random rows, and only where both agree does it get a forward that
-uses the operator. That forward serves steps alone; folded mode and anything else run the module as it was.
+uses the operators that the device has at load: the C++ library's, or Triton's. That forward serves steps alone; folded
+mode and anything else run the module as it was, and so do steps while another backend than Triton is selected.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from deltaserve.model.attention import AttentionSpec, attend_paged, dense_attent
 from deltaserve.model.context import FoldedContext, ForwardContext, current_or_none, use
 from deltaserve.model.linear import BaseLinear
 from deltaserve.model.norms import TunableForward, TunableNorm
-from deltaserve_kernels import cpu, select
+from deltaserve_kernels import cpu, pointwise
 
 logger = logging.getLogger(__name__)
 
@@ -28,38 +31,53 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-_PROBE_ROWS = 3
+PROBE_ROWS = 3
 _TOLERANCE = 1e-5  # relative, fp32
+
+
+@dataclass(frozen=True)
+class Operators:
+    """Twins of ``deltaserve_kernels.pointwise`` for the base's device."""
+
+    device: torch.device
+    module: ModuleType
+
+    def are_selected(self) -> bool:
+        """Whether they are to run now: Triton's step aside for the definition, which then shares nothing with them."""
+        return self.module is cpu or pointwise.operators(self.device) is self.module
 
 
 def make_tunable(norms: Iterable[TunableNorm]) -> None:
     """Let steps and folded passes change the norms. Call it last: it goes around the forward a module has by now."""
     for norm in norms:
         forward: Any = norm.module.forward
-        if isinstance(forward, _FusedNorm):
+        if isinstance(forward, FusedNorm):
             forward.tunable, forward.otherwise = norm, TunableForward(norm, forward.otherwise)
         else:
             norm.module.__dict__["forward"] = TunableForward(norm, forward)
 
 
 def fuse(model: nn.Module) -> None:
-    """Give what can be fused its forward. For a base on the CPU whose linears and attention are ours already."""
-    if next(model.parameters()).device.type != "cpu" or select(torch.device("cpu")) != "cpu":
+    """Give what can be fused its forward. For a base whose linears and attention are ours already."""
+    device = next(model.parameters()).device
+    module_of_operators = pointwise.operators(device)
+    if module_of_operators is None:
         return
+    operators = Operators(device, module_of_operators)
     proven: dict[object, Any] = {}
     for name, module in model.named_modules():
         make = _maker(module)
         if make is None:
             continue
-        key = _kind_of(module)
+        key = kind_of(module)
         if key not in proven:
-            proven[key] = make(module)
+            proven[key] = make(module, operators)
             logger.debug("%s %s as one operator", name, "runs" if proven[key] else "does not run")
         if proven[key] is not None:
             module.__dict__["forward"] = proven[key](module)
 
 
-def _maker(module: nn.Module) -> Callable[[nn.Module], Any] | None:
+def _maker(module: nn.Module) -> Callable[[nn.Module, Operators], Any] | None:
     """What might fuse such a module: returns a factory of forwards, or None when the module is something else."""
     if _has_linears(module, ("q_proj", "k_proj", "v_proj"), "o_proj") and "deltaserve_attention" in module.__dict__:
         return _prove_attention
@@ -81,7 +99,7 @@ def _has_linears(module: nn.Module, inward: Sequence[str], outward: str) -> bool
     return tuple(map(tuple, first[0].group.members)) == members and len(last.group.members) == 1
 
 
-def _kind_of(module: nn.Module) -> object:
+def kind_of(module: nn.Module) -> object:
     """Modules of one kind compute the same function of their weights: one proof serves them all."""
     plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str) and k != "layer_idx"}
     spec = module.__dict__.get("deltaserve_attention")
@@ -89,7 +107,7 @@ def _kind_of(module: nn.Module) -> object:
     return type(module), tuple(sorted(plain.items())), parts, spec and (spec.scale, spec.window, spec.softcap)
 
 
-def _agree(module: nn.Module, found: Callable[[], Tensor], wanted: Callable[[], Tensor]) -> bool:
+def agree(module: nn.Module, found: Callable[[], Tensor], wanted: Callable[[], Tensor]) -> bool:
     try:
         with torch.inference_mode(), use(FoldedContext(deltas={})):
             a, b = found(), wanted()
@@ -99,8 +117,8 @@ def _agree(module: nn.Module, found: Callable[[], Tensor], wanted: Callable[[], 
     return a.shape == b.shape and bool((a - b).norm() <= _TOLERANCE * b.norm())
 
 
-def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+def random(*shape: int, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 # ---------------------------------------------------------------- norms
@@ -111,33 +129,34 @@ def _eps_of(module: nn.Module) -> float | None:
     return eps if isinstance(eps, float) else None
 
 
-def _prove_norm(module: nn.Module) -> Callable[[nn.Module], Any] | None:
+def _prove_norm(module: nn.Module, operators: Operators) -> Callable[[nn.Module], Any] | None:
     weight, eps = module._parameters["weight"], _eps_of(module)
     if weight is None or eps is None:
         return None
-    x = 2 * _random(_PROBE_ROWS, len(weight))
+    x = 2 * random(PROBE_ROWS, len(weight), device=operators.device)
 
     def formula(offset: float) -> Callable[[], Tensor]:
         return lambda: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (offset + weight.float())
 
     for offset in (0.0, 1.0):
-        if _agree(module, lambda: module.forward(x), formula(offset)):
-            return partial(_FusedNorm, eps=eps, offset=offset)
+        if agree(module, lambda: module.forward(x), formula(offset)):
+            return partial(FusedNorm, operators=operators, eps=eps, offset=offset)
     return None
 
 
-class _FusedNorm:
-    def __init__(self, module: nn.Module, eps: float, offset: float) -> None:
-        self.otherwise = module.forward
+class FusedNorm:
+    def __init__(self, module: nn.Module, operators: Operators, eps: float, offset: float) -> None:
+        self.otherwise, self.operators = module.forward, operators
         self.weight: Tensor = module.weight.data  # type: ignore[assignment]
         self.eps, self.offset = eps, offset
         self.tunable: TunableNorm | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         ctx = current_or_none()
-        if not isinstance(ctx, ForwardContext) or x.dtype is not self.weight.dtype:
+        if not isinstance(ctx, ForwardContext) or x.dtype is not self.weight.dtype or not self.operators.are_selected():
             return self.otherwise(x)
-        y = cpu.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps, self.offset).view(x.shape)
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.operators.module.rms_norm(rows, self.weight, self.eps, self.offset).view(x.shape)
         if ctx.vectors is not None and self.tunable is not None:
             self.tunable.adjust(y, x, ctx.vectors)
         return y
@@ -146,42 +165,46 @@ class _FusedNorm:
 # ---------------------------------------------------------------- gated MLPs
 
 
-def _prove_gated(module: Any) -> Callable[[nn.Module], Any] | None:
-    x = _random(1, _PROBE_ROWS, module.gate_proj.in_features)
+def _prove_gated(module: Any, operators: Operators) -> Callable[[nn.Module], Any] | None:
+    x = random(1, PROBE_ROWS, module.gate_proj.in_features, device=operators.device)
     if module.gate_proj.out_features != module.up_proj.out_features:
         return None
     for name, function in _ACTIVATIONS.items():
         wanted = lambda f=function: module.down_proj(f(module.gate_proj(x)) * module.up_proj(x))  # noqa: E731
-        if _agree(module, lambda: module.forward(x), wanted):
-            return partial(_FusedGated, activation=name)
+        if agree(module, lambda: module.forward(x), wanted):
+            return partial(FusedGated, operators=operators, activation=name)
     return None
 
 
-class _FusedGated:
-    def __init__(self, module: Any, activation: str) -> None:
-        self.otherwise = module.forward
+class FusedGated:
+    def __init__(self, module: Any, operators: Operators, activation: str) -> None:
+        self.otherwise, self.operators = module.forward, operators
         self.gate_up, self.down = module.gate_proj.group, module.down_proj.group
         self.activation = activation
 
     def __call__(self, x: Tensor) -> Tensor:
         ctx = current_or_none()
-        if not isinstance(ctx, ForwardContext):
+        if not isinstance(ctx, ForwardContext) or not self.operators.are_selected():
             return self.otherwise(x)
+        return self.run(x, ctx).view(*x.shape[:-1], -1)
+
+    def run(self, x: Tensor, ctx: ForwardContext, residual: Tensor | None = None) -> Tensor:
+        """``x`` [1, T, H] -> [T, H]; ``residual`` as in ``ProjectionGroup.apply``."""
         both = self.gate_up.apply(x.reshape(-1, x.shape[-1]), ctx)
-        return self.down.apply(cpu.gated_product(both, self.activation), ctx).view(*x.shape[:-1], -1)
+        return self.down.apply(self.operators.module.gated_product(both, self.activation), ctx, residual)
 
 
 # ---------------------------------------------------------------- attention
 
 
-def _prove_attention(module: Any) -> Callable[[nn.Module], Any] | None:
+def _prove_attention(module: Any, operators: Operators) -> Callable[[nn.Module], Any] | None:
     spec: AttentionSpec = module.__dict__["deltaserve_attention"]
     size = getattr(module, "head_dim", None)
     widths = [module.q_proj.out_features, module.k_proj.out_features, module.v_proj.out_features]
     if not isinstance(size, int) or size % 2 or any(width % size for width in widths) or widths[1] != widths[2]:
         return None
-    x = _random(1, _PROBE_ROWS, module.q_proj.in_features)
-    cos, sin = _random(2, 1, _PROBE_ROWS, size)
+    x = random(1, PROBE_ROWS, module.q_proj.in_features, device=operators.device)
+    cos, sin = random(2, 1, PROBE_ROWS, size, device=operators.device)
 
     def run() -> Tensor:
         output, weights = module.forward(x, position_embeddings=(cos, sin), attention_mask=None)
@@ -191,13 +214,13 @@ def _prove_attention(module: Any) -> Callable[[nn.Module], Any] | None:
 
     def formula() -> Tensor:
         q, k, v = (
-            linear(x).view(_PROBE_ROWS, -1, size).transpose(0, 1)[None]
+            linear(x).view(PROBE_ROWS, -1, size).transpose(0, 1)[None]
             for linear in (module.q_proj, module.k_proj, module.v_proj)
         )
         q, k = (each * cos[:, None] + _half_turn(each) * sin[:, None] for each in (q, k))
-        return module.o_proj(dense_attention(q, k, v, spec).reshape(1, _PROBE_ROWS, -1))
+        return module.o_proj(dense_attention(q, k, v, spec).reshape(1, PROBE_ROWS, -1))
 
-    return partial(_FusedAttention, head_dim=size) if _agree(module, run, formula) else None
+    return partial(FusedAttention, operators=operators, head_dim=size) if agree(module, run, formula) else None
 
 
 def _half_turn(x: Tensor) -> Tensor:
@@ -205,27 +228,35 @@ def _half_turn(x: Tensor) -> Tensor:
     return torch.cat([-high, low], dim=-1)
 
 
-class _FusedAttention:
-    def __init__(self, module: Any, head_dim: int) -> None:
-        self.otherwise = module.forward
+class FusedAttention:
+    def __init__(self, module: Any, operators: Operators, head_dim: int) -> None:
+        self.otherwise, self.operators = module.forward, operators
         self.spec: AttentionSpec = module.__dict__["deltaserve_attention"]
         self.qkv, self.out = module.q_proj.group, module.o_proj.group
         self.heads, self.head_dim = module.q_proj.out_features // head_dim, head_dim
 
-    def _is_proven(self, hidden_states: Tensor, cos: Tensor) -> bool:
-        """The proof rotated whole heads: where the base rotates a part of them, it says nothing."""
-        return cos.dtype is hidden_states.dtype and cos.shape[-1] == self.head_dim
+    def serves(self, hidden_states: Tensor, turn: tuple[Tensor, Tensor] | None) -> bool:
+        """The proof rotated whole heads: where the base rotates a part of them, it says nothing. ``turn``: cos, sin."""
+        if turn is None or not self.operators.are_selected():
+            return False
+        return all(
+            angles.dtype is hidden_states.dtype and angles.shape[-1] == self.head_dim and angles.stride(-1) == 1
+            for angles in turn
+        )
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         ctx = current_or_none()
         turn = kwargs.get("position_embeddings")
-        if not isinstance(ctx, ForwardContext) or args or turn is None or not self._is_proven(hidden_states, turn[0]):
+        if not isinstance(ctx, ForwardContext) or args or not self.serves(hidden_states, turn):
             return self.otherwise(hidden_states, *args, **kwargs)
+        return self.run(hidden_states, turn, ctx).view(*hidden_states.shape[:-1], -1), None
+
+    def run(self, x: Tensor, turn: Any, ctx: ForwardContext, residual: Tensor | None = None) -> Tensor:
+        """``x`` [1, T, H] -> [T, H]; ``residual`` as in ``ProjectionGroup.apply``."""
         spec = self.spec
-        qkv = self.qkv.apply(hidden_states.reshape(-1, hidden_states.shape[-1]), ctx)
+        qkv = self.qkv.apply(x.reshape(-1, x.shape[-1]), ctx)
         k_cache, v_cache = ctx.kv.k(spec.layer), ctx.kv.v(spec.layer)
-        cpu.rotate_and_store(qkv, turn[0][0], turn[1][0], k_cache, v_cache, ctx.kv_index)
+        self.operators.module.rotate_and_store(qkv, turn[0][0], turn[1][0], k_cache, v_cache, ctx.kv_index)
         queries = qkv[:, : self.heads * self.head_dim].view(-1, self.heads, self.head_dim)
         attended = attend_paged(queries, spec, ctx)
-        output = self.out.apply(attended.view(len(qkv), -1), ctx)
-        return output.view(*hidden_states.shape[:-1], -1), None
+        return self.out.apply(attended.view(len(qkv), -1), ctx, residual)

@@ -39,18 +39,22 @@ class ProjectionGroup:
         self.members = members
         self.depth = depth
 
-    def apply(self, rows: Tensor, ctx: ForwardContext) -> Tensor:
-        """``rows`` [T, K] -> [T, N]: base product plus the adapter terms of the step's work list."""
+    def apply(self, rows: Tensor, ctx: ForwardContext, residual: Tensor | None = None) -> Tensor:
+        """``rows`` [T, K] -> [T, N]: base product plus the adapter terms of the step's work list.
+
+        With ``residual`` [T, N] all of that is added to it in place, and it is returned.
+        """
         work = ctx.work
         if work is None or work.is_empty:
-            return self.weight.matmul(rows, self.bias)
+            return self.weight.matmul(rows, self.bias, residual)
         if ctx.vectors is not None:
-            return apply_with_vectors(self, rows, ctx, ctx.vectors)
+            y = apply_with_vectors(self, rows, ctx, ctx.vectors)
+            return y if residual is None else residual.add_(y)
         lora, sparse = ctx.lora, ctx.sparse
         if lora is not None and work.concerns(lora, self.members):
-            y = self.weight.matmul_lora(rows, self.bias, work, lora, self.members, self.depth)
+            y = self.weight.matmul_lora(rows, self.bias, work, lora, self.members, self.depth, residual)
         else:
-            y = self.weight.matmul(rows, self.bias)
+            y = self.weight.matmul(rows, self.bias, residual)
         if sparse is not None and work.concerns(sparse, self.members):
             sparse_linear(y, rows, work, sparse, self.members, self.depth)
         return y

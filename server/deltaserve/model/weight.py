@@ -85,8 +85,14 @@ class BaseWeight:
         self._packed = _prepack(weight)
         self._plain = weight.contiguous() if keep or self._packed is None else None
 
-    def matmul(self, rows: Tensor, bias: Tensor | None) -> Tensor:
-        """``rows`` [T, in] -> [T, out]."""
+    def matmul(self, rows: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        """``rows`` [T, in] -> [T, out]. With ``residual`` [T, out]: the product is added to it in place, and it is
+        returned; the library's product does that itself, with one rounding, where neither bias nor order is in the way.
+        """
+        if residual is not None:
+            if self._packed is None and bias is None:
+                return residual.addmm_(rows, self.plain().t())
+            return residual.add_(self.matmul(rows, bias))
         if self._packed is None:
             return F.linear(rows, self.plain(), bias)
         return self._packed.matmul(rows, bias)
@@ -99,11 +105,13 @@ class BaseWeight:
         tables: LoraTables,
         members: tuple[Member, ...],
         depth: float,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """``matmul`` and ``lora_linear`` on its result, in one call where there is one."""
         if isinstance(self._packed, PanelPacked):
-            return self._packed.matmul_lora(rows, bias, work, tables, members, depth)
-        y = self.matmul(rows, bias)
+            y = self._packed.matmul_lora(rows, bias, work, tables, members, depth)
+            return y if residual is None else residual.add_(y)
+        y = self.matmul(rows, bias, residual)
         lora_linear(y, rows, work, tables, members, depth)
         return y
 

@@ -20,7 +20,7 @@ TOLERANCE = {
     torch.float32: {"rtol": 0.0, "atol": 3e-5},
     torch.float16: {"rtol": 2**-11, "atol": 1e-4},
 }
-FORMS = {"two_launches": lora.DECODE, "one_launch": lora.ONE_LAUNCH, "prefill": lora.PREFILL}
+FORMS = {"by_row": lora.BY_ROW, "two_launches": lora.DECODE, "one_launch": lora.ONE_LAUNCH, "prefill": lora.PREFILL}
 RANKS = [1, 3, 16, 17, 33]
 
 

@@ -27,6 +27,8 @@ from deltaserve_kernels.triton_ops import (
     lora_programs,
     members,
     norm_kernels,
+    pointwise,
+    pointwise_kernels,
     rotary,
     row_items,
     sparse,
@@ -38,13 +40,15 @@ from deltaserve_kernels.triton_ops import (
 BF16, FP32 = "*bf16", "*fp32"
 TYPES = {
     **dict.fromkeys(
-        ("x", "x_t", "y", "q", "k", "v", "out", "k_cache", "v_cache", "sinks", "weight", "cos", "sin"), BF16
+        ("x", "x_t", "y", "q", "k", "v", "out", "both", "k_cache", "v_cache", "sinks", "weight", "cos", "sin"), BF16
     ),
     **dict.fromkeys(("h", "part_scale", "part_acc", "part_max", "part_sum"), FP32),
     **dict.fromkeys(("pointers", "vectors", "kv_index"), "*i64"),
-    **dict.fromkeys(("tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "part_slot"), "*i32"),
+    **dict.fromkeys(
+        ("tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "part_slot", "records"), "*i32"
+    ),
     **dict.fromkeys(("ranks", "sizes", "row_item", "counters", "block_tables", "cu_seqlens_q", "kv_lens"), "*i32"),
-    **dict.fromkeys(("depth", "scale", "softcap", "eps"), "fp32"),
+    **dict.fromkeys(("depth", "scale", "softcap", "eps", "offset"), "fp32"),
 }
 
 
@@ -75,6 +79,8 @@ def shrink_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
         "BLOCK_K": form.block_k,
         "TILE_ROWS": form.tile_rows,
         "RANK_TILE": form.rank_tile,
+        "FOLD": form.fold,
+        "EARLY": form.early,
     }
 
 
@@ -82,11 +88,18 @@ def expand_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
     return {
         "SPLITS": form.splits(in_features),
         "TILE_ROWS": form.tile_rows,
-        "RANK_TILE": form.rank_tile,
+        "RANK_TILE": form.b_ranks,
         "BLOCK_N": form.block_n,
         "VECTORS": False,
+        "FOLD": form.fold,
+        "EARLY": form.early,
         **QKV,
     }
+
+
+def fused_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
+    both = {**expand_of(form, in_features), **shrink_of(form, in_features), "NUM_MEMBERS": 3, "TILES_N": 48}
+    return {name: value for name, value in both.items() if name not in ("FOLD", "EARLY")}
 
 
 HEAD = {"D": 128, "BLOCK_D": 128, "BLOCK_N": 32, "HAS_WINDOW": True}
@@ -106,52 +119,63 @@ def sparse_of(form: sparse.SparseForm, in_features: int) -> dict[str, Any]:
     }
 
 
+ROTATION = {
+    "HEADS": 32,
+    "KV_HEADS": 8,
+    "TILE_HEADS": rotary.TILE_HEADS,
+    "D": 128,
+    "HALF": 64,
+    "BLOCK_D": 128,
+    "BLOCK_HALF": 64,
+    "BLOCK_REST": 1,
+}
+
 SPECS = {
-    "shrink": Spec(lora_programs.shrink, {**shrink_of(lora.DECODE, 4096), "FOLD": False}),
-    "expand": Spec(lora_programs.expand, {**expand_of(lora.DECODE, 14336), "FOLD": False}),
+    "shrink": Spec(lora_programs.shrink, shrink_of(lora.DECODE, 4096)),
+    "expand": Spec(lora_programs.expand, expand_of(lora.DECODE, 14336)),
     "fused": Spec(
         lora_programs.fused,
-        {**shrink_of(lora.ONE_LAUNCH, 4096), **expand_of(lora.ONE_LAUNCH, 4096), "NUM_MEMBERS": 3, "TILES_N": 48},
+        fused_of(lora.ONE_LAUNCH, 4096),
     ),
     # Vectors are fp32 and one number a thread.
-    "expand_vectors": Spec(lora_programs.expand, {**expand_of(lora.DECODE, 14336), "FOLD": False, "VECTORS": True}),
+    "expand_vectors": Spec(lora_programs.expand, {**expand_of(lora.DECODE, 14336), "VECTORS": True}),
     "fused_vectors": Spec(
         lora_programs.fused,
-        {
-            **shrink_of(lora.ONE_LAUNCH, 4096),
-            **expand_of(lora.ONE_LAUNCH, 4096),
-            "NUM_MEMBERS": 3,
-            "TILES_N": 48,
-            "VECTORS": True,
-        },
+        {**fused_of(lora.ONE_LAUNCH, 4096), "VECTORS": True},
     ),
     # Narrow: angles, one number a thread.
     "rotate_and_store": Spec(
         rotary.rotate_and_store,
-        {
-            "HEADS": 32,
-            "KV_HEADS": 8,
-            "TILE_HEADS": rotary.TILE_HEADS,
-            "D": 128,
-            "HALF": 64,
-            "BLOCK_D": 128,
-            "BLOCK_HALF": 64,
-            "BLOCK_REST": 1,
-        },
+        {**ROTATION, "SECOND": 0},
         narrow=4,
         wide=6,
         num_warps=2,
     ),
+    "rotate_and_store_two_halves": Spec(
+        rotary.rotate_and_store, {**ROTATION, "SECOND": 64}, narrow=8, wide=6, num_warps=2
+    ),
+    "rms_norm_rows": Spec(
+        pointwise_kernels.rms_norm_rows,
+        {"SIZE": 4096, "BLOCK": 4096},
+        wide=2 * 2,
+        num_warps=pointwise.norm_warps(4096),
+    ),
+    "gated_rows": Spec(
+        pointwise_kernels.gated_rows, {"SIZE": 14336, "IS_GELU": False, "BLOCK": pointwise.GATED_BLOCK}, wide=2
+    ),
+    "gated_rows_gelu": Spec(
+        pointwise_kernels.gated_rows, {"SIZE": 14336, "IS_GELU": True, "BLOCK": pointwise.GATED_BLOCK}, wide=2
+    ),
     "rms_norm": Spec(norm_kernels.rms_norm, {"SIZE": 4096, "BLOCK": 4096}, wide=3, num_warps=4),
     "prefill_shrink": Spec(
         lora_programs.shrink,
-        {**shrink_of(lora.PREFILL, 4096), "FOLD": True},
+        shrink_of(lora.PREFILL, 4096),
         types=FOLDED,
         num_warps=lora.PREFILL.num_warps,
     ),
     "prefill_expand": Spec(
         lora_programs.expand,
-        {**expand_of(lora.PREFILL, 4096), "FOLD": True},
+        expand_of(lora.PREFILL, 4096),
         types=FOLDED,
         num_warps=lora.PREFILL.num_warps,
     ),
@@ -175,7 +199,12 @@ SPECS = {
     "sparse_gathered": Spec(sparse_kernels.sparse, sparse_of(sparse.GATHERED, 4096), narrow=4 * 8 + 1, wide=2),
     "sparse_staged": Spec(sparse_kernels.sparse, sparse_of(STAGED, 14336), narrow=1, wide=2 * (2 * 4 + 14)),
     # x through a list: 16 rows of 128 columns over 128 threads; 16 of 32.
-    "shrink_blocks": Spec(block_kernels.shrink_blocks, shrink_of(blocks.FORM, 14336), narrow=16, wide=3),
+    "shrink_blocks": Spec(
+        block_kernels.shrink_blocks,
+        of_kernel(block_kernels.shrink_blocks, shrink_of(blocks.FORM, 14336)),
+        narrow=16,
+        wide=3,
+    ),
     "expand_blocks": Spec(
         block_kernels.expand_blocks,
         {**of_kernel(block_kernels.expand_blocks, expand_of(blocks.FORM, 14336)), "BLOCK_C": blocks.BLOCK_COLUMNS},
@@ -253,7 +282,7 @@ def test_one_launch_asks_for_b_and_y_before_it_waits(name: str, arch: int) -> No
 
 
 def test_y_is_stored_wide() -> None:
-    for name in ("expand", "fused", "prefill_expand", "prefill", "store_kv"):
+    for name in ("expand", "fused", "prefill_expand", "prefill", "store_kv", "rms_norm_rows", "gated_rows"):
         assert compiled(name, 90).stores.get(128, 0) >= 1, name
         assert compiled(name, 90).stores.get(16, 0) == 0, name
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from triton.runtime import jit
 
 from deltaserve.engine.batch import ScheduledSequence
 from deltaserve.engine.model_runner import ModelRunner
+from deltaserve.model import base as base_module
+from deltaserve.model import weight
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve_kernels import (
     BlockTables,
@@ -37,7 +40,7 @@ from deltaserve_kernels import (
     triton_ops,
     use_backend,
 )
-from deltaserve_kernels.triton_ops import attention, blocks, guard, lora, rotary, sparse, vectors
+from deltaserve_kernels.triton_ops import attention, blocks, guard, lora, pointwise, rotary, sparse, vectors
 from deltatest.graph_rig import GraphRig
 from deltatest.kernel_cases import PagedCase, Parts, csr
 from deltatest.tape import watched
@@ -124,7 +127,7 @@ def test_adapter_operators_compile_once(binaries: set[tuple[str, str]]) -> None:
     assert binaries == warm
 
 
-def test_attention_compiles_once(binaries: set[tuple[str, str]]) -> None:
+def test_what_the_base_runs_compiles_once(binaries: set[tuple[str, str]]) -> None:
     def run(q_lens: list[int], kv_lens: list[int], window: int | None) -> None:
         case = PagedCase(q_lens, kv_lens, 4, 2, 16, torch.bfloat16)
         attention.paged_attention(*case.args, scale=0.25, window=window)
@@ -133,11 +136,16 @@ def test_attention_compiles_once(binaries: set[tuple[str, str]]) -> None:
         angles = torch.zeros(sum(q_lens), 8)
         index = torch.arange(sum(q_lens))
         rotary.rotate_and_write_kv(case.q, k, k, angles, angles, case.k_cache, case.v_cache, index)
+        qkv = torch.zeros(sum(q_lens), 128).bfloat16()
+        angles = torch.zeros(sum(q_lens), 16).bfloat16()
+        pointwise.rotate_and_store(qkv, angles, angles, case.k_cache, case.v_cache, index)
+        pointwise.rms_norm(qkv, qkv[0], 1e-5 * (1 + len(q_lens)), float(len(q_lens) > 1))
+        pointwise.gated_product(qkv, "silu")
 
     run([1], [1], None)
     run([1], [1], 8)
     warm = set(binaries)
-    assert {name for name, _ in warm} == {"decode", "combine", "prefill", "store_kv", "rotate_and_store"}
+    assert {name for name, _ in warm} == {"decode", "combine", "prefill", "store_kv", *FUSED}
     for q_lens, kv_lens in (([1, 1, 1], [5, 40, 16]), ([17], [17]), ([1, 0, 30, 1], [33, 3, 90, 256])):
         for window in (None, 1, 16, 100):
             run(q_lens, kv_lens, window)
@@ -156,61 +164,74 @@ def prompts(draw: random.Random, num_blocks: int) -> list[ScheduledSequence]:
     return batch
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Weights in their own order, modules fused for Triton's operators; whose results, as nothing runs, say nothing."""
+    monkeypatch.setattr(triton_ops, "unavailable_reason", lambda device: None)
+    monkeypatch.setattr(guard, "may_look", lambda tensor: False)
+    monkeypatch.setattr(weight, "_prepack", lambda _: None)
+    monkeypatch.setattr(base_module, "verify", lambda *_: None)
+    before = use_backend("triton")
+    yield
+    use_backend(before)
+
+
 def loaded(architecture: str, dtype: torch.dtype, folder: Path) -> BaseModel:
-    """As on a GPU, where nothing is packed or fused for the C++ operators: that is decided while a base is loaded."""
-    before = use_backend("reference")
-    try:
-        return load_base(build_tiny_model(architecture, folder), dtype=dtype, cache_dir=folder / "cache")
-    finally:
-        use_backend(before)
+    return load_base(build_tiny_model(architecture, folder), dtype=dtype, cache_dir=folder / "cache")
+
+
+# Modules that look alike in a step of a base: norms, gated MLPs, rotary with the KV write. Else the write alone.
+FUSED = {"rms_norm_rows", "gated_rows", "rotate_and_store"}
+STEP = {"build_tiles", "shrink", "expand", "sparse", "decode", "combine"}
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_no_architecture_looks_into_a_tensor_in_a_decode_pass(
-    architecture: str, binaries: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    architecture: str, binaries: set[tuple[str, str]], as_on_a_gpu: None, tmp_path: Path
 ) -> None:
     """A look would be a sync in every step, and what it saw would be frozen in the graph. Kernels do not run here."""
-    base = loaded(architecture, torch.float32, tmp_path)
-    monkeypatch.setattr(triton_ops, "unavailable_reason", lambda device: None)
-    monkeypatch.setattr(guard, "may_look", lambda tensor: False)
-    before = use_backend("triton")
-    try:
-        rig = GraphRig(base, capture=watched, row_counts=[1, 3])
-        rig.change_adapters()
-        assert rig.graphs.run(rig.random_batch(2)) is not None
-    finally:
-        use_backend(before)
-    assert {"build_tiles", "shrink", "expand", "sparse", "decode", "combine", "store_kv"} == {n for n, _ in binaries}
+    rig = GraphRig(loaded(architecture, torch.float32, tmp_path), capture=watched, row_counts=[1, 3])
+    rig.change_adapters()
+    assert rig.graphs.run(rig.random_batch(2)) is not None
+    names = {name for name, _ in binaries}
+    assert names - FUSED - {"store_kv"} == STEP
+    assert names & {"store_kv", "rotate_and_store"}
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "phi3-longrope"])
+@pytest.mark.parametrize(
+    ("architecture", "fused"),
+    [
+        ("llama", FUSED),
+        ("gemma2", FUSED),
+        ("qwen3", {"rms_norm_rows", "gated_rows", "store_kv"}),
+        ("gpt2", {"store_kv"}),
+        ("phi3-longrope", {"rms_norm_rows", "store_kv"}),
+    ],
+)
 @pytest.mark.parametrize("has_graphs", [True, False], ids=["graphs", "eager"])
 def test_serving_compiles_nothing_after_the_warm_up(
-    architecture: str, has_graphs: bool, binaries: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    architecture: str,
+    fused: set[str],
+    has_graphs: bool,
+    binaries: set[tuple[str, str]],
+    as_on_a_gpu: None,
+    tmp_path: Path,
 ) -> None:
     """Warm-up meets an empty server; then adapters of any kind come, in steps of every shape."""
     base = loaded(architecture, torch.bfloat16, tmp_path)
-    monkeypatch.setattr(triton_ops, "unavailable_reason", lambda device: None)
-    monkeypatch.setattr(guard, "may_look", lambda tensor: False)
-    before = use_backend("triton")
-    try:
-        rig = GraphRig(base, capture_now=False)
-        graphs = rig.graphs if has_graphs else None
-        runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=graphs)
-        runner.warm_up(max_tokens=256)
-        warm = set(binaries)
-        names = {name for name, _ in warm}
-        adapters = {"build_tiles", "shrink", "expand", "sparse", "transpose"}
-        assert names == {*adapters, "decode", "combine", "prefill", "store_kv"}
-        for _ in range(12):
-            rig.change_adapters()
-            rig.fill(0, ("lora", "sparse"), rank=rig.draw.choice([1, 300]))
-            runner.execute(rig.random_batch(max_parts=3))
-            batch = [*prompts(rig.draw, rig.num_blocks), *rig.random_batch()[: rig.draw.randint(0, 3)]]
-            for seq in batch:
-                seq.parts = rig.random_parts(seq.start, 2)
-            rig.draw.shuffle(batch)
-            runner.execute(batch)
-        assert binaries == warm, f"compiled late: {sorted(binaries - warm)}"
-    finally:
-        use_backend(before)
+    rig = GraphRig(base, capture_now=False)
+    graphs = rig.graphs if has_graphs else None
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=graphs)
+    runner.warm_up(max_tokens=256)
+    warm = set(binaries)
+    assert {name for name, _ in warm} == {*STEP, *fused, "transpose", "prefill"}
+    for _ in range(12):
+        rig.change_adapters()
+        rig.fill(0, ("lora", "sparse"), rank=rig.draw.choice([1, 300]))
+        runner.execute(rig.random_batch(max_parts=3))
+        batch = [*prompts(rig.draw, rig.num_blocks), *rig.random_batch()[: rig.draw.randint(0, 3)]]
+        for seq in batch:
+            seq.parts = rig.random_parts(seq.start, 2)
+        rig.draw.shuffle(batch)
+        runner.execute(batch)
+    assert binaries == warm, f"compiled late: {sorted(binaries - warm)}"
