@@ -142,7 +142,8 @@ def _grouped_mm(case: LoraCase) -> AddDelta:
 
 
 OURS = (
-    Implementation("two launches", "ours", _form("DECODE"), exact=True),
+    Implementation("by row", "ours", _form("DECODE"), exact=True),
+    Implementation("two launches", "ours", _form("PRODUCTS"), exact=True),
     Implementation("one launch", "ours", _form("ONE_LAUNCH"), exact=True),
     Implementation("prefill form", "ours", _form("PREFILL"), decode=False, prefill=True),
 )

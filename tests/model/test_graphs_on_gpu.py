@@ -6,6 +6,7 @@ them; streams, the graphs' memory pool and the compiler show here alone.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import warnings
@@ -183,11 +184,13 @@ def test_a_thousand_replays_take_no_memory_and_compile_nothing(base: BaseModel) 
     for batch in batches:
         runner.execute(batch)
     torch.cuda.synchronize()
+    gc.collect()
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     for i in range(1000):
         runner.execute(batches[i % len(batches)])
     torch.cuda.synchronize()
-    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == (allocated, reserved)
+    assert torch.cuda.memory_allocated() <= allocated
+    assert torch.cuda.memory_reserved() == reserved
     for length in (2, 17, 100, 200):
         table = list(range(-(-length // 16)))
         runner.execute([ScheduledSequence(0, [3] * length, 0, table, (ScheduledPart(0), ScheduledPart(1)))])

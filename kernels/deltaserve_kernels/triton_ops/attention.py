@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deltaserve_kernels.checks import BLOCK_SIZE
 from deltaserve_kernels.triton_ops import attention_kernels, guard
+from deltaserve_kernels.triton_ops.early import early
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class AttentionForm:
     block_n: int = 32
     decode_n: int = 32
     segments: int = 16
-    min_segment: int = 128
+    min_segment: int = 64
     num_warps: int = 4
     num_stages: int = 2
 
@@ -73,11 +74,11 @@ def paged_attention(
     attention_kernels.decode[(num_seqs, kv_heads * head_tiles, room)](
         part_acc, part_max, part_sum, q, k_cache, v_cache, *tables, *q.stride()[:2], *cache, *numbers,
         KV_HEADS=kv_heads, GROUP=group, TILE_HEADS=_MIN_TILE_HEADS, HAS_SOFTCAP=softcap is not None,
-        num_warps=form.num_warps, num_stages=form.num_stages, **sizes | segments,
+        num_warps=form.num_warps, num_stages=form.num_stages, **sizes | segments, **early(q.device),
     )  # fmt: skip
     attention_kernels.combine[(num_seqs, heads)](
         out, part_acc, part_max, part_sum, cu_seqlens_q, kv_lens, sink, out.stride(0), numbers[2],
-        HEADS=heads, HAS_SINKS=sinks is not None, num_warps=1, **sizes | segments,
+        HEADS=heads, HAS_SINKS=sinks is not None, num_warps=1, **sizes | segments, **early(q.device),
     )  # fmt: skip
     if one_query:
         return out

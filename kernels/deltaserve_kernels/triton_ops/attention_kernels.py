@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from deltaserve_kernels.triton_ops.early import wait_then_allow
 from deltaserve_kernels.triton_ops.lora_kernels import dot_wide
 
 PAGE = tl.constexpr(16)
@@ -138,12 +139,13 @@ def decode(
     q_row, q_head, k_page, k_head, k_slot, v_page, v_head, v_slot, scale, softcap, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     TILE_HEADS: tl.constexpr, SEGMENTS: tl.constexpr, MIN_SEGMENT: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences, kv heads * head tiles, segments). Unfinished softmaxes of sequences with one query.
 
     part_acc fp32 [S, heads, SEGMENTS, BLOCK_D]; part_max, part_sum fp32 [S, heads, SEGMENTS].
     """
+    wait_then_allow(EARLY)
     seq = tl.program_id(0)
     start = tl.load(cu_seqlens_q + seq)
     last_pos = tl.load(kv_lens + seq) - 1
@@ -179,8 +181,10 @@ def combine(
     out, part_acc, part_max, part_sum, cu_seqlens_q, kv_lens, sinks, out_row, window,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     SEGMENTS: tl.constexpr, MIN_SEGMENT: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences, heads): the segments of a decode row into its output, in one fixed order."""
+    wait_then_allow(EARLY)
     seq = tl.program_id(0)
     start = tl.load(cu_seqlens_q + seq)
     if tl.load(cu_seqlens_q + seq + 1) - start == 1:

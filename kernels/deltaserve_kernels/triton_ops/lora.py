@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.tables import RANK_TILE, LoraTables
 from deltaserve_kernels.triton_ops import guard, lora_programs, lora_rows
+from deltaserve_kernels.triton_ops.early import early
 from deltaserve_kernels.triton_ops.members import MemberGroup, groups_of
 from deltaserve_kernels.triton_ops.tiles import RowTiles, row_tiles
 from deltaserve_kernels.vector_tables import VectorTables
@@ -26,7 +26,6 @@ class LoraForm:
     ``by_row``: a tile's rows one after another, without matrix products (``lora_rows``); for few rows an adapter. K is
     then cut into chunks of ``block_k``, and ``rank_tile`` ranks at a time are taken by each of ``rank_programs``.
     ``fold``: shrunk rows scaled and rounded to the 16-bit dtype, K not split; for many rows an adapter.
-    ``early``: each of two launches begins while the one before it ends (programmatic dependent launch, capability 9.0).
     ``split_k``: columns of x a split takes at least; the number of splits is a function of K alone.
     ``rank_tile``: ranks that one reading of x serves, ``b_ranks``: of B that one program holds; those past an adapter's
     own cost no bytes.
@@ -35,7 +34,6 @@ class LoraForm:
     by_row: bool = False
     one_launch: bool = False
     fold: bool = False
-    early: bool = False
     tile_rows: int = 16
     block_k: int = 128
     split_k: int = 512
@@ -61,10 +59,10 @@ class LoraForm:
         return -(-in_features // (self.splits(in_features) * self.block_k)) * self.block_k
 
 
-DECODE = LoraForm()
-BY_ROW = LoraForm(by_row=True, block_k=4096, rank_tile=4, block_n=1024)
+DECODE = LoraForm(by_row=True, block_k=4096, rank_tile=4, block_n=512, b_warps=2)
+PRODUCTS = LoraForm()
 ONE_LAUNCH = LoraForm(one_launch=True)
-PREFILL = LoraForm(fold=True, tile_rows=64, block_k=64, rank_tile=64, b_ranks=64, num_warps=8, b_warps=8)
+PREFILL = LoraForm(fold=True, tile_rows=64, block_k=128, num_stages=4)
 
 
 def lora_linear(
@@ -121,20 +119,19 @@ def _launch(
         "K": in_features, "CHUNK": form.chunk(in_features), "BLOCK_K": form.block_k, "TILE_ROWS": form.tile_rows,
     }  # fmt: skip
     write: dict[str, Any] = {"SPLITS": splits, "BLOCK_N": form.block_n, "VECTORS": vectors is not None, **group.place}
-    early = form.early and allows_early_launch(x.device)
     if form.by_row:
         lora_rows.shrink_rows[(num_members * form.rank_programs, splits, tiles.capacity)](
             x, x.stride(0), *planes, *lists, tables.num_slots, *group.linears, depth, K=in_features,
-            CHUNK=form.block_k, GROUP=form.rank_tile, PROGRAMS=form.rank_programs, EARLY=early,
-            num_warps=form.num_warps, launch_pdl=early,
+            CHUNK=form.block_k, GROUP=form.rank_tile, PROGRAMS=form.rank_programs,
+            num_warps=form.num_warps, **early(x.device),
         )  # fmt: skip
         lora_rows.expand_rows[(tiles.capacity, tiles_n)](
             y, y.stride(0), *planes, *lists, epilogue, tables.num_slots, *group.linears, depth,
-            **write, RANK_TILE=form.b_ranks, EARLY=early, num_warps=form.b_warps, launch_pdl=early,
+            **write, RANK_TILE=form.b_ranks, num_warps=form.b_warps, **early(x.device),
         )  # fmt: skip
         return
     if not form.one_launch:
-        shared = {"FOLD": form.fold, "EARLY": early, "TILE_ROWS": form.tile_rows, "launch_pdl": early}
+        shared = {"FOLD": form.fold, "TILE_ROWS": form.tile_rows, **early(x.device)}
         lora_programs.shrink[(num_members, splits, tiles.capacity)](
             x, x.stride(0), *planes, *lists, tables.num_slots, *group.linears, depth,
             **read | shared, RANK_TILE=form.rank_tile, num_warps=form.num_warps, num_stages=form.num_stages,
@@ -151,12 +148,6 @@ def _launch(
         *group.linears, depth, producers, num_flags,
         **read, **write, RANK_TILE=form.rank_tile, NUM_MEMBERS=num_members, TILES_N=tiles_n, num_warps=form.num_warps,
     )  # fmt: skip
-
-
-@cache
-def allows_early_launch(device: torch.device) -> bool:
-    """Whether launches on this device may overlap: capability 9.0 on; never in the interpreter."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 _counters: dict[torch.device, list[Tensor]] = {}

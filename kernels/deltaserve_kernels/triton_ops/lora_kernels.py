@@ -232,5 +232,4 @@ def expand_tile(
             base = base * factor[None, :] + shift[None, :]
         tl.store(out, (base + acc).to(y.dtype.element_ty), mask=out_mask)
     elif WAIT == "launch":
-        # Whoever comes behind waits for this launch alone, so it must not end before those before it have.
-        gdc_wait()
+        gdc_wait()  # see ``early``

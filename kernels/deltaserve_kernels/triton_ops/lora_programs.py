@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from deltaserve_kernels.triton_ops.early import wait_then_allow
 from deltaserve_kernels.triton_ops.lora_kernels import expand_tile, pick, shrink_tile
 
 # Not specialised: numbers that differ from step to step or layer to layer, and pointers into one packed buffer, whose
@@ -32,11 +33,9 @@ def shrink(
 ):  # fmt: skip
     """Grid (members, splits, tiles): programs that read the same rows of x run side by side.
 
-    EARLY: launched while the launch before it ends, and lets the next one begin likewise.
+    EARLY: see ``early``.
     """
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
+    wait_then_allow(EARLY)
     member = tl.program_id(0)
     shrink_tile(
         x, x_stride, h, split_stride, plane_stride, max_rank,
@@ -66,7 +65,7 @@ def expand(
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     COLUMN0: tl.constexpr, COLUMN1: tl.constexpr, COLUMN2: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, output tiles of all members). EARLY: as in ``shrink``, the launch right before this one."""
+    """Grid (tiles, output tiles of all members). EARLY: the launch before is ``shrink``."""
     if EARLY:
         gdc_launch_dependents()
     member, tile_n = place(tl.program_id(1), WIDTH0, WIDTH1, WIDTH2, BLOCK_N)

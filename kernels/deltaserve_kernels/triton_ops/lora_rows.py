@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from deltaserve_kernels.triton_ops.early import wait_then_allow
 from deltaserve_kernels.triton_ops.lora_kernels import (
     load_b,
     load_vectors,
@@ -41,11 +42,9 @@ def shrink_rows(
 ):  # fmt: skip
     """Grid (members * PROGRAMS, chunks of K, tiles). Each of PROGRAMS takes every PROGRAMS-th group of GROUP ranks.
 
-    EARLY: as in ``lora_programs.shrink``.
+    EARLY: see ``early``.
     """
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
+    wait_then_allow(EARLY)
     member = tl.program_id(0) // PROGRAMS
     split = tl.program_id(1)
     linear = pick(member, linear0, linear1, linear2)
@@ -143,4 +142,4 @@ def expand_rows(
             acc += before
             tl.store(out, acc.to(y.dtype.element_ty), mask=n < width)
     elif EARLY:
-        gdc_wait()  # see ``lora_kernels.expand_tile``
+        gdc_wait()  # see ``early``

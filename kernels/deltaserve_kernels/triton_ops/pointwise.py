@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deltaserve_kernels import pointwise
 from deltaserve_kernels.triton_ops import guard, pointwise_kernels, rotary
+from deltaserve_kernels.triton_ops.early import early
 
 # Columns of a gated row that one program computes: 8 numbers of 16 bits, one load, a thread.
 GATED_BLOCK = 1024
@@ -21,7 +22,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     if num_rows:
         block = triton.next_power_of_2(size)
         pointwise_kernels.rms_norm_rows[(num_rows,)](
-            out, x, x.stride(0), weight, eps, offset, SIZE=size, BLOCK=block, num_warps=norm_warps(block)
+            out, x, x.stride(0), weight, eps, offset, SIZE=size, BLOCK=block, num_warps=norm_warps(block),
+            **early(x.device),
         )
     return out
 
@@ -38,7 +40,8 @@ def gated_product(both: Tensor, activation: str) -> Tensor:
     out = torch.empty(num_rows, size, dtype=both.dtype, device=both.device)
     if num_rows and size:
         pointwise_kernels.gated_rows[(num_rows, triton.cdiv(size, GATED_BLOCK))](
-            out, both, both.stride(0), SIZE=size, IS_GELU=activation == "gelu_tanh", BLOCK=GATED_BLOCK, num_warps=4
+            out, both, both.stride(0), SIZE=size, IS_GELU=activation == "gelu_tanh", BLOCK=GATED_BLOCK, num_warps=4,
+            **early(both.device),
         )
     return out
 

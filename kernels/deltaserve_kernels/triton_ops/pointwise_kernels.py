@@ -5,10 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from deltaserve_kernels.triton_ops.early import wait_then_allow
+
 
 @triton.jit(do_not_specialize=["eps", "offset"])
-def rms_norm_rows(out, x, x_stride, weight, eps, offset, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def rms_norm_rows(out, x, x_stride, weight, eps, offset, SIZE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Grid (T)."""
+    wait_then_allow(EARLY)
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     mask = n < SIZE
@@ -20,8 +23,9 @@ def rms_norm_rows(out, x, x_stride, weight, eps, offset, SIZE: tl.constexpr, BLO
 
 
 @triton.jit
-def gated_rows(out, both, both_stride, SIZE: tl.constexpr, IS_GELU: tl.constexpr, BLOCK: tl.constexpr):
+def gated_rows(out, both, both_stride, SIZE: tl.constexpr, IS_GELU: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Grid (T, blocks of columns): one row alone is spread over many programs."""
+    wait_then_allow(EARLY)
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = n < SIZE

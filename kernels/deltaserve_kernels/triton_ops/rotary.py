@@ -9,6 +9,7 @@ from torch import Tensor
 from deltaserve_kernels import term_checks
 from deltaserve_kernels.triton_ops import guard
 from deltaserve_kernels.triton_ops.attention_kernels import PAGE
+from deltaserve_kernels.triton_ops.early import early, wait_then_allow
 
 TILE_HEADS = 8
 
@@ -51,9 +52,10 @@ def rotate_and_store(
     cos_row, sin_row, k_page, k_head, k_slot, v_page, v_head, v_slot,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TILE_HEADS: tl.constexpr,
     D: tl.constexpr, HALF: tl.constexpr, SECOND: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, tiles of kv heads, then of heads). Keys and values go to their page; queries are rotated in place."""
+    wait_then_allow(EARLY)
     KV_TILES: tl.constexpr = (KV_HEADS + TILE_HEADS - 1) // TILE_HEADS
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
@@ -81,7 +83,7 @@ def rotate_and_write_kv(
 ) -> None:
     """Rotate ``q`` in place, store rotated ``k`` and ``v`` at ``kv_index``; see ``terms.rotate_and_write_kv``.
 
-    What it saves over separate operators is launches; no GPU has measured it. Raises a KernelError.
+    What it saves over separate operators is launches. Raises a KernelError.
     """
     term_checks.check_rotary(q, k, cos, sin)
     guard.check_write(k, v, k_cache, v_cache, kv_index)
@@ -110,5 +112,5 @@ def launch(
             cos.stride(0), sin.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3],
             HEADS=heads, KV_HEADS=kv_heads, TILE_HEADS=TILE_HEADS, D=head_dim, HALF=half, SECOND=second,
             BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_HALF=triton.next_power_of_2(half),
-            BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)), num_warps=2,
+            BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)), num_warps=2, **early(q.device),
         )  # fmt: skip

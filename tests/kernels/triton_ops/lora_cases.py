@@ -20,7 +20,7 @@ TOLERANCE = {
     torch.float32: {"rtol": 0.0, "atol": 3e-5},
     torch.float16: {"rtol": 2**-11, "atol": 1e-4},
 }
-FORMS = {"by_row": lora.BY_ROW, "two_launches": lora.DECODE, "one_launch": lora.ONE_LAUNCH, "prefill": lora.PREFILL}
+FORMS = {"by_row": lora.DECODE, "products": lora.PRODUCTS, "one_launch": lora.ONE_LAUNCH, "prefill": lora.PREFILL}
 RANKS = [1, 3, 16, 17, 33]
 
 
@@ -121,7 +121,7 @@ def test_one_launch_equals_two_to_the_bit_and_replays():
     case = filled()
     bindings = bindings_of(14)
     x, y = randn(14, 77), randn(14, case.width, seed=1)
-    two = run(case, bindings, x, y.clone(), lora.DECODE)
+    two = run(case, bindings, x, y.clone(), lora.PRODUCTS)
     for _ in range(2):
         assert torch.equal(run(case, bindings, x, y.clone(), lora.ONE_LAUNCH), two)
     assert not lora.counters(1, x.device).any()
@@ -139,9 +139,11 @@ def test_a_row_has_the_same_bits_alone_and_in_company(form):
 
 
 def test_splits_depend_on_the_width_alone():
-    assert [lora.DECODE.splits(k) for k in (1, 64, 1023, 1024, 4096, 14336)] == [1, 1, 1, 2, 8, 16]
+    assert [lora.PRODUCTS.splits(k) for k in (1, 64, 1023, 1024, 4096, 14336)] == [1, 1, 1, 2, 8, 16]
+    assert [lora.DECODE.splits(k) for k in (1, 4096, 4097, 14336)] == [1, 1, 2, 4]
     for k in (1, 77, 4096, 14336):
-        assert lora.DECODE.splits(k) * lora.DECODE.chunk(k) >= k
+        for form in (lora.PRODUCTS, lora.DECODE):
+            assert form.splits(k) * form.chunk(k) >= k
     assert lora.PREFILL.splits(14336) == 1
 
 

@@ -20,11 +20,13 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 
 from deltaserve_kernels.triton_ops import (
     aot,
+    attention,
     attention_kernels,
     block_kernels,
     blocks,
     lora,
     lora_programs,
+    lora_rows,
     members,
     norm_kernels,
     pointwise,
@@ -80,7 +82,6 @@ def shrink_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
         "TILE_ROWS": form.tile_rows,
         "RANK_TILE": form.rank_tile,
         "FOLD": form.fold,
-        "EARLY": form.early,
     }
 
 
@@ -92,18 +93,17 @@ def expand_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
         "BLOCK_N": form.block_n,
         "VECTORS": False,
         "FOLD": form.fold,
-        "EARLY": form.early,
         **QKV,
     }
 
 
 def fused_of(form: lora.LoraForm, in_features: int) -> dict[str, Any]:
     both = {**expand_of(form, in_features), **shrink_of(form, in_features), "NUM_MEMBERS": 3, "TILES_N": 48}
-    return {name: value for name, value in both.items() if name not in ("FOLD", "EARLY")}
+    return {name: value for name, value in both.items() if name != "FOLD"}
 
 
 HEAD = {"D": 128, "BLOCK_D": 128, "BLOCK_N": 32, "HAS_WINDOW": True}
-SEGMENTS = {"SEGMENTS": 16, "MIN_SEGMENT": 128}
+SEGMENTS = {"SEGMENTS": attention.DEFAULT.segments, "MIN_SEGMENT": attention.DEFAULT.min_segment}
 FOLDED = {"h": BF16}
 STAGED = sparse.SparseForm(tile_rows=2, few=2, staged=True)
 
@@ -131,14 +131,32 @@ ROTATION = {
 }
 
 SPECS = {
-    "shrink": Spec(lora_programs.shrink, shrink_of(lora.DECODE, 4096)),
-    "expand": Spec(lora_programs.expand, expand_of(lora.DECODE, 14336)),
+    "shrink": Spec(lora_programs.shrink, shrink_of(lora.PRODUCTS, 4096)),
+    "expand": Spec(lora_programs.expand, expand_of(lora.PRODUCTS, 14336)),
+    # Narrow: nothing; h, and a row of x or y, are one number or eight a thread. B's tile of 16 ranks: sixteen loads.
+    "shrink_rows": Spec(
+        lora_rows.shrink_rows,
+        {"K": 14336, "CHUNK": lora.DECODE.block_k, "GROUP": lora.DECODE.rank_tile, "PROGRAMS": 4},
+        wide=4 * 4 + 4 * 2,
+        num_warps=lora.DECODE.num_warps,
+    ),
+    "expand_rows": Spec(
+        lora_rows.expand_rows,
+        of_kernel(lora_rows.expand_rows, expand_of(lora.DECODE, 14336)),
+        wide=2 * 16,
+        num_warps=lora.DECODE.b_warps,
+    ),
     "fused": Spec(
         lora_programs.fused,
         fused_of(lora.ONE_LAUNCH, 4096),
     ),
-    # Vectors are fp32 and one number a thread.
-    "expand_vectors": Spec(lora_programs.expand, {**expand_of(lora.DECODE, 14336), "VECTORS": True}),
+    # Vectors are fp32: a thread's eight of each are two loads.
+    "expand_rows_vectors": Spec(
+        lora_rows.expand_rows,
+        {**of_kernel(lora_rows.expand_rows, expand_of(lora.DECODE, 14336)), "VECTORS": True},
+        wide=2 * 16 + 4,
+        num_warps=lora.DECODE.b_warps,
+    ),
     "fused_vectors": Spec(
         lora_programs.fused,
         {**fused_of(lora.ONE_LAUNCH, 4096), "VECTORS": True},
@@ -172,6 +190,7 @@ SPECS = {
         shrink_of(lora.PREFILL, 4096),
         types=FOLDED,
         num_warps=lora.PREFILL.num_warps,
+        shared=64 * 1024,
     ),
     "prefill_expand": Spec(
         lora_programs.expand,
@@ -234,8 +253,9 @@ def compiled(name: str, arch: int) -> aot.Compiled:
         types = {param.name: (TYPES | spec.types).get(param.name, "i32") for param in spec.kernel.params}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's notices about its own settings
+            early = {"EARLY": arch >= 90} if "EARLY" in spec.kernel.arg_names else {}
             COMPILED[name, arch] = aot.compile_kernel(
-                spec.kernel, types, spec.constants, arch, num_warps=spec.num_warps
+                spec.kernel, types, spec.constants | early, arch, num_warps=spec.num_warps
             )
     return COMPILED[name, arch]
 
@@ -291,5 +311,5 @@ def test_the_gate_sees_narrow_loads_and_large_tiles() -> None:
     """A width that is no multiple of 8 must show as loads of two bytes, or the gate sees nothing."""
     spec = SPECS["expand"]
     types = {param.name: TYPES.get(param.name, "i32") for param in spec.kernel.params}
-    odd = aot.compile_kernel(spec.kernel, types, {**spec.constants, "WIDTH0": 4095}, 90)
+    odd = aot.compile_kernel(spec.kernel, types, {**spec.constants, "WIDTH0": 4095, "EARLY": True}, 90)
     assert odd.loads.get(16, 0) > 8

@@ -41,7 +41,7 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 IN_FEATURES, WIDTHS = (4096, (4096, 1024, 1024)) if ON_GPU else (96, (64, 32, 16))
 MEMBERS = [(i, sum(WIDTHS[:i]), sum(WIDTHS[: i + 1])) for i in range(len(WIDTHS))]
 RANKS = [1, 8, 16, 17, 33, 64]
-FORMS = {"two_launches": lora.DECODE, "one_launch": lora.ONE_LAUNCH, "prefill": lora.PREFILL}
+FORMS = {"by_row": lora.DECODE, "products": lora.PRODUCTS, "one_launch": lora.ONE_LAUNCH, "prefill": lora.PREFILL}
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def test_one_launch_equals_two_to_the_bit_under_stress(low_rank: LoraTables) -> 
     for seed in range(50 if ON_GPU else 2):
         step = step_of(random.Random(seed).choice([1, 5, 64, 200] if ON_GPU else [1, 5]), seed)
         two, one = step.y.clone(), step.y.clone()
-        lora.lora_linear(two, step.x, step.work, low_rank, MEMBERS, 0.3, lora.DECODE)
+        lora.lora_linear(two, step.x, step.work, low_rank, MEMBERS, 0.3, lora.PRODUCTS)
         lora.lora_linear(one, step.x, step.work, low_rank, MEMBERS, 0.3, lora.ONE_LAUNCH)
         assert torch.equal(one, two), f"step {seed}"
     assert not lora.counters(1, DEVICE).any()
@@ -177,7 +177,7 @@ def test_one_launch_equals_two_to_the_bit_under_stress(low_rank: LoraTables) -> 
 def test_a_captured_graph_replays_and_follows_the_tables() -> None:
     """Adapters are swapped under a captured launch: only table rows change."""
     step, low_rank = step_of(33, 5), low_rank_tables()
-    for form in (lora.DECODE, lora.ONE_LAUNCH):
+    for form in (lora.DECODE, lora.PRODUCTS, lora.ONE_LAUNCH):
         out = step.y.clone()
         lora.lora_linear(out, step.x, step.work, low_rank, MEMBERS, 0.3, form)  # compiles, builds tiles
         expected, graph = out.clone(), torch.cuda.CUDAGraph()

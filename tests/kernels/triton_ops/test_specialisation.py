@@ -47,7 +47,7 @@ from deltatest.tape import watched
 from deltatest.tiny_models import ARCHITECTURES, build_tiny_model
 
 MEMBERS = [(0, 0, 64), (1, 64, 96), (2, 96, 128)]
-FORMS = [lora.DECODE, lora.ONE_LAUNCH, lora.PREFILL]
+FORMS = [lora.DECODE, lora.PRODUCTS, lora.ONE_LAUNCH, lora.PREFILL]
 
 
 @pytest.fixture

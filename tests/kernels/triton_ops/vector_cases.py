@@ -16,12 +16,7 @@ TOLERANCE = {
     torch.float32: {"rtol": 1e-6, "atol": 3e-5},
     torch.float16: {"rtol": 2**-11, "atol": 2e-4},
 }
-FORMS = {
-    "two_launches": lora.DECODE,
-    "by_row": lora.BY_ROW,
-    "one_launch": lora.ONE_LAUNCH,
-    "prefill": lora.PREFILL,
-}
+FORMS = {"by_row": lora.DECODE, "products": lora.PRODUCTS, "one_launch": lora.ONE_LAUNCH, "prefill": lora.PREFILL}
 # Slots: low rank alone, with both vectors, scale alone, bias alone (rank 0), nothing.
 BINDINGS: list[Parts] = [
     (), ((0, 1.0, 0.5),), ((1, 0.5, 2.0), (2, -2.0, 1.0)), ((3, 1.0, 1.0),), ((2, 1.0, 1.0),), ((4, 1.0, 1.0),),
