@@ -89,7 +89,7 @@ def test_rows_without_vectors_have_the_bits_of_the_plain_operator():
 def test_one_launch_equals_two_to_the_bit():
     case, bindings = filled(), bindings_of(14)
     x, y = randn(14, 77), randn(14, case.width, seed=1)
-    two = run(case, bindings, x, y.clone(), lora.DECODE)
+    two = run(case, bindings, x, y.clone(), lora.PRODUCTS)
     assert torch.equal(run(case, bindings, x, y.clone(), lora.ONE_LAUNCH), two)
 
 
