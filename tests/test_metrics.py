@@ -63,10 +63,10 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], f
 def drive(metrics: Metrics) -> None:
     for prefill, decode in ((5, 3), (5, 0), (0, 3)):
         metrics.on_step(dataclasses.replace(STEP, num_prefill_tokens=prefill, num_decode_tokens=decode))
-    metrics.on_request(dataclasses.replace(REQUEST, versions=()), None, "base")
+    metrics.on_request(dataclasses.replace(REQUEST, versions=()), (), "base")
     for outcome in FinishReason:
-        metrics.on_request(dataclasses.replace(REQUEST, outcome=outcome), "tone", "adapter")
-    metrics.on_request(dataclasses.replace(REQUEST, adapter_wait_seconds=0.0), "tone", "adapter")
+        metrics.on_request(dataclasses.replace(REQUEST, outcome=outcome), ("tone",), "adapter")
+    metrics.on_request(dataclasses.replace(REQUEST, adapter_wait_seconds=0.0), ("tone",), "adapter")
     for source in ("disk", "host"):
         for outcome in ("ok", "failed"):
             metrics.on_adapter_load(source, outcome, 0.1)
@@ -109,15 +109,32 @@ def test_names_and_help_follow_the_rules() -> None:
 def test_adapter_labels_are_bounded_and_reused() -> None:
     metrics = Metrics(max_adapters=3)
     for i in range(100):
-        metrics.on_request(REQUEST, f"adapter-{i}", "adapter")
+        metrics.on_request(REQUEST, (f"adapter-{i}",), "adapter")
     labels = {
         dict(labels)["adapter"] for (name, labels) in samples(metrics) if name == "deltaserve_adapter_requests_total"
     }
     assert labels == {"adapter-0", "adapter-1", "adapter-2", OTHER}
     metrics.remove_adapter("adapter-1")
-    metrics.on_request(REQUEST, "adapter-50", "adapter")
+    metrics.on_request(REQUEST, ("adapter-50",), "adapter")
     labels = {dict(labels).get("adapter") for (_, labels) in samples(metrics)} - {None}
     assert labels == {"adapter-0", "adapter-2", "adapter-50", OTHER}
+
+
+def test_a_composed_request_counts_once_and_for_each_of_its_adapters() -> None:
+    metrics = Metrics(max_adapters=2)
+    metrics.on_request(REQUEST, ("tone", "code", "one more", "and more"), "composition")
+    found = samples(metrics)
+    served = {
+        dict(labels)["adapter"]: value
+        for (name, labels), value in found.items()
+        if name == "deltaserve_adapter_requests_total"
+    }
+    assert served == {"tone": 1.0, "code": 1.0, OTHER: 1.0}
+    assert found["deltaserve_generation_seconds_count", (("kind", "composition"),)] == 1.0
+    prompts = [
+        value for (name, labels), value in found.items() if name == "deltaserve_tokens_total" and "prompt" in labels[0]
+    ]
+    assert prompts == [REQUEST.num_prompt_tokens]
 
 
 def test_a_deleted_adapter_leaves_no_series() -> None:
@@ -156,7 +173,7 @@ def test_token_latency_counts_as_prometheus_own_histogram_does() -> None:
     own = Histogram("deltaserve_own_seconds", "as above", ("kind",), registry=registry, buckets=_SECONDS)
     values = (0.0, 0.0009, 0.001, 0.0010001, 0.3, 599.0, 600.0, 601.0, 1e9)
     for kind, shown in (("base", values), ("adapter", values[3:]), ("base", values[:2]), ("adapter", ())):
-        metrics.on_request(dataclasses.replace(REQUEST, itl_seconds=shown), None, kind)
+        metrics.on_request(dataclasses.replace(REQUEST, itl_seconds=shown), (), kind)
         for value in shown:
             own.labels(kind).observe(value)
 

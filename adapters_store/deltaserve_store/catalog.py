@@ -208,6 +208,7 @@ def _record(row: sqlite3.Row) -> AdapterRecord:
         source=row["source"],
         chat_template=manifest.chat_template,
         stop_token_ids=manifest.stop_token_ids,
+        invocation_token_ids=manifest.invocation_token_ids,
         is_current=row["version"] == row["current"],
         num_prefix_tokens=manifest.num_prefix_tokens,
     )

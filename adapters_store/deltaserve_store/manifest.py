@@ -54,11 +54,13 @@ class AdapterManifest:
     files: tuple[StoredFile, ...]
     manifest_version: int = MANIFEST_VERSION
     num_prefix_tokens: int = 0
+    invocation_token_ids: tuple[int, ...] = ()
 
     def to_json(self) -> str:
         data = asdict(self)
-        if not self.num_prefix_tokens:  # manifests of other adapters stay what they were
-            del data["num_prefix_tokens"]
+        for late in ("num_prefix_tokens", "invocation_token_ids"):  # manifests of other adapters stay what they were
+            if not data[late]:
+                del data[late]
         return json.dumps(data, sort_keys=True, indent=1) + "\n"
 
     @classmethod
@@ -73,7 +75,8 @@ class AdapterManifest:
                 )
             files = tuple(StoredFile(**entry) for entry in data.pop("files"))
             kinds, stops = tuple(data.pop("kinds")), tuple(data.pop("stop_token_ids"))
-            return cls(files=files, kinds=kinds, stop_token_ids=stops, **data)
+            invocation = tuple(data.pop("invocation_token_ids", ()))  # stores of earlier programs have none
+            return cls(files=files, kinds=kinds, stop_token_ids=stops, invocation_token_ids=invocation, **data)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise StoreCorrupt(f"a manifest cannot be read: {type(error).__name__}") from error
 
@@ -105,6 +108,7 @@ class AdapterRecord:
     source: str = ""
     chat_template: str | None = None
     stop_token_ids: tuple[int, ...] = ()
+    invocation_token_ids: tuple[int, ...] = ()
     is_current: bool = True
     num_prefix_tokens: int = 0
 

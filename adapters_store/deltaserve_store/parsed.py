@@ -149,7 +149,8 @@ class ParsedAdapter:
 
     ``rank`` is the largest one (None for sparse adapters). ``base_name`` is what a PEFT config says,
     ``base_fingerprint`` what our own files carry. ``chat_template`` names a template of the operator's registry;
-    template text is never taken from an adapter. ``skipped`` lists files that are no part of the adapter. ``prefix``
+    template text is never taken from an adapter. ``invocation_token_ids``: the adapter acts from their last occurrence
+    in a prompt on; empty for one that always acts. ``skipped`` lists files that are no part of the adapter. ``prefix``
     stands before a sequence's own tokens.
     """
 
@@ -163,6 +164,7 @@ class ParsedAdapter:
     num_parameters: int
     chat_template: str | None = None
     stop_token_ids: tuple[int, ...] = ()
+    invocation_token_ids: tuple[int, ...] = ()
     skipped: tuple[str, ...] = field(default=())
     weight_deltas: tuple[BaseDelta, ...] = ()
     more_kinds: tuple[Kind, ...] = ()

@@ -193,6 +193,7 @@ def _describe(folder: Path, names: tuple[str, str], parsed: ParsedAdapter) -> Ad
         base_fingerprint=parsed.base_fingerprint,
         chat_template=parsed.chat_template,
         stop_token_ids=parsed.stop_token_ids,
+        invocation_token_ids=parsed.invocation_token_ids,
         files=files,
         num_prefix_tokens=parsed.num_prefix_tokens,
     )

@@ -41,7 +41,7 @@ def lora_vector_linear(
     members: Sequence[Member],
     depth: float,
 ) -> None:
-    """``y = (y + sum of scale * B A x) * product of (1 + scale * (s - 1)) + sum of scale * b`` over a row's parts."""
+    """``y = y * (1 + sum of scale * (s - 1)) + sum of scale * b + sum of scale * B A x`` over a row's parts."""
     checks.check_linear(y, x, work, tables, members)
     term_checks.check_vectors(vectors, tables, members)
     for rows, parts in items_of(work):
@@ -62,11 +62,11 @@ def lora_vector_linear(
                         total += (x_tile @ a.float().t() * scale) @ b_t.float()
                     if vector is not None:
                         s, b = vector
-                        factor = factor * (1 + scale * (s - 1)) if s.numel() else factor
+                        factor = factor + scale * (s - 1) if s.numel() else factor
                         shift = shift + scale * b if b.numel() else shift
                 if has_any:
-                    sums = y[index, start:stop].float() + total[: len(index)]
-                    y[index, start:stop] = (sums * factor + shift).to(y.dtype)
+                    changed = y[index, start:stop].float() * factor + shift
+                    y[index, start:stop] = (changed + total[: len(index)]).to(y.dtype)
 
 
 def scale_shift(

@@ -57,12 +57,12 @@ def lora_vector_linear(
     *,
     backend: str | None = None,
 ) -> None:
-    """Low-rank deltas, output scales and biases in place: ``y[row, start:stop] = (y + D) * s + b``.
+    """Low-rank deltas, output scales and biases in place: ``y[row, start:stop] = y * s + b + D``.
 
-    D is the delta of ``lora_linear``, s the product over parts of ``1 + scale * (s_part - 1)`` and b the sum of
-    ``scale * b_part``; so one part at scale 1 has its own s and b, and one at scale 0 none. s meets the whole sum: to
-    have it meet the base alone, fold 1/s into B. ``vectors`` has the linears and slots of ``tables``; either may be
-    empty. Other arguments, precision, order and errors as in ``lora_linear``; on a GPU the same launches.
+    D is the delta of ``lora_linear``, s is ``1 + sum over parts of scale * (s_part - 1)`` and b the sum of
+    ``scale * b_part``: ``scale_shift``, then ``lora_linear``, but rounded once. ``vectors`` has the linears and slots
+    of ``tables``; either may be empty. Other arguments, precision, order and errors as in ``lora_linear``; on a GPU the
+    same launches.
     """
     if not work.is_empty and (work.concerns(tables, members) or work.concerns(vectors, members)):
         _implementation(x.device, backend).lora_vector_linear(y, x, work, tables, vectors, members, depth)

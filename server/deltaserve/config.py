@@ -34,6 +34,7 @@ class EngineConfig:
 
     ``max_model_len``: tokens of prompt plus completion of one sequence. ``max_num_seqs``: sequences running at once.
     ``max_num_batched_tokens``: the token budget of a step. ``max_queue``: requests waiting before 429.
+    ``max_composed``: adapters that one request may compose, never more than ``adapter_slots``.
     """
 
     max_model_len: int | None = None
@@ -41,6 +42,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     kv_cache_bytes: int = 256 * MIB
     max_queue: int = 1024
+    max_composed: int = 8
     adapter_slots: int = 1024
     adapter_device_bytes: int = 1 * GIB
     adapter_host_bytes: int = 2 * GIB
@@ -52,6 +54,7 @@ class EngineConfig:
             "max_num_batched_tokens",
             "kv_cache_bytes",
             "max_queue",
+            "max_composed",
             "adapter_slots",
             "adapter_device_bytes",
             "adapter_host_bytes",

@@ -68,6 +68,12 @@ class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class CompositionRefused(InvalidRequest):
+    """The adapters of a request have no exact sum; ``reasons`` lists the rules that they break."""
+
+    code = "composition_refused"
+
+
 class AuthenticationFailed(DeltaserveError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
 

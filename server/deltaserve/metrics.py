@@ -108,8 +108,9 @@ class Metrics:
         self._preemptions.inc(stats.num_preempted)
         self._oldest_wait_seconds = stats.oldest_wait_seconds
 
-    def on_request(self, stats: RequestStats, adapter_label: str | None, kind: str) -> None:
-        """``kind`` is ``base`` or ``adapter``; ``adapter_label`` the adapter's name, None for the base."""
+    def on_request(self, stats: RequestStats, adapter_labels: tuple[str, ...], kind: str) -> None:
+        """``kind`` is ``base``, ``adapter`` or ``composition``; ``adapter_labels`` the names of the adapters: each of
+        them is counted as used."""
         amounts = (stats.num_prompt_tokens, stats.num_cached_tokens, stats.num_completion_tokens)
         by_kind = dict(zip(_TOKEN_KINDS, amounts, strict=True))
         for token_kind, amount in by_kind.items():
@@ -119,16 +120,16 @@ class Metrics:
         if stats.ttft_seconds is not None:
             self._ttft.labels(kind).observe(stats.ttft_seconds)
         self._itl.observe_all(kind, stats.itl_seconds)
-        if adapter_label is None:
+        if not adapter_labels:
             return
         waited = stats.adapter_wait_seconds > 0
         (self._misses if waited else self._hits).labels("device").inc()
         self._adapter_wait.observe(stats.adapter_wait_seconds)
-        label = self._label(adapter_label)
-        self._adapter_requests.labels(label, FinishReason(stats.outcome).value).inc()
-        for token_kind, amount in by_kind.items():
-            self._adapter_tokens.labels(label, token_kind).inc(amount)
-        self._adapter_used.labels(label).set(time.time())
+        for label in dict.fromkeys(map(self._label, adapter_labels)):  # several may share ``_other``
+            self._adapter_requests.labels(label, FinishReason(stats.outcome).value).inc()
+            for token_kind, amount in by_kind.items():
+                self._adapter_tokens.labels(label, token_kind).inc(amount)
+            self._adapter_used.labels(label).set(time.time())
 
     def on_adapter_load(self, source: str, outcome: str, seconds: float) -> None:
         self._loads.labels(source, outcome).inc()

@@ -211,6 +211,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_queue=limits.max_queue,
         vocab_size=base.vocab_size,
+        max_parts=min(limits.max_composed, limits.adapter_slots),
     )
     blocks = BlockManager(num_blocks, base.spec.fingerprint)
     has_graphs = can_capture(config, base.device)

@@ -130,9 +130,9 @@ def test_a_rotation_is_asked_for_whole_or_not_at_all(base: BaseModel, kinds: dic
             assert await answer(1.0, 1.0, oft) == (await runtime.generate("oft", PROMPT, 4)).token_ids
             assert len(await answer(0.5, 0.5, beft)) == 4
             for first, last in ((0.5, 0.5), (0.0, 1.0), (-1.0, -1.0), (2.0, 2.0)):
-                with pytest.raises(InvalidRequest, match="0 and 1 are allowed") as caught:
+                with pytest.raises(InvalidRequest, match="allowed: strength 0 or 1") as caught:
                     await answer(first, last, oft)
-                assert caught.value.error_code == "unsupported_strength"
+                assert caught.value.error_code == "composition_refused"
 
     runtime: Any = None
     run(steps())

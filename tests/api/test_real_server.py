@@ -14,6 +14,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+from peft import PeftModel
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM
 
@@ -28,11 +29,13 @@ from deltatest.tokenizers import byte_level
 BASE = "tiny-base"
 GREEDY: Any = {"temperature": 0, "max_tokens": 24, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
 PROMPT = "The quick brown fox"
+CALL = " jumps"
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A base with a tokenizer, and three PEFT adapters: two of other content, and a second version of the first."""
+    """A base with a tokenizer, and four PEFT adapters: two of other content, a second version of the first, and one
+    that acts from ``CALL`` on."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("real")
     tokenizer = byte_level()
@@ -43,6 +46,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {"base": base}
     for name, rank, seed in (("tone", 8, 1), ("code", 3, 2), ("tone2", 4, 3)):
         found[name] = make_peft_lora(model, root / name, rank=rank, seed=seed, std=0.3, base_name=BASE)
+    called: Any = {"alora_invocation_tokens": tokenizer.encode(CALL)}
+    found["called"] = make_peft_lora(model, root / "called", rank=4, seed=4, std=0.3, base_name=BASE, **called)
     return found
 
 
@@ -61,7 +66,7 @@ def live(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
     with serve_runtime(config) as server:
         door = RemoteServer(server.url)
-        for name in ("tone", "code"):
+        for name in ("tone", "code", "called"):
             assert door.upload(folders[name], name)["state"] in ("stored", "host", "ready", "loading")
         yield server
 
@@ -95,6 +100,39 @@ def test_a_mixed_batch_answers_as_each_alone(client: openai.OpenAI) -> None:
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         mixed = list(pool.map(lambda i: (models[i % 3], greedy_ids(client, models[i % 3])), range(24)))
     assert all(ids == alone[model] for model, ids in mixed)
+
+
+def test_a_composition_is_peft_s_weighted_sum(client: openai.OpenAI, folders: dict[str, Path]) -> None:
+    adapters = [{"id": "tone", "scale": 0.4}, {"id": "code", "scale": 0.7}]
+    fields: Any = {**GREEDY, "extra_body": {**GREEDY["extra_body"], "adapters": adapters}}
+    answer: Any = client.completions.create(model=BASE, prompt=PROMPT, **fields)
+    model: Any = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folders["base"], dtype=torch.float32), str(folders["tone"]), "tone"
+    )
+    model.load_adapter(str(folders["code"]), "code")
+    model.add_weighted_adapter(["tone", "code"], [0.4, 0.7], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    ids = byte_level().encode(PROMPT)
+    said = answer.choices[0].token_ids
+    with torch.no_grad():
+        wanted = model(torch.tensor([[*ids, *said]])).logits[0, len(ids) - 1 : -1].argmax(-1).tolist()
+    assert said == wanted
+    assert said not in [greedy_ids(client, name) for name in (BASE, "tone", "code")]
+    assert [part["id"] for part in answer.adapters] == ["tone", "code"]
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model=BASE, prompt=PROMPT, extra_body={"adapters": [{"id": "tone"}, {"id": "none"}]})
+    assert caught.value.param == "adapters[1].id"
+
+
+def test_an_activated_lora_acts_from_its_invocation_on(client: openai.OpenAI, folders: dict[str, Path]) -> None:
+    assert greedy_ids(client, "called") == greedy_ids(client, BASE)
+    prompt = f"{8 * PROMPT}{CALL} over"
+    model = AutoModelForCausalLM.from_pretrained(folders["base"], dtype=torch.float32)
+    wanted = peft_greedy(model, folders["called"], byte_level().encode(prompt), GREEDY["max_tokens"])
+    assert greedy_ids(client, BASE, prompt) != wanted
+    answer: Any = client.completions.create(model="called", prompt=prompt, **GREEDY)
+    assert answer.choices[0].token_ids == wanted
+    assert answer.usage.prompt_tokens_details.cached_tokens >= 16  # computed for the base just now
 
 
 def test_streams_equal_whole_answers(client: openai.OpenAI) -> None:

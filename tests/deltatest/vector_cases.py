@@ -32,18 +32,19 @@ class VectorCase(LinearCase):
                 self.given[linear, slot] = scale, bias
 
     def expected_vectors(self, y: Tensor, x: Tensor, bindings: Sequence[Parts], depth: float) -> Tensor:
-        """float64: low-rank deltas, then every row's scales and biases."""
-        out = self.expected("lora", y, x, bindings, depth)
+        """float64: every row's scales and biases, and its low-rank deltas."""
+        delta = self.expected("lora", torch.zeros_like(y), x, bindings, depth)
+        out = y.double()
         for row, parts in enumerate(bindings):
             for linear, start, stop in self.members:
                 factor, shift = torch.ones(stop - start).double(), torch.zeros(stop - start).double()
                 for slot, first, last in parts:
                     scale, bias = self.given.get((linear, slot), (None, None))
                     at = first + (last - first) * depth
-                    factor = factor if scale is None else factor * (1 + at * (scale.double() - 1))
+                    factor = factor if scale is None else factor + at * (scale.double() - 1)
                     shift = shift if bias is None else shift + at * bias.double()
                 out[row, start:stop] = out[row, start:stop] * factor + shift
-        return out
+        return out + delta
 
 
 def norm_tables(size: int, num_norms: int, slots: Sequence[int], num_slots: int) -> NormTables:

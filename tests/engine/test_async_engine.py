@@ -35,12 +35,14 @@ from deltaserve.engine import messages
 from deltaserve.engine.async_engine import AsyncEngine, RequestStream
 from deltaserve.errors import (
     AdapterUnavailable,
+    CompositionRefused,
     Conflict,
     ContextLengthExceeded,
     DeltaserveError,
     EngineFailed,
     InvalidRequest,
     QueueFull,
+    Reason,
     RequestTimeout,
     Unavailable,
 )
@@ -63,15 +65,15 @@ class Recorder:
 
     def __init__(self) -> None:
         self.steps: list[StepStats] = []
-        self.requests: list[tuple[RequestStats, str | None, str]] = []
+        self.requests: list[tuple[RequestStats, tuple[str, ...], str]] = []
         self.loads: list[tuple[str, str]] = []
         self.evictions: list[tuple[str, str]] = []
 
     def on_step(self, stats: StepStats) -> None:
         self.steps.append(stats)
 
-    def on_request(self, stats: RequestStats, adapter_label: str | None, kind: str) -> None:
-        self.requests.append((stats, adapter_label, kind))
+    def on_request(self, stats: RequestStats, adapter_labels: tuple[str, ...], kind: str) -> None:
+        self.requests.append((stats, adapter_labels, kind))
 
     def on_adapter_load(self, source: str, outcome: str, seconds: float) -> None:
         self.loads.append((source, outcome))
@@ -115,13 +117,13 @@ async def test_streams_equal_solo_runs_and_metrics_hear_of_them() -> None:
         await eventually(lambda: len(metrics.requests) == 6)
         assert engine.status().num_running == 0
     assert sorted(kind for _, _, kind in metrics.requests) == ["adapter"] * 3 + ["base"] * 3
-    for stats, label, kind in metrics.requests:
+    for stats, labels, kind in metrics.requests:
         assert stats.outcome is FinishReason.LENGTH
         assert stats.num_completion_tokens == 9
         assert len(stats.itl_seconds) == 8
         assert stats.ttft_seconds is not None
         assert 0 <= stats.queue_seconds <= stats.ttft_seconds <= stats.e2e_seconds
-        assert (label is None) == (kind == "base")
+        assert len(labels) == (kind == "adapter")
         if kind == "adapter":
             assert 0 < stats.adapter_wait_seconds <= stats.queue_seconds + 0.01
     assert metrics.loads.count(("disk", "ok")) == 3
@@ -239,7 +241,11 @@ async def test_limits_are_checked_before_anything_enters() -> None:
             (request("a", [1], logit_bias=((1, float("nan")),)), "logit_bias"),
             (request("a", [1], stop_token_ids=(53,)), "stop_token_ids"),
             (request("a", [1], min_tokens=20), "min_tokens"),
-            (request("a", [1], *["v1"] * 5), "adapters"),
+            (request("a", [1], *["v1", "v2", "v3", "v4", "v5"]), "adapters"),
+            (request("a", [1], *["v1", "v2", "v1"]), "adapters"),
+            (request("a", [1], binding=Binding((BindingPart("v1", float("nan")),))), "adapters"),
+            (request("a", [1], binding=Binding((BindingPart("v1", 1.0, 1e39),))), "adapters"),
+            (request("a", [1], binding=Binding((BindingPart("v1", start_position=-1),))), "adapters"),
         ):
             with pytest.raises(InvalidRequest) as caught:
                 engine.submit(bad)
@@ -376,7 +382,7 @@ async def test_publish_resolve_retire_and_incompatible() -> None:
         # Back again: rolled back to the same bytes.
         engine.publish(name_map(poet=record("poet", "v1")))
         assert await tokens_of(engine.submit(request("d", [1, 2], "v1", max_tokens=5))) == solo(req)[:5]
-    assert metrics.requests[0][1:] == ("poet", "adapter")
+    assert metrics.requests[0][1:] == (("poet",), "adapter")
     assert ("device", "retired") in metrics.evictions
 
 
@@ -541,7 +547,11 @@ def test_everything_that_crosses_pickles_and_is_frozen() -> None:
             with pytest.raises(AttributeError):
                 setattr(message, field, None)
     assert {type(message) for message in crossing} >= set(messages.Message.__args__)
-    errors: list[DeltaserveError] = [AdapterUnavailable("why", retry_after_seconds=2.0), EngineFailed("why")]
+    errors: list[DeltaserveError] = [
+        AdapterUnavailable("why", retry_after_seconds=2.0),
+        EngineFailed("why"),
+        CompositionRefused("why", param="adapters", reasons=[Reason("code", "where", "found", "allowed")]),
+    ]
     delivery = messages.Delivery((output,), tuple(messages.Failed("id", error) for error in errors), ended=errors[1])
     copy = pickle.loads(pickle.dumps(delivery))  # noqa: S301
     assert copy.outputs == delivery.outputs

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from deltaserve.core import Binding, BindingPart, FinishReason, GenerationRequest
-from deltaserve.errors import AdapterUnavailable, DeltaserveError, RequestTimeout
+from deltaserve.core import AdapterState, Binding, BindingPart, FinishReason, GenerationRequest
+from deltaserve.deltas import composition
+from deltaserve.errors import AdapterUnavailable, CompositionRefused, DeltaserveError, RequestTimeout
 from deltatest.engine_fakes import expected_tokens, make_rig, request
 
 CONTENTS = {f"v{i}": float(i + 1) for i in range(40)}
@@ -57,6 +58,37 @@ def test_composed_bindings_and_late_parts() -> None:
     # Again, with all prefixes cached.
     requests = [request(f"s{i}", prompt, binding=binding, max_tokens=12) for i, binding in enumerate(bindings)]
     assert rig.run(*requests) == {req.request_id: [solo(req)] for req in requests}
+
+
+def test_a_composition_with_a_part_that_fails_holds_nothing_and_names_it() -> None:
+    rig = make_rig(contents=CONTENTS)
+    rig.loader.errors["v2"] = ValueError("broken")
+    rig.engine.add(request("bad", [1, 2], "v1", "v2", "v3"), rig.engine.clock())
+    with pytest.raises(AdapterUnavailable, match="broken") as caught:
+        rig.finish({"bad": 1})
+    assert caught.value.param == "adapters[1].id"
+    assert not any(status.num_pins for status in rig.residency.status())
+    good = request("good", [1, 2], "v3", "v1")
+    assert rig.run(good) == {"good": [solo(good)]}
+
+
+def test_a_composition_that_is_refused_is_loaded_once_and_evicts_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(composition, "RULES", {})  # every kind is served alone
+    rig = make_rig(contents=CONTENTS, num_slots=2, host_adapters=8)
+    for turn in range(3):
+        with pytest.raises(CompositionRefused, match="no other adapter"):
+            rig.run(request(f"bad{turn}", [1, 2], "v1", "v2"))
+        rig.run(request(f"good{turn}", [1, 2], "v3"), request(f"fine{turn}", [1, 2], "v4"))
+    assert sorted(rig.loader.loads) == ["v1", "v2", "v3", "v4"]
+    ready = {status.version for status in rig.residency.status() if status.state is AdapterState.READY}
+    assert ready == {"v3", "v4"}
+    # A proof uses what strength it needs; a request for it is refused.
+    half = Binding((BindingPart("v3", 0.5, 0.5),))
+    with pytest.raises(CompositionRefused, match="strength 0 or 1"):
+        rig.run(request("half", [1, 2], binding=half))
+    rig.engine.add_probe("probe", (1, 2), half, rig.engine.clock())
+    outcome = rig.engine.step()
+    assert [probe_id for probe_id, _ in outcome.probes] == ["probe"]
 
 
 def test_forced_preemption_changes_nothing() -> None:

@@ -30,7 +30,7 @@ arrivals = st.tuples(
     st.integers(0, 2),  # few prompts, so that prefixes are shared
     st.integers(1, 60),  # prompt length
     st.integers(0, 20),  # max_tokens
-    st.lists(parts, max_size=2).map(tuple),
+    st.lists(parts, max_size=3, unique_by=lambda part: part.version).map(tuple),
     st.integers(1, 2),  # n
     st.booleans(),  # prompt logprobs
 )
@@ -87,7 +87,7 @@ class Life:
                 req = request(
                     request_id,
                     prompt,
-                    binding=Binding(binding_parts),
+                    binding=Binding(binding_parts[: engine.limits.max_parts]),
                     max_tokens=max_tokens,
                     n=n,
                     prompt_logprobs=0 if with_prompt else None,

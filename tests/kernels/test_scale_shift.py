@@ -23,17 +23,25 @@ from deltatest.kernel_cases import Parts, randn
 
 NAN = float("nan")
 MEMBERS = [(0, 0, 24), (2, 24, 37)]
-BINDINGS: list[Parts] = [((0, 1.0, 3.0),), (), ((1, -1.0, 1.0), (0, 0.5, 0.5)), ((1, 1.0, 1.0),), ((2, 1.0, 1.0),)] * 9
+BINDINGS: list[Parts] = [
+    ((0, 1.0, 3.0),),
+    (),
+    ((1, -1.0, 1.0), (0, 0.5, 0.5), (3, 2.0, 1.0)),
+    ((1, 1.0, 1.0),),
+    ((2, 1.0, 1.0),),
+] * 9
 Given = dict[tuple[int, int], tuple[Tensor | None, Tensor | None]]
 
 
 def filled() -> tuple[VectorTables, Given]:
-    """Slot 0 has scales and biases of both members, slot 1 a bias of one, slot 2 nothing; seas of NaN around."""
+    """Slot 0 has scales and biases of both members, slot 1 of one, slot 3 a bias of that one, slot 2 nothing; seas of
+    NaN around."""
     tables, given = VectorTables(3, 4), {}
     for linear, start, stop in MEMBERS:
         scale = afloat(1 + randn(stop - start, seed=linear, scale=0.3), NAN)
         given[linear, 0] = scale, afloat(randn(stop - start, seed=linear + 10), NAN)
-    given[2, 1] = None, afloat(randn(13, seed=20), NAN)
+    given[2, 1] = afloat(1 + randn(13, seed=21, scale=0.3), NAN), afloat(randn(13, seed=20), NAN)
+    given[2, 3] = None, afloat(randn(13, seed=22), NAN)
     for (linear, slot), (scale, bias) in given.items():
         tables.set(linear, slot, scale, bias)
     return tables, given

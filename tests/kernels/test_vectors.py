@@ -20,15 +20,22 @@ from deltaserve_kernels import (
 from deltatest.kernel_cases import Parts, randn
 from deltatest.vector_cases import VectorCase, expected_norm, norm_tables
 
-BINDINGS: list[Parts] = [((0, 1.0, 3.0),), (), ((1, -1.0, 1.0), (0, 0.5, 0.5)), ((1, 1.0, 1.0),), ((2, 1.0, 1.0),)]
+BINDINGS: list[Parts] = [
+    ((0, 1.0, 3.0),),
+    (),
+    ((1, -1.0, 1.0), (0, 0.5, 0.5), (3, 2.0, 1.0)),
+    ((1, 1.0, 1.0),),
+    ((2, 1.0, 1.0),),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scale_and_bias_follow_the_delta(dtype: torch.dtype) -> None:
-    case = VectorCase(40, [(0, 0, 24), (1, 24, 30)], 3, dtype)
+def test_scale_and_bias_meet_the_base_and_not_the_delta(dtype: torch.dtype) -> None:
+    case = VectorCase(40, [(0, 0, 24), (1, 24, 30)], 4, dtype)
     case.add_lora(0, 5)
     case.add_vectors(0, True, True, [0])
-    case.add_vectors(1, False, True)
+    case.add_vectors(1, True, True)
+    case.add_vectors(3, False, True)
     x, y = randn(5, 40, dtype=dtype), randn(5, 30, dtype=dtype, seed=1)
     expected = case.expected_vectors(y, x, BINDINGS, 0.25)
     out = y.clone()
@@ -41,7 +48,7 @@ def test_scale_and_bias_follow_the_delta(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_of_base_rows_is_torchs_to_the_bit(dtype: torch.dtype) -> None:
     x, weight = randn(5, 48, dtype=dtype), randn(48, dtype=dtype, seed=2)
-    tables = norm_tables(48, 2, [1], 3)
+    tables = norm_tables(48, 2, [1], 4)
     out = rms_norm(x, weight, 1e-6, build_work_list(BINDINGS), tables, 1, 0.25)
     plain = torch.nn.functional.rms_norm(x, (48,), weight, 1e-6)
     assert torch.equal(out[[0, 1, 4]], plain[[0, 1, 4]])

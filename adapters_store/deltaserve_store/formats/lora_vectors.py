@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from deltaserve_store.findings import Findings
+from deltaserve_store.formats import activated_lora
 from deltaserve_store.formats.lora_vocabulary import FIELDS as VOCABULARY_FIELDS
 from deltaserve_store.formats.peft_fields import LORA_FIELDS, FieldRule, check_fields
 from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, PEFT_PREFIX, check_dtype, check_shape, check_values
@@ -37,7 +38,9 @@ FIELDS: Mapping[str, FieldRule] = MappingProxyType(
         "lora_bias": FieldRule("understood", _is_flag, "true or false; false with use_dora"),
     }
 )
-PEFT_LORA_FIELDS: Mapping[str, FieldRule] = MappingProxyType({**LORA_FIELDS, **VOCABULARY_FIELDS, **FIELDS})
+PEFT_LORA_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
+    {**LORA_FIELDS, **VOCABULARY_FIELDS, **FIELDS, **activated_lora.FIELDS}
+)
 """Every field of a LoRA config with what is served of it."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats import lora_vocabulary
+from deltaserve_store.formats.activated_lora import check_alone, take_invocation
 from deltaserve_store.formats.lora_initial import check_initial, residual_delta
 from deltaserve_store.formats.lora_vectors import LoraVectors, split_config, vector_names
 from deltaserve_store.formats.lora_vocabulary import LoraVocabulary
@@ -32,7 +33,8 @@ def parse_peft_lora(
     config: Mapping[str, Any], config_name: str, tensors: TensorFile, base: BaseSpec, findings: Findings
 ) -> ParsedAdapter | None:
     """None when ``findings`` got a reason. Shapes are settled from the header before a tensor is read."""
-    plain, options = split_config(config, config_name, findings)
+    always, invocation = take_invocation(config, base, config_name, findings)
+    plain, options = split_config(always, config_name, findings)
     plain, wanted = lora_vocabulary.split_config(plain, config_name, findings)
     lora = parse_lora_config(plain, base, config_name, findings)
     method = check_initial(config, config_name, findings)
@@ -47,6 +49,13 @@ def parse_peft_lora(
     if vocabulary.low_rank and (options["use_dora"] or options["lora_bias"] or method is not None):
         allowed = "plain LoRA on embedding and head"
         findings.add("unsupported_feature", f"{config_name}:target_modules", vocabulary.low_rank[0], allowed)
+    if invocation:
+        check_alone(
+            config_name,
+            findings,
+            terms_of_embedding_and_head=bool(vocabulary.shapes),
+            an_initial_part_of_the_base=method is not None,
+        )
     _check_layout(lora, modules, tensors, base, findings, others={*vectors.sizes, *vocabulary.names})
     if findings:
         return None
@@ -81,6 +90,7 @@ def parse_peft_lora(
         + sum(vectors.sizes.values())
         + vocabulary.num_parameters,
         weight_deltas=residual,
+        invocation_token_ids=invocation,
     )
 
 

@@ -77,7 +77,7 @@ def lora_linear(
 ) -> None:
     """``y[row, start:stop] += sum over parts of scale * (B (A x[row]))``; see ``operators.lora_linear``.
 
-    With ``vectors`` the same launches scale and shift the sum; see ``terms.lora_vector_linear``.
+    With ``vectors`` the same launches scale and shift y; see ``terms.lora_vector_linear``.
 
     The form is the caller's choice, never the batch's: a rule by number of rows would change a row's bits with its
     company. Raises a KernelError.

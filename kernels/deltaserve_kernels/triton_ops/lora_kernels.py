@@ -148,7 +148,7 @@ def vector(vectors, which, linear, slot, num_slots):
 
 @triton.jit
 def load_vectors(vectors, part_slot, part_scale, part_begin, part_end, linear, num_slots, n, width, depth):
-    """(factor, shift) of columns n: the product of ``1 + scale * (s - 1)`` and the sum of ``scale * b`` over parts."""
+    """(factor, shift) of columns n: ``1 + sum of scale * (s - 1)`` and the sum of ``scale * b`` over parts."""
     factor = tl.full(n.shape, 1.0, dtype=tl.float32)
     shift = tl.zeros(n.shape, dtype=tl.float32)
     for part in range(part_begin, part_end):
@@ -159,7 +159,7 @@ def load_vectors(vectors, part_slot, part_scale, part_begin, part_end, linear, n
         b = vector(vectors, 1, linear, slot, num_slots)
         s_at = tl.multiple_of(s.to(tl.pointer_type(tl.float32)), 16)
         b_at = tl.multiple_of(b.to(tl.pointer_type(tl.float32)), 16)
-        factor *= 1.0 + scale * (tl.load(s_at + n, mask=(n < width) & (s != 0), other=1.0) - 1.0)
+        factor += scale * (tl.load(s_at + n, mask=(n < width) & (s != 0), other=1.0) - 1.0)
         shift += scale * tl.load(b_at + n, mask=(n < width) & (b != 0), other=0.0)
     return factor, shift
 
@@ -174,8 +174,8 @@ def expand_tile(
 ):  # fmt: skip
     """Add every part's ``B h`` to one tile of y: [TILE_ROWS, BLOCK_N] of one member, read and written once.
 
-    The first B tile and y are asked for before h is looked at. VECTORS: then scale and shift the sum by the parts'
-    vectors; an item of rank 0 may have nothing else. WAIT: h comes from others that may still be at work. "flag":
+    The first B tile and y are asked for before h is looked at. VECTORS: y is scaled and shifted by the parts' vectors
+    first; an item of rank 0 may have nothing else. WAIT: h comes from others that may still be at work. "flag":
     programs of this launch, until ``flag`` counts all SPLITS of them; "launch": the launch before this one.
     """
     num_rows, first, part_begin, part_end, first_slot, first_plane, plane_step = tile_of(records, tile)
@@ -223,13 +223,13 @@ def expand_tile(
                     SPLITS, RANK_TILE, FOLD,
                 )  # fmt: skip
                 b_tile = b_next
-        acc = before.to(tl.float32) + acc
+        base = before.to(tl.float32)
         if VECTORS:
             # Not before the wait: held across the loop they would push other registers out to memory.
             factor, shift = load_vectors(
                 vectors, part_slot, part_scale, part_begin, part_end, linear, num_slots, n, width, depth
             )  # fmt: skip
-            acc = acc * factor[None, :] + shift[None, :]
-        tl.store(out, acc.to(y.dtype.element_ty), mask=out_mask)
+            base = base * factor[None, :] + shift[None, :]
+        tl.store(out, (base + acc).to(y.dtype.element_ty), mask=out_mask)
     elif WAIT == "launch":
         gdc_wait()  # see ``early``

@@ -134,12 +134,12 @@ def expand_rows(
                         b_tile = load_b(b, rank_begin, rank, width, n, RANK_TILE)
                     weights = load_h(source, split_stride, rank_begin + r0, rank, SPLITS) * scale
                     acc += tl.sum(b_tile.to(tl.float32) * weights[:, None], 0)
-            acc += before
             if VECTORS:
                 factor, shift = load_vectors(
                     vectors, part_slot, part_scale, part_begin, part_end, linear, num_slots, n, width, depth
                 )  # fmt: skip
-                acc = acc * factor + shift
+                before = before * factor + shift
+            acc += before
             tl.store(out, acc.to(y.dtype.element_ty), mask=n < width)
     elif EARLY:
         gdc_wait()  # see ``early``

@@ -31,7 +31,7 @@ def lora_vector_linear(
     depth: float,
     form: lora.LoraForm = FORM,
 ) -> None:
-    """``y = (y + low-rank delta) * s + b`` for rows that have one; see ``terms.lora_vector_linear``.
+    """``y = y * s + b + low-rank delta`` for rows that have one; see ``terms.lora_vector_linear``.
 
     The launches of ``lora_linear`` and none more. Raises a KernelError.
     """

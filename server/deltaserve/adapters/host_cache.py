@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from deltaserve.adapters.device_pool import StagedAdapter
+from deltaserve.deltas.composition import NO_TRAITS, Traits
 
 GOES_FIRST = -(1 << 30)
 """The lowest rank for ``HostCache.find_room``."""
@@ -16,10 +17,12 @@ GOES_FIRST = -(1 << 30)
 @dataclass(frozen=True, slots=True)
 class HostedAdapter:
     """An adapter's terms in the forms that the device's operators read, and their size, measured once: what they take
-    on the host and again on a device with memory of its own. Where memory is shared they are ready to use."""
+    on the host and again on a device with memory of its own. Where memory is shared they are ready to use. By its
+    ``traits`` compositions are judged."""
 
     terms: StagedAdapter
     nbytes: int
+    traits: Traits = NO_TRAITS
 
 
 class HostCache:

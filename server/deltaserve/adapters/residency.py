@@ -21,7 +21,7 @@ from deltaserve.adapters.fault import describe
 from deltaserve.adapters.host_cache import HostCache, HostedAdapter
 from deltaserve.adapters.loader import NotPrepared
 from deltaserve.adapters.observer import AdapterObserver, SilentObserver
-from deltaserve.adapters.resident import ON_HOST, UNUSABLE, Resident
+from deltaserve.adapters.resident import ON_HOST, UNUSABLE, Resident, Traits
 from deltaserve.adapters.tiers import Tiers
 from deltaserve.adapters.workers import AdapterLoader, Loaded, LoadWorkers, Prepared, Staged
 from deltaserve.core import AdapterState, AdapterStatus
@@ -83,9 +83,10 @@ class AdapterResidency:
         Raises ``AdapterUnavailable`` when one of them cannot be served at all.
         """
         residents = [self._resident(version) for version in versions]
-        for resident in residents:
+        for index, resident in enumerate(residents):
             if resident.state in UNUSABLE:
-                raise resident.unavailable(self._retry_in(resident))
+                param = "model" if len(residents) == 1 else f"adapters[{index}].id"
+                raise resident.unavailable(self._retry_in(resident), param)
         if not self._place(residents):
             return None
         for resident in residents:
@@ -174,6 +175,10 @@ class AdapterResidency:
             self._place([resident])
         return resident.state not in (AdapterState.STORED, AdapterState.LOADING)
 
+    def traits(self, version: str) -> Traits | None:
+        """What compositions are judged by; None before the first load."""
+        return self._resident(version).traits
+
     def state(self, version: str) -> AdapterState:
         return self._resident(version).state
 
@@ -215,13 +220,11 @@ class AdapterResidency:
 
     def _host(self, resident: Resident, adapter: HostedAdapter, seconds: float) -> None:
         """A load ended well: keep the adapter on the host if there is, or can be made, room."""
-        resident.nbytes = adapter.nbytes
-        for tier, allowed in (("device", self.pool.max_bytes), ("host", self.cache.max_bytes)):
-            if adapter.nbytes > allowed:
-                text = f"it needs {adapter.nbytes} bytes of {tier} memory and {allowed} are allowed"
-                error = AdapterUnavailable(f"{text}; raise --adapter-{tier}-bytes.")
-                self._fail(resident, error, seconds)
-                return
+        resident.nbytes, resident.traits = adapter.nbytes, adapter.traits
+        misfit = self._tiers.misfit(adapter.nbytes)
+        if misfit is not None:
+            self._fail(resident, misfit, seconds)
+            return
         self.observer.on_adapter_load("disk", "ok", seconds)
         # Without room, others are wanted sooner. Its size is known now, so it is not read again before there is room.
         self._set(resident, AdapterState.STORED)

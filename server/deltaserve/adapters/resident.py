@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from deltaserve.adapters.host_cache import HostedAdapter
 from deltaserve.core import AdapterState, AdapterStatus
+from deltaserve.deltas.composition import Traits
 from deltaserve.errors import AdapterUnavailable
 
 UNUSABLE = (AdapterState.FAILED, AdapterState.INCOMPATIBLE, AdapterState.RETIRED)
@@ -17,7 +18,8 @@ class Resident:
     """``slot`` is -1 without a place on the device; ``nbytes`` 0 until the first load has told it.
 
     ``num_pins`` counts parts of running sequences, ``num_holds`` of running and waiting ones. ``hosted`` holds the
-    adapter while it is on a device that shares the host's memory: it is in no other tier then.
+    adapter while it is on a device that shares the host's memory: it is in no other tier then. ``traits`` are known
+    from the first load on.
     """
 
     version: str
@@ -28,6 +30,7 @@ class Resident:
     num_pins: int = 0
     num_holds: int = 0
     hosted: HostedAdapter | None = None
+    traits: Traits | None = None
     last_used: float | None = None
     failed_at: float = 0.0
     was_prepared: bool = False
@@ -58,16 +61,16 @@ class Resident:
             last_used_seconds_ago=None if self.last_used is None else max(0.0, now - self.last_used),
         )
 
-    def unavailable(self, retry_in: float) -> AdapterUnavailable:
-        """What a request for this unusable version is told."""
+    def unavailable(self, retry_in: float, param: str = "model") -> AdapterUnavailable:
+        """What a request for this unusable version is told; ``param`` is the field that asks for it."""
         name = self.version[:12]
         if self.state is AdapterState.FAILED:
             text = f"The adapter version {name} could not be loaded: {self.reason}"
-            return AdapterUnavailable(text, param="model", retry_after_seconds=max(1.0, round(retry_in, 1)))
+            return AdapterUnavailable(text, param=param, retry_after_seconds=max(1.0, round(retry_in, 1)))
         if self.state is AdapterState.INCOMPATIBLE:
             text = f"The adapter version {name} belongs to another base model: {self.reason}"
-            return AdapterUnavailable(text, param="model")
-        return AdapterUnavailable(f"The adapter version {name} is no longer served.", param="model")
+            return AdapterUnavailable(text, param=param)
+        return AdapterUnavailable(f"The adapter version {name} is no longer served.", param=param)
 
     def problem(self, *, is_hosted: bool, is_idle: bool) -> str | None:
         """What is wrong with this entry's books, if anything."""

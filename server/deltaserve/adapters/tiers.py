@@ -51,6 +51,14 @@ class Tiers:
         """Whether one more adapter fits on the device without evicting anything."""
         return self.pool.num_free_slots > 0 and self.pool.free_bytes >= nbytes
 
+    def misfit(self, nbytes: int) -> AdapterUnavailable | None:
+        """What is wrong with an adapter of that size, which no eviction could help; None when it fits."""
+        for tier, allowed in (("device", self.pool.max_bytes), ("host", self.cache.max_bytes)):
+            if nbytes > allowed:
+                text = f"it needs {nbytes} bytes of {tier} memory and {allowed} are allowed"
+                return AdapterUnavailable(f"{text}; raise --adapter-{tier}-bytes.")
+        return None
+
     def check_fits(self, needed: Mapping[str, Resident]) -> None:
         """Raise ``AdapterUnavailable`` when the versions could not be on an empty device together."""
         nbytes = sum(resident.nbytes for resident in needed.values())

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from deltaserve.adapters.device_pool import DevicePool, StagedAdapter
 from deltaserve.adapters.host_cache import HostedAdapter
+from deltaserve.deltas.composition import traits_of
 from deltaserve.deltas.folded import FoldedAdapter
 
 
@@ -98,8 +99,9 @@ class LoadWorkers:
     def _load(self, version: str) -> None:
         began = time.perf_counter()
         try:
-            terms = self._pool.convert(self._loader.load(version))
-            hosted = HostedAdapter(terms, terms.nbytes)
+            folded = self._loader.load(version)
+            terms = self._pool.convert(folded)
+            hosted = HostedAdapter(terms, terms.nbytes, traits_of(folded))
             result = Loaded(version, time.perf_counter() - began, adapter=hosted)
         except BaseException as error:
             result = Loaded(version, time.perf_counter() - began, error=error)

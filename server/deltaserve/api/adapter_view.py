@@ -32,5 +32,6 @@ def adapter_view(record: AdapterRecord, live: AdapterStatus | None, base: str | 
         "base_name_in_files": record.base.name,
         "waivers": list(record.waivers),
         "chat_template": record.chat_template,
+        "invocation_token_ids": list(record.invocation_token_ids),
         "created_at": int(record.created_at),
     }

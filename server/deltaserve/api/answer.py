@@ -79,13 +79,14 @@ class Envelope:
         return encode(self._fields(self.chunk_kind)).removesuffix("}") + ',"choices":['
 
     def _fields(self, kind: str) -> dict[str, Any]:
-        return {
+        fields: dict[str, Any] = {
             "id": f"{self.prefix}-{self.id}",
             "object": kind,
             "created": self.created,
             "model": self.target.model,
             "system_fingerprint": self.target.fingerprint,
         }
+        return {**fields, "adapters": self.target.adapters} if self.target.adapters else fields
 
 
 def make_prompt(
@@ -103,7 +104,7 @@ def make_prompt(
         request_id=f"gen-{secrets.token_hex(12)}",
         prompt_ids=tuple(prompt_ids),
         sampling=sampling,
-        binding=target.binding,
+        binding=target.binding_for(prompt_ids),
         n=fields.n,
         eos_token_ids=tuple(dict.fromkeys((*tokenizer.eos_token_ids, *target.stop_token_ids))),
         tenant=caller.tenant,
@@ -138,7 +139,7 @@ async def respond(
 ) -> Response:
     """A stream or one JSON object. The client's leaving aborts the generation."""
     log_fields = http.scope["state"].setdefault("log_fields", {})
-    log_fields |= {"model": envelope.target.name, "version": envelope.target.version, "stream": fields.stream}
+    log_fields |= {**envelope.target.log_fields, "stream": fields.stream}
     if fields.stream:
         chunks = Chunks(generation, envelope, form, include_usage=fields.include_usage, log_fields=log_fields)
         return EventStream(chunks, envelope.target.headers)

@@ -1,54 +1,164 @@
-"""What a request's ``model`` means: a binding for the engine, and what the adapter brings for text and headers."""
+"""What a request's ``model`` and ``adapters`` mean: a binding for the engine, and what the adapters bring for text and
+headers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from deltaserve.api.activation import start_of
 from deltaserve.api.keys import Caller
+from deltaserve.api.schemas.composition import AdapterChoice
 from deltaserve.api.services import GenerationEngine
 from deltaserve.core import BASE_BINDING, Binding, BindingPart
+from deltaserve.errors import InvalidRequest, ModelNotFound
+from deltaserve_store.errors import NotFound
+from deltaserve_store.names import Resolved
+
+NEVER = (1 << 31) - 1
+"""A position that no sequence reaches."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """``model`` is what the client wrote and reads back. ``version`` None is the base alone.
+    """``model`` is what the client wrote and reads back; ``names`` are the adapters' own, none for the base alone.
 
-    ``fingerprint`` names the bytes that answer: the version's digest, or the base's fingerprint. ``num_prefix_tokens``:
-    what the adapter takes of the context.
+    ``fingerprint`` names the bytes that answer: the version's digest, the base's fingerprint, or a digest of the
+    versions and scales that are composed. ``adapters`` is what the answer to a composition tells of its parts.
+    ``chat_templates`` are those that the adapters name. ``invocations``: for each part the tokens from which on it
+    acts, empty where it always does.
     """
 
     model: str
-    name: str
-    version: str | None
     fingerprint: str
-    chat_template: str | None = None
+    names: tuple[str, ...] = ()
+    binding: Binding = BASE_BINDING
+    adapters: tuple[Mapping[str, Any], ...] = ()
+    chat_templates: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    num_prefix_tokens: int = 0
-
-    @property
-    def binding(self) -> Binding:
-        if self.version is None:
-            return BASE_BINDING
-        return Binding((BindingPart(self.version, num_prefix_tokens=self.num_prefix_tokens),))
+    invocations: tuple[tuple[int, ...], ...] = ()
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self.version is None else {"x-adapter-version": self.version}
+        return {} if self.binding.is_base else {"x-adapter-version": ",".join(self.binding.versions)}
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """The name and version of an adapter; of a composition all of them, joined."""
+        return {"model": "+".join(self.names) or self.model, "version": ",".join(self.binding.versions) or None}
+
+    def binding_for(self, prompt_ids: Sequence[int]) -> Binding:
+        """The parts, each from its invocation in this prompt on.
+
+        An adapter that is not invoked leaves the base alone; a part of a composition keeps its place, as errors count.
+        """
+        if not any(self.invocations):
+            return self.binding
+        starts = [start_of(prompt_ids, invocation) if invocation else 0 for invocation in self.invocations]
+        if starts == [None]:
+            return BASE_BINDING
+        parts = zip(self.binding.parts, starts, strict=True)
+        return Binding(tuple(replace(part, start_position=NEVER if at is None else at) for part, at in parts))
+
+    @property
+    def chat_template(self) -> str | None:
+        """Raises ``InvalidRequest`` when adapters name different ones: a conversation is rendered once."""
+        if len(self.chat_templates) > 1:
+            raise InvalidRequest(
+                f"the adapters want different chat templates ({', '.join(self.chat_templates)}); compose adapters of "
+                "one template, or render the prompt yourself and send it to /v1/completions",
+                param="adapters",
+                code="composition_refused",
+            )
+        return self.chat_templates[0] if self.chat_templates else None
 
 
-def resolve_target(engine: GenerationEngine, caller: Caller, model: str) -> Target:
-    """Reads the in-memory names only. Raises ``model_not_found`` (404), also for another tenant's adapters."""
+def resolve_target(
+    engine: GenerationEngine, caller: Caller, model: str, adapters: Sequence[AdapterChoice] = ()
+) -> Target:
+    """Reads the in-memory names only. Raises ``model_not_found`` (404), also for another tenant's adapters, and
+    ``InvalidRequest`` for what cannot be composed as it is written."""
     resolved = engine.resolve(caller.tenant, model)
-    record = resolved.record
-    fingerprint = resolved.version or engine.base_fingerprint
-    if record is None:
-        return Target(model, resolved.name, resolved.version, fingerprint)
+    if not adapters:
+        binding = BASE_BINDING if resolved.is_base else Binding((_part(resolved),))
+        return _target(model, resolved.version or engine.base_fingerprint, binding, [resolved])
+    if not resolved.is_base:
+        raise InvalidRequest(
+            f"model names the adapter {resolved.name}; beside adapters it names the base, and adapters lists all of "
+            "those that are composed",
+            param="model",
+        )
+    found = [_resolve(engine, caller, index, choice) for index, choice in enumerate(adapters)]
+    parts = tuple(_part(each, choice.scale) for each, choice in zip(found, adapters, strict=True))
+    _refuse_repeats(parts, adapters)
+    told = tuple(
+        {"id": choice.id, "version": part.version, "scale": _written(choice.scale)}
+        for part, choice in zip(parts, adapters, strict=True)
+    )
+    return _target(model, _digest(parts), Binding(parts), found, told)
+
+
+def _part(resolved: Resolved, scale: tuple[float, float] = (1.0, 1.0)) -> BindingPart:
+    num_prefix_tokens = 0 if resolved.record is None else resolved.record.num_prefix_tokens
+    return BindingPart(str(resolved.version), *scale, num_prefix_tokens=num_prefix_tokens)
+
+
+def _target(
+    model: str,
+    fingerprint: str,
+    binding: Binding,
+    found: Sequence[Resolved],
+    told: tuple[Mapping[str, Any], ...] = (),
+) -> Target:
+    records = [each.record for each in found if each.record is not None]
     return Target(
         model,
-        resolved.name,
-        resolved.version,
         fingerprint,
-        record.chat_template,
-        tuple(record.stop_token_ids),
-        record.num_prefix_tokens,
+        names=tuple(each.name for each in found if not each.is_base),
+        binding=binding,
+        adapters=told,
+        chat_templates=tuple(dict.fromkeys(r.chat_template for r in records if r.chat_template is not None)),
+        stop_token_ids=tuple(dict.fromkeys(token_id for r in records for token_id in r.stop_token_ids)),
+        invocations=tuple(record.invocation_token_ids for record in records),
     )
+
+
+def _resolve(engine: GenerationEngine, caller: Caller, index: int, choice: AdapterChoice) -> Resolved:
+    param = f"adapters[{index}].id"
+    try:
+        resolved = engine.resolve(caller.tenant, choice.id)
+    except NotFound as error:
+        raise ModelNotFound(f"{param}: {error}", param=param) from error
+    if resolved.is_base:
+        raise InvalidRequest(f"{param} names the base, which is always there; list adapters alone", param=param)
+    return resolved
+
+
+def _refuse_repeats(parts: Sequence[BindingPart], adapters: Sequence[AdapterChoice]) -> None:
+    first: dict[str, int] = {}
+    for index, part in enumerate(parts):
+        other = first.setdefault(part.version, index)
+        if other != index:
+            raise InvalidRequest(
+                f"adapters[{other}] and adapters[{index}] ({adapters[other].id} and {adapters[index].id}) are the same "
+                f"version {part.version[:12]}; list it once, with the sum of the scales",
+                param=f"adapters[{index}].id",
+                code="composition_refused",
+            )
+
+
+def _digest(parts: Sequence[BindingPart]) -> str:
+    """Of an adapter at full strength its own; else 64 hex digits over versions and float32 scales, in order."""
+    if len(parts) == 1 and parts[0].scale_first == parts[0].scale_last == 1.0:
+        return parts[0].version
+    digest = hashlib.sha256(b"composition")
+    for part in parts:
+        digest.update(part.version.encode() + struct.pack("<dd", part.scale_first, part.scale_last))
+    return digest.hexdigest()
+
+
+def _written(scale: tuple[float, float]) -> float | list[float]:
+    return scale[0] if scale[0] == scale[1] else list(scale)

@@ -2,7 +2,7 @@
 
 A rotation is kept as its difference from the identity, ``x + s x (R - I)`` at strength s: the weight then changes by
 ``s`` times its own change, as under every other term. Where a method also scales the outputs (BOFT) both sides carry
-the strength, and its square comes in; requests take such adapters at 0 and 1 alone (``engine.strengths``), and only
+the strength, and its square comes in; requests take such adapters at 0 and 1 alone (``deltas.composition``), and only
 the proof looks in between.
 """
 

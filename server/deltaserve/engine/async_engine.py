@@ -36,7 +36,6 @@ from deltaserve.engine.observer import EngineMetrics, SilentMetrics
 from deltaserve.engine.prepare_bridge import Hook, PrepareBridge
 from deltaserve.engine.publication import publication
 from deltaserve.engine.stream import RequestStream
-from deltaserve.engine.strengths import check_strengths, whole_versions
 from deltaserve.errors import Conflict, DeltaserveError, EngineFailed, QueueFull, Unavailable
 from deltaserve_store.names import NameMap, Resolved
 
@@ -67,7 +66,6 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._bridge: PrepareBridge | None = None
         self._names = NameMap()
-        self._whole: frozenset[str] = frozenset()
         self._streams: dict[str, RequestStream] = {}
         self._probes: dict[str, asyncio.Future[Logits]] = {}
         self._preloads: dict[str, list[asyncio.Future[None]]] = {}
@@ -138,7 +136,6 @@ class AsyncEngine:
         if self._is_draining:
             raise Unavailable("The server is shutting down and takes no new requests.", retry_after_seconds=1.0)
         self._engine.limits.check(request)
-        check_strengths(request.binding, self._whole)
         request_id = request.request_id
         if request_id in self._streams:
             raise Conflict(f"The request id {request_id!r} is in use.", code="duplicate_request_id")
@@ -191,7 +188,6 @@ class AsyncEngine:
     def publish(self, names: NameMap) -> None:
         """Swap the name map: requests resolved from now on see it; running ones keep their versions."""
         before, self._names = self._names, names
-        self._whole = whole_versions(names)
         self._thread.send(publication(before, names, self._engine.base_fingerprint))
 
     def register_candidate(self, version: str, folded_path: Path) -> None:

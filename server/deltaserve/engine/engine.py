@@ -76,10 +76,10 @@ class Engine:
 
     # ------------------------------------------------------------ between steps
 
-    def add(self, request: GenerationRequest, arrival_seconds: float, label: str | None = None) -> None:
-        """Queue a request that ``limits.check`` has passed; ``label`` is the adapter's name for metrics."""
+    def add(self, request: GenerationRequest, arrival_seconds: float, labels: tuple[str, ...] = ()) -> None:
+        """Queue a request that ``limits.check`` has passed; ``labels`` are its adapters' names for metrics."""
         sequences = make_sequences(request, arrival_seconds, self._seq_ids)
-        live = LiveRequest(request, sequences, arrival_seconds, label=label)
+        live = LiveRequest(request, sequences, arrival_seconds, labels=labels)
         if request.deadline_seconds is not None:
             live.deadline_seconds = arrival_seconds + request.deadline_seconds
             heapq.heappush(self._deadlines, (live.deadline_seconds, request.request_id))
@@ -275,7 +275,7 @@ class Engine:
         if not live.is_started:
             self.num_unstarted -= 1
         del self._requests[live.request.request_id]
-        self._outcome.finished.append((live.stats(outcome, self.clock()), live.label))
+        self._outcome.finished.append((live.stats(outcome, self.clock()), live.labels))
 
     def _refuse(self, schedule: Schedule) -> None:
         for seq, error in schedule.refused:

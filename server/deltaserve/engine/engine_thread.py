@@ -126,7 +126,7 @@ class EngineThread:
         engine, residency = self._engine, self._engine.residency
         match message:
             case Submit(request, arrival_seconds):
-                engine.add(request, arrival_seconds, self._label(request))
+                engine.add(request, arrival_seconds, self._labels_of(request))
                 self.num_received += 1
             case Abort(request_id):
                 engine.abort(request_id)
@@ -155,13 +155,12 @@ class EngineThread:
     def _measure(self, outcome: Outcome) -> None:
         if outcome.stats is not None:
             self._metrics.on_step(outcome.stats)
-        for stats, label in outcome.finished:
-            self._metrics.on_request(stats, label, "adapter" if label else "base")
+        for stats, labels in outcome.finished:
+            self._metrics.on_request(stats, labels, ("base", "adapter", "composition")[min(len(labels), 2)])
 
-    def _label(self, request: GenerationRequest) -> str | None:
-        """The name of the binding's first adapter, as it is now."""
-        version = next(iter(request.binding.versions), None)
-        return None if version is None else self._labels.get(version, version[:12])
+    def _labels_of(self, request: GenerationRequest) -> tuple[str, ...]:
+        """The names of the binding's adapters, as they are now."""
+        return tuple(self._labels.get(version, version[:12]) for version in request.binding.versions)
 
     def _hand_over(self, outcome: Outcome) -> None:
         delivery = Delivery(

@@ -85,6 +85,12 @@ class EngineLimits:
                 f"The request composes {len(binding.parts)} adapters; at most {self.max_parts} are allowed.",
                 param="adapters",
             )
+        if len(set(binding.versions)) < len(binding.parts):
+            twice = next(v for v in binding.versions if binding.versions.count(v) > 1)
+            raise InvalidRequest(
+                f"The adapter version {twice[:12]} is composed twice; give it once, with the sum of the scales.",
+                param="adapters",
+            )
         for part in binding.parts:
             for scale in (part.scale_first, part.scale_last):
                 if not abs(scale) <= MAX_SCALE:

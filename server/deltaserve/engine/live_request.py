@@ -51,13 +51,13 @@ def make_sequences(request: GenerationRequest, arrival_seconds: float, seq_ids: 
 
 @dataclass(slots=True, eq=False)
 class LiveRequest:
-    """Owned by the engine thread. ``deadline_seconds`` is on the engine's clock; ``label`` is for metrics."""
+    """Owned by the engine thread. ``deadline_seconds`` is on the engine's clock; ``labels`` are for metrics."""
 
     request: GenerationRequest
     sequences: list[Sequence]
     arrival_seconds: float
     deadline_seconds: float | None = None
-    label: str | None = None
+    labels: tuple[str, ...] = ()
     is_started: bool = False
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     first_token_seconds: float | None = None

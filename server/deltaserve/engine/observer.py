@@ -13,8 +13,8 @@ class EngineMetrics(AdapterObserver, Protocol):
 
     def on_step(self, stats: StepStats) -> None: ...
 
-    def on_request(self, stats: RequestStats, adapter_label: str | None, kind: str) -> None:
-        """``kind`` is "base" or "adapter"; ``adapter_label`` the adapter's name, None for the base."""
+    def on_request(self, stats: RequestStats, adapter_labels: tuple[str, ...], kind: str) -> None:
+        """``kind`` is "base", "adapter" or "composition"; ``adapter_labels`` the names of the adapters, if any."""
         ...
 
 
@@ -24,5 +24,5 @@ class SilentMetrics(SilentObserver):
     def on_step(self, stats: StepStats) -> None:
         return None
 
-    def on_request(self, stats: RequestStats, adapter_label: str | None, kind: str) -> None:
+    def on_request(self, stats: RequestStats, adapter_labels: tuple[str, ...], kind: str) -> None:
         return None

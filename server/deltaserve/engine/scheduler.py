@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from operator import attrgetter
 
+from deltaserve.adapters.binding import check_binding
 from deltaserve.adapters.residency import AdapterResidency
 from deltaserve.engine.batch import PrefixCopy, ScheduledPart, ScheduledSequence
 from deltaserve.engine.block_manager import BlockManager
@@ -21,7 +22,7 @@ from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.prefix_seat import seat_prefix
 from deltaserve.engine.sequence import Sequence, SequenceState
 from deltaserve.engine.turn import Turn
-from deltaserve.errors import AdapterUnavailable, DeltaserveError, InvalidRequest
+from deltaserve.errors import AdapterUnavailable, CompositionRefused, DeltaserveError, InvalidRequest
 from deltaserve_kernels import PrefixTables
 
 MAX_ALL_ROWS = 64
@@ -35,8 +36,8 @@ _BY_PRIORITY = attrgetter("priority")
 
 @dataclass(slots=True)
 class Schedule:
-    """One step: ``batch[i]`` is what ``seqs[i]`` computes. ``refused``: their adapter failed, or they do
-    not fit it."""
+    """One step: ``batch[i]`` is what ``seqs[i]`` computes. ``refused``: an adapter failed, has no place beside the
+    others, or leaves the prompt no room."""
 
     batch: list[ScheduledSequence] = field(default_factory=list)
     seqs: list[Sequence] = field(default_factory=list)
@@ -174,8 +175,10 @@ class Scheduler:
                 slots = None
             else:
                 try:
+                    if not seq.is_probe:
+                        check_binding(seq.binding, self._residency)  # nothing is evicted for what is refused
                     slots = self._residency.acquire(seq.versions)
-                except AdapterUnavailable as error:
+                except (AdapterUnavailable, CompositionRefused) as error:
                     step.refused.append((seq, error))
                     continue
             if slots is None:

@@ -55,7 +55,6 @@ FIELDS = (
     config_case("modules_to_save", ["lm_head"], "unknown_module"),
     config_case("trainable_token_indices", [1, 2], "unknown_module"),
     config_case("target_parameters", ["mlp.experts.gate_up_proj"], "unsupported_feature"),
-    config_case("alora_invocation_tokens", [5, 6], "unsupported_feature"),
     config_case("layer_replication", [[0, 2]], "unsupported_feature"),
     config_case("megatron_config", {"a": 1}, "unsupported_feature"),
     config_case("use_qalora", True, "unsupported_feature"),

@@ -9,11 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deltaserve.engine.batch import ScheduledPart
+from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
+from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve_kernels import use_backend
 from deltaserve_kernels.triton_ops import guard
-from deltatest.graph_rig import GraphRig
+from deltatest.graph_rig import NUM_SLOTS, GraphRig
 from deltatest.tape import SyncError, Tape
 from deltatest.tiny_models import save_random, tiny_config
 
@@ -36,6 +37,10 @@ def _triton_as_on_a_gpu(monkeypatch):
     use_backend(before)
 
 
+def many(count: int, first: int) -> tuple[ScheduledPart, ...]:
+    return tuple(ScheduledPart((first + i) % NUM_SLOTS, 0.5, 1.0) for i in range(count))
+
+
 def test_replays_follow_adapters_ranks_counts_and_rows_to_the_bit(base):
     tape = Tape()
     rig = GraphRig(base, capture=tape, row_counts=[3], keys=[["lora", "sparse"]])
@@ -44,6 +49,14 @@ def test_replays_follow_adapters_ranks_counts_and_rows_to_the_bit(base):
         rig.change_adapters()
         rig.check(rig.random_batch(max_parts=step), f"step {step}")
     assert rig.num_captures == 2
+    # A composition without room in the list is launched, and the tape is none the worse for it.
+    batch = [ScheduledSequence(i, [5 + i], 3, [i], many(4, i)) for i in range(3)]
+    assert rig.graphs.run(batch) is None  # twelve parts; the list of three rows has room for eleven
+    launched = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=rig.graphs).execute(batch)
+    rig.eager_kv.pool.copy_(rig.kv.pool[: rig.num_blocks])
+    use_backend("reference")
+    torch.testing.assert_close(launched, rig.eager.execute(batch), rtol=0, atol=1e-4)
+    use_backend("triton")
     # A rank far above those at the capture, in rows side by side, on every linear.
     for slot, rank in ((0, 40), (1, 3)):
         rig.lora.clear(slot)

@@ -47,7 +47,9 @@ TYPES = {
     ),
     **dict.fromkeys(("h", "part_scale", "part_acc", "part_max", "part_sum"), FP32),
     **dict.fromkeys(("pointers", "vectors", "kv_index"), "*i64"),
-    **dict.fromkeys(("tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "part_slot", "records"), "*i32"),
+    **dict.fromkeys(
+        ("tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "part_slot", "records"), "*i32"
+    ),
     **dict.fromkeys(("ranks", "sizes", "row_item", "counters", "block_tables", "cu_seqlens_q", "kv_lens"), "*i32"),
     **dict.fromkeys(("depth", "scale", "softcap", "eps", "offset"), "fp32"),
 }

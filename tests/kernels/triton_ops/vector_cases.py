@@ -47,7 +47,7 @@ def run(case, bindings, x, y, form, depth=0.25) -> torch.Tensor:
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("num_rows", [0, 1, 30])
-def test_vectors_follow_the_delta(num_rows, form):
+def test_vectors_meet_the_base_and_not_the_delta(num_rows, form):
     case, bindings = filled(), bindings_of(num_rows)
     x, y = randn(num_rows, 77), randn(num_rows, case.width, seed=1)
     expected = case.expected_vectors(y, x, bindings, 0.25)
@@ -89,7 +89,7 @@ def test_rows_without_vectors_have_the_bits_of_the_plain_operator():
 def test_one_launch_equals_two_to_the_bit():
     case, bindings = filled(), bindings_of(14)
     x, y = randn(14, 77), randn(14, case.width, seed=1)
-    two = run(case, bindings, x, y.clone(), lora.DECODE)
+    two = run(case, bindings, x, y.clone(), lora.PRODUCTS)
     assert torch.equal(run(case, bindings, x, y.clone(), lora.ONE_LAUNCH), two)
 
 

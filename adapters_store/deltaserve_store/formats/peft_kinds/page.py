@@ -140,7 +140,7 @@ A rotation is whatever matrix PEFT computes from the file. Cayley transforms are
 so large that PEFT's own float32 loses that is refused (`invalid_value`); RoAd scales as it turns; and with
 `use_cayley_neumann` OFT has a polynomial in place of the transform, orthogonal only up to what the polynomial leaves
 out, which is served as it was trained. An adapter with a rotation is applied whole or not at all: its scale is 0 or 1,
-else a request gets `unsupported_strength` (400). It takes as many numbers as features times the width of a block (on a
+else a request gets `composition_refused` (400). It takes as many numbers as features times the width of a block (on a
 square linear, blocks of 32 are as much as a LoRA of rank 16), and its rows enter the base's product once more for every
 linear of a projection group whose input it turns. On a GPU such rows run eagerly, by the PyTorch definition.
 """

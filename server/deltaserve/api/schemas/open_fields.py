@@ -36,7 +36,6 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": _NEVER,
     # extensions known from other servers
     "adapter_id": _NEVER,
-    "adapters": ([],),
     "allowed_token_ids": _NEVER,
     "bad_words": ([],),
     "chat_template": _NEVER,
@@ -60,8 +59,7 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
 """Refused features and the values besides null that mean "not used"."""
 
 _ADVICE = {
-    "adapters": "; name one adapter in 'model'",
-    "adapter_id": "; name the adapter in 'model'",
+    "adapter_id": "; name the adapter in 'model', or several in 'adapters'",
     "best_of": "; use n",
     "chat_template": "; the operator registers templates",
     "prompt_logprobs": "; use echo with logprobs on /v1/completions",
