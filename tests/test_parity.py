@@ -19,11 +19,13 @@ PAGE = DOCS / "parity.md"
 
 
 def _served() -> set[str]:
-    """First column of the table of docs/adapter-kinds.md."""
-    _, _, rest = (DOCS / "adapter-kinds.md").read_text(encoding="utf-8").partition("\n## Served\n")
-    lines = rest.partition("\n## ")[0].splitlines()
-    cells = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
-    return set(cells[2:])
+    """First columns of the two tables of docs/adapter-kinds.md."""
+    text = (DOCS / "adapter-kinds.md").read_text(encoding="utf-8")
+    kinds: set[str] = set()
+    for section in ("Served", "Prefixes"):
+        lines = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0].splitlines()
+        kinds |= set([line.split("|")[1].strip() for line in lines if line.startswith("|")][2:])
+    return kinds
 
 
 def test_every_kind_that_is_served_has_a_row_or_a_reason() -> None:

@@ -36,6 +36,7 @@ float32:
 
 - **judge**: what the server is compared with. *PEFT*: PEFT's own unmerged model, loaded from the same files. *Edited
   weights*: transformers' model with the file's numbers put into its weights (formats that only deltaserve has).
+  *Hooked modules*: that model with modules hung around its sublayers.
 - **effect**: judge against base, so that a difference of 0 would not come from doing nothing.
 - **alone**: server against judge, the sequence by itself. **In company**: the same sequence in one step with a
   sequence of every other row of this table and one of the base, and whether its bits are those it has alone. Both

@@ -56,13 +56,7 @@ class Entry:
         return re.sub("[^A-Za-z0-9]+", "-", f"{self.kind} {self.variant}".lower()).strip("-")
 
 
-NOT_MEASURED: dict[str, str] = dict.fromkeys(
-    (
-        *("BEFT", "BOFT", "OFT", "RoAd", "Trainable tokens", "deltaserve blocks", "deltaserve bottleneck"),
-        *("deltaserve dense", "deltaserve rotations", "deltaserve terms"),
-    ),
-    "not measured yet",
-)
+NOT_MEASURED: dict[str, str] = {}
 """Kinds that are served and have no row, by their name in docs/adapter-kinds.md, with the reason."""
 
 
