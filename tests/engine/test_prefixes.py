@@ -207,8 +207,11 @@ def test_graphs_decode_behind_a_prefix(setting: Setting) -> None:
 
 @pytest.mark.parametrize("is_told", [True, False])
 def test_refused_by_type(setting: Setting, is_told: bool) -> None:
-    """At the door where the binding tells of the prefix, else when the adapter is there; nothing is left behind."""
+    """At the door where the binding tells of the prefix, else by the rules of composition when the adapter is there;
+    nothing is left behind."""
     length = num_tokens("cartridge") if is_told else 0
+    strengths = "no other strengths than 0 and 1" if is_told else "allowed: strength 0 or 1"
+    alone = "not composed" if is_told else "no other adapter beside these terms"
 
     def part(first: float = 1.0, last: float = 1.0, start: int = 0) -> BindingPart:
         return BindingPart("cartridge", first, last, start, num_prefix_tokens=length)
@@ -216,11 +219,11 @@ def test_refused_by_type(setting: Setting, is_told: bool) -> None:
     rig = real_rig(setting.base, setting.adapters, num_blocks=8)
     room = 8 * 16 - num_tokens("cartridge")
     cases: list[tuple[Binding, int, type[Exception], str]] = [
-        (Binding((part(0.5, 0.5),)), 4, InvalidRequest, "no other strengths than 0 and 1"),
-        (Binding((part(0.0, 1.0),)), 4, InvalidRequest, "no other strengths than 0 and 1"),
-        (Binding((part(-1.0, -1.0),)), 4, InvalidRequest, "no other strengths than 0 and 1"),
+        (Binding((part(0.5, 0.5),)), 4, InvalidRequest, strengths),
+        (Binding((part(0.0, 1.0),)), 4, InvalidRequest, strengths),
+        (Binding((part(-1.0, -1.0),)), 4, InvalidRequest, strengths),
         (Binding((part(start=3),)), 4, InvalidRequest, "before the whole prompt"),
-        (Binding((part(), BindingPart("lora"))), 4, InvalidRequest, "not composed"),
+        (Binding((part(), BindingPart("lora"))), 4, InvalidRequest, alone),
         (Binding((part(),)), room - 9, ContextLengthExceeded, "of which the adapter's prefix takes 37"),
     ]
     for index, (binding, max_tokens, error, text) in enumerate(cases):
