@@ -47,7 +47,9 @@ TYPES = {
     ),
     **dict.fromkeys(("h", "part_scale", "part_acc", "part_max", "part_sum"), FP32),
     **dict.fromkeys(("pointers", "vectors", "kv_index"), "*i64"),
-    **dict.fromkeys(("tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "part_slot", "records"), "*i32"),
+    **dict.fromkeys(
+        ("tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "part_slot", "records"), "*i32"
+    ),
     **dict.fromkeys(("ranks", "sizes", "row_item", "counters", "block_tables", "cu_seqlens_q", "kv_lens"), "*i32"),
     **dict.fromkeys(("depth", "scale", "softcap", "eps", "offset"), "fp32"),
 }
@@ -212,7 +214,10 @@ SPECS = {
     "store_kv": Spec(attention_kernels.store_kv, {"KV_HEADS": 8, "TILE_HEADS": 8, "D": 128, "BLOCK_D": 128}, wide=2),
     # Narrow: lanes, and y, one element a thread. A pack is 64 bits; wide: x on its way to shared memory.
     "sparse": Spec(
-        sparse_kernels.sparse, of_kernel(sparse_kernels.sparse, sparse_of(sparse.DECODE, 14336)), narrow=2, wide=14336 // 8 // 128
+        sparse_kernels.sparse,
+        of_kernel(sparse_kernels.sparse, sparse_of(sparse.DECODE, 14336)),
+        narrow=2,
+        wide=14336 // 8 // 128,
     ),
     # x element by element: 32 a thread.
     "sparse_gathered": Spec(
