@@ -56,7 +56,8 @@ def test_operators_that_cannot_run_are_refused_and_leave_the_choice_as_it_was() 
 def test_graphs_are_for_cuda_with_operators_that_do_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert not can_capture(ServeConfig(), cpu)
-    assert not can_capture(ServeConfig(), cuda)  # auto: no GPU has proven the Triton operators yet
+    monkeypatch.setattr(runtime, "select", lambda device: "reference")
+    assert not can_capture(ServeConfig(), cuda)
     monkeypatch.setattr(runtime, "select", lambda device: "triton")
     assert can_capture(ServeConfig(), cuda)
     assert not can_capture(ServeConfig(cuda_graphs=False), cuda)

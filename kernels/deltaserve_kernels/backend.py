@@ -8,7 +8,6 @@ import torch
 
 from deltaserve_kernels.errors import BackendUnavailable
 
-# "auto" never takes "triton": no GPU has run those kernels, so on CUDA it stays "reference" until one has.
 BACKENDS = ("auto", "reference", "cpu", "triton")
 _default = "auto"
 
@@ -30,8 +29,9 @@ def use_backend(name: str) -> str:
 def select(device: torch.device | str, backend: str | None = None) -> str:
     """``reference``, ``cpu`` or ``triton``: what an operator on this device will run, given its ``backend`` argument.
 
-    May build the C++ library (tens of seconds, once per machine). ``auto`` falls back to the PyTorch twin with one
-    logged notice; ``cpu`` and ``triton`` by name raise BackendUnavailable instead.
+    May build the C++ library (tens of seconds, once per machine). ``auto`` takes the C++ operators on a CPU, those in
+    Triton on CUDA, and falls back to the PyTorch definition where they do not run, on a CPU with one logged notice;
+    ``cpu`` and ``triton`` by name raise BackendUnavailable instead.
     """
     name = _default if backend is None else backend
     if name == "reference":
@@ -50,9 +50,10 @@ def select(device: torch.device | str, backend: str | None = None) -> str:
     if is_cpu:
         from deltaserve_kernels import cpu
 
-        if cpu.is_available():
-            return "cpu"
-    return "reference"
+        return "cpu" if cpu.is_available() else "reference"
+    from deltaserve_kernels import triton_ops
+
+    return "triton" if triton_ops.unavailable_reason(device) is None else "reference"
 
 
 def implementation(

@@ -40,6 +40,7 @@ class WorkList:
     is_padded:  the arrays have a fixed capacity (``padded_list``): items past the last are empty, and rows and parts
                 past the last are never read. What is in them is known to the device alone. Not for the
                 C++ operators.
+    has_prompts: some sequence has several rows in the step: operators may take their form for many rows an adapter
     prepared:   what the C++ operators made of the list at its first use; changes to the tensors later do not reach it
     """
 
@@ -51,6 +52,7 @@ class WorkList:
     part_scale: Tensor
     num_planes: int | None = None
     is_padded: bool = False
+    has_prompts: bool = False
     prepared: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def remember(self, prepared: Tensor) -> None:
@@ -138,6 +140,7 @@ def build_work_list_runs(runs: Sequence[Run], num_rows: int, device: torch.devic
     """
     groups: dict[Parts, list[int]] = {}
     end = 0
+    has_prompts = False
     for start, count, parts in sorted(runs, key=_run_start):
         if count < 0 or start < end or start + count > num_rows:
             raise OutOfRange(
@@ -146,6 +149,7 @@ def build_work_list_runs(runs: Sequence[Run], num_rows: int, device: torch.devic
             )
         end = start + count
         if parts and count:
+            has_prompts = has_prompts or count > 1
             group = groups.get(parts)
             if group is None:
                 groups[parts] = [start] if count == 1 else list(range(start, end))
@@ -153,14 +157,16 @@ def build_work_list_runs(runs: Sequence[Run], num_rows: int, device: torch.devic
                 group.append(start)
             else:
                 group.extend(range(start, end))
-    return _pack(groups, num_rows, device)
+    return _pack(groups, num_rows, device, has_prompts)
 
 
 def _run_start(run: Run) -> int:
     return run[0]
 
 
-def _pack(groups: dict[Parts, list[int]], num_rows: int, device: torch.device | str) -> WorkList:
+def _pack(
+    groups: dict[Parts, list[int]], num_rows: int, device: torch.device | str, has_prompts: bool = False
+) -> WorkList:
     parts = [part for binding in groups for part in binding]
     slots = [part[0] for part in parts]
     if slots and min(slots) < 0:
@@ -176,4 +182,4 @@ def _pack(groups: dict[Parts, list[int]], num_rows: int, device: torch.device | 
     packed = upload(torch.from_numpy(np.concatenate([numbers, scales.view(np.int32)])), device)
     split = packed.split((*sizes, 2 * len(slots)))
     scale = split[4].view(torch.float32).view(len(slots), 2)
-    return WorkList(num_rows, split[0], split[1], split[2], split[3], scale, num_planes)
+    return WorkList(num_rows, split[0], split[1], split[2], split[3], scale, num_planes, has_prompts=has_prompts)

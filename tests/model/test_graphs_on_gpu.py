@@ -1,7 +1,7 @@
 """Decode graphs on a GPU: replays equal to eager launches bit for bit, no sync, no compile, no memory, no new capture.
 
-Not run yet: no GPU has been at hand. The tape of ``graph_cases`` holds the same promises where only the host can break
-them; streams, the graphs' memory pool and the compiler show here alone.
+The tape of ``graph_cases`` holds the same promises where only the host can break them; streams, the graphs' memory pool
+and the compiler show here alone.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """Windowed jagged diagonals: a sparse delta laid out so that a kernel reads it in wide, aligned pieces.
 
 Output rows go in windows of 128. A row's nonzeros are cut into *packs* of four, in order. Inside a window rows are
-sorted by their number of packs, most first; a row's place is its *lane*. *Diagonal* j of a window holds the j-th pack of
-every row that has one: lanes 0 to its length, without a gap, since shorter rows come later. So a thread that owns a lane
-reads whole packs of its own row, and no sum crosses threads. A row's last pack is filled up with its last column and
-zeros: what the row does not read anyway is not read for it.
+sorted by their number of packs, most first; a row's place is its *lane*. *Diagonal* j of a window holds the j-th pack
+of every row that has one: lanes 0 to its length, without a gap, since shorter rows come later. So a thread that owns a
+lane reads whole packs of its own row, and no sum crosses threads. A row's last pack is filled up with its last column
+and zeros: what the row does not read anyway is not read for it.
 
 A window may be cut by columns too, into *buckets*: window and bucket make a *cell*, of lanes and diagonals of its own,
 so that a program that goes through one cell touches a bounded piece of x. One bucket: a cell is a window.
 
-About 4.4 bytes a nonzero in 16 bits where rows have some twenty: a value, a 16-bit column, and little else. Plain torch;
-no GPU, no triton.
+About 4.4 bytes a nonzero in 16 bits where rows have some twenty: a value, a 16-bit column, and little else. Plain
+torch; no GPU, no triton.
 """
 
 from __future__ import annotations

@@ -65,6 +65,11 @@ ONE_LAUNCH = LoraForm(one_launch=True)
 PREFILL = LoraForm(fold=True, tile_rows=64, block_k=128, num_stages=4)
 
 
+def form_for(work: WorkList) -> LoraForm:
+    """By what the step is: with prompts ``PREFILL``, whose tensor-core tiles many rows fill, else ``DECODE``."""
+    return PREFILL if work.has_prompts else DECODE
+
+
 def lora_linear(
     y: Tensor,
     x: Tensor,
@@ -72,16 +77,17 @@ def lora_linear(
     tables: LoraTables,
     members: Sequence[Member],
     depth: float,
-    form: LoraForm = DECODE,
+    form: LoraForm | None = None,
     vectors: VectorTables | None = None,
 ) -> None:
     """``y[row, start:stop] += sum over parts of scale * (B (A x[row]))``; see ``operators.lora_linear``.
 
     With ``vectors`` the same launches scale and shift y; see ``terms.lora_vector_linear``.
 
-    The form is the caller's choice, never the batch's: a rule by number of rows would change a row's bits with its
-    company. Raises a KernelError.
+    No form: ``form_for``. A form chosen by number of rows would change a decode row's bits with its company. Raises a
+    KernelError.
     """
+    form = form_for(work) if form is None else form
     guard.check_linear(y, x, work, tables, members)
     if work.is_empty:
         return

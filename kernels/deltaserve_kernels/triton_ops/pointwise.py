@@ -22,7 +22,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     if num_rows:
         block = triton.next_power_of_2(size)
         pointwise_kernels.rms_norm_rows[(num_rows,)](
-            out, x, x.stride(0), weight, eps, offset, SIZE=size, BLOCK=block, num_warps=norm_warps(block),
+            out,
+            x,
+            x.stride(0),
+            weight,
+            eps,
+            offset,
+            SIZE=size,
+            BLOCK=block,
+            num_warps=norm_warps(block),
             **early(x.device),
         )
     return out
@@ -40,7 +48,13 @@ def gated_product(both: Tensor, activation: str) -> Tensor:
     out = torch.empty(num_rows, size, dtype=both.dtype, device=both.device)
     if num_rows and size:
         pointwise_kernels.gated_rows[(num_rows, triton.cdiv(size, GATED_BLOCK))](
-            out, both, both.stride(0), SIZE=size, IS_GELU=activation == "gelu_tanh", BLOCK=GATED_BLOCK, num_warps=4,
+            out,
+            both,
+            both.stride(0),
+            SIZE=size,
+            IS_GELU=activation == "gelu_tanh",
+            BLOCK=GATED_BLOCK,
+            num_warps=4,
             **early(both.device),
         )
     return out

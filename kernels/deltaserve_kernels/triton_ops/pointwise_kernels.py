@@ -23,7 +23,9 @@ def rms_norm_rows(out, x, x_stride, weight, eps, offset, SIZE: tl.constexpr, BLO
 
 
 @triton.jit
-def gated_rows(out, both, both_stride, SIZE: tl.constexpr, IS_GELU: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def gated_rows(
+    out, both, both_stride, SIZE: tl.constexpr, IS_GELU: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
     """Grid (T, blocks of columns): one row alone is spread over many programs."""
     wait_then_allow(EARLY)
     row = tl.program_id(0).to(tl.int64)

@@ -48,6 +48,7 @@ class SparseForm:
 
 
 DECODE = SparseForm()
+PROMPTS = SparseForm(wide=True, tile_rows=32)
 PREFILL = SparseForm(wide=True, tile_rows=32, bucket=2048)
 MAX_STAGE = 16384  # columns: 32 KB of 16 bits, of the 48 KB that a decode kernel may take
 _TRANSPOSE_K = 128
@@ -60,13 +61,15 @@ def sparse_linear(
     tables: SparseTables,
     members: Sequence[Member],
     depth: float,
-    form: SparseForm = DECODE,
+    form: SparseForm | None = None,
 ) -> None:
     """``y[row, start:stop] += sum over parts of scale * (S x[row])``; see ``operators.sparse_linear``.
 
-    The form is the caller's choice, never the batch's. The first call has the tables convert what they hold, and a form
-    with buckets converts what it meets first; that blocks. Raises a KernelError.
+    No form: ``PROMPTS`` for a step with prompts, else ``DECODE``. The first call has the tables convert what they hold,
+    and a form with buckets converts what it meets first; that blocks. Raises a KernelError.
     """
+    if form is None:
+        form = PROMPTS if work.has_prompts else DECODE
     guard.check_linear(y, x, work, tables, members)
     if work.is_empty:
         return

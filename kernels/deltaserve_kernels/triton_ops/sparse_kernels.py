@@ -1,8 +1,8 @@
 """The sparse kernel of decode: windowed jagged diagonals (``jagged``) times the rows of a work list, row after row.
 
 A program takes one window of 128 outputs and one tile of rows. It reads some diagonals at a time, wide; a row of x goes
-through shared memory, where its elements are picked by column. A thread has whole lanes, so sums cross no thread; at the
-end lanes go back into row order, and y is read and written contiguously. A row's bits do not depend on its company.
+through shared memory, where its elements are picked by column. A thread has whole lanes, so sums cross no thread; at
+the end lanes go back into row order, and y is read and written contiguously. A row's bits do not depend on its company.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def cell_of(pointers, linear, slot, num_slots, cell):
 
 @triton.jit
 def load_diagonals(cols, values, diagonals, step, end, COUNT: tl.constexpr):
-    """[COUNT, WINDOW, PACK] columns and values, [COUNT, WINDOW] which lanes are there, of the diagonals from ``step``."""
+    """[COUNT, WINDOW, PACK] columns and values, [COUNT, WINDOW] which lanes are there, of diagonals from ``step``."""
     lane = tl.arange(0, WINDOW)
     diagonal = step + tl.arange(0, COUNT)
     word = tl.load(diagonals + diagonal, mask=diagonal < end, other=0)

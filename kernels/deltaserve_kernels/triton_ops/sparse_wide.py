@@ -12,7 +12,6 @@ import triton.language as tl
 from deltaserve_kernels.triton_ops.lora_kernels import pick, scale_of
 from deltaserve_kernels.triton_ops.lora_programs import place
 from deltaserve_kernels.triton_ops.sparse_kernels import (
-    PACK,
     VARYING,
     WINDOW,
     add_to_y,

@@ -68,8 +68,8 @@ def _build(work: WorkList, tile_rows: int) -> RowTiles:
     item_plane = torch.empty(num_items, dtype=torch.int32, device=work.device)
     records = torch.empty(capacity, RECORD.value, dtype=torch.int32, device=work.device)
     build_tiles[(1,)](
-        work.item_rows, work.item_parts, work.part_slot, tile_item, tile_first, item_plane, records, num_items, capacity,
-        TILE_ROWS=tile_rows, num_warps=4,
+        work.item_rows, work.item_parts, work.part_slot, tile_item, tile_first, item_plane, records,
+        num_items, capacity, TILE_ROWS=tile_rows, num_warps=4,
     )  # fmt: skip
     num_planes = work.num_planes
     if num_planes is None:  # a list from elsewhere, whose counts only the device knows: a sync

@@ -29,7 +29,7 @@ def lora_vector_linear(
     vectors: VectorTables,
     members: Sequence[Member],
     depth: float,
-    form: lora.LoraForm = FORM,
+    form: lora.LoraForm | None = None,
 ) -> None:
     """``y = y * s + b + low-rank delta`` for rows that have one; see ``terms.lora_vector_linear``.
 
@@ -37,6 +37,8 @@ def lora_vector_linear(
     """
     guard.check_linear(y, x, work, tables, members)
     term_checks.check_vectors(vectors, tables, members)
+    if form is None:
+        form = lora.PREFILL if work.has_prompts else FORM
     lora.lora_linear(y, x, work, tables, members, depth, form, vectors)
 
 

@@ -109,7 +109,8 @@ class ModelRunner:
         ctx, input_ids, logit_rows = self._prepare(batch, sizes, np.array([seq.start for seq in batch]))
         layout = PaddedLayout(len(input_ids))
         empty = layout.work_list(torch.zeros(layout.size, dtype=torch.int32, device=self.base.device))
-        ctx.work = replace(empty, num_planes=len(input_ids))  # as for one adapter a row; more would only take memory
+        # Planes as for one adapter a row; more would only take memory.
+        ctx.work = replace(empty, num_planes=len(input_ids), has_prompts=len(input_ids) > len(batch))
         self._forward(ctx, input_ids, logit_rows)
 
     def warm_up(self, max_tokens: int = 2 * BLOCK_SIZE) -> None:

@@ -85,7 +85,7 @@ def test_every_result_of_a_dry_run_has_its_fields(dry_run) -> None:
         assert entry.keys() >= STEP_FIELDS, entry["key"]
         assert entry["error"] <= entry["allowed"]
     ours = {entry["implementation"] for entry in kinds["lora"] if entry["origin"] == "ours" and entry["status"] == "ok"}
-    assert ours == {"two launches", "one launch"}
+    assert ours == {"by row", "two launches", "one launch"}
     absent = {entry["implementation"] for entry in kinds["lora"] if entry["status"] == "not present"}
     assert absent == {"vLLM shrink + expand", "SGLang csgmv", "torch grouped_mm"}
     (repeat,) = kinds["repeatability"]

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from deltaserve_kernels import PaddedLayout, WorkList, build_work_list, lora_linear, select
+from deltaserve_kernels import (
+    PaddedLayout,
+    WorkList,
+    build_work_list,
+    build_work_list_runs,
+    lora_linear,
+    select,
+)
 from deltaserve_kernels.triton_ops import guard, lora
 from deltaserve_kernels.triton_ops.tiles import row_tiles
 from deltatest.kernel_cases import LinearCase, Parts, randn
@@ -213,3 +220,18 @@ def test_the_operator_reaches_the_kernels_by_name_only():
     torch.testing.assert_close(y.double(), expected, **TOLERANCE[torch.float32])
     assert select("cpu", "triton") == "triton"
     assert select("cpu", "auto") != "triton"
+
+
+def test_a_step_with_prompts_takes_the_form_for_many_rows():
+    case = filled(widths=(40,))
+    parts: Parts = ((2, 1.0, 1.0),)
+    x, y = randn(20, 77), randn(20, case.width, seed=1)
+    for runs, form in (
+        ([(0, 17, parts), (17, 1, parts)], lora.PREFILL),
+        ([(i, 1, parts) for i in range(18)], lora.DECODE),
+    ):
+        work = build_work_list_runs(runs, 20)
+        chosen, named = y.clone(), y.clone()
+        lora.lora_linear(chosen, x, work, case.lora, case.members, 0.25)
+        lora.lora_linear(named, x, work, case.lora, case.members, 0.25, form)
+        assert torch.equal(chosen, named)

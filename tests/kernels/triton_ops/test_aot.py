@@ -214,7 +214,10 @@ SPECS = {
     "store_kv": Spec(attention_kernels.store_kv, {"KV_HEADS": 8, "TILE_HEADS": 8, "D": 128, "BLOCK_D": 128}, wide=2),
     # Narrow: lanes, and y, one element a thread. A pack is 64 bits; wide: x on its way to shared memory.
     "sparse": Spec(
-        sparse_kernels.sparse, of_kernel(sparse_kernels.sparse, sparse_of(sparse.DECODE, 14336)), narrow=2, wide=14336 // 8 // 128
+        sparse_kernels.sparse,
+        of_kernel(sparse_kernels.sparse, sparse_of(sparse.DECODE, 14336)),
+        narrow=2,
+        wide=14336 // 8 // 128,
     ),
     # x element by element: 32 a thread.
     "sparse_gathered": Spec(

@@ -151,6 +151,29 @@ def test_sparse_equals_the_definition(num_rows: int, form: sparse.SparseForm, sc
     close(out, expected, 2e-3)
 
 
+@pytest.mark.parametrize("kind", ["low rank", "sparse"])
+def test_a_decode_row_has_the_same_bits_alone_and_among_rows_of_its_adapter(
+    kind: str, low_rank: LoraTables, scattered: SparseTables
+) -> None:
+    step = step_of(40, 3, slots=3)
+    together = step.y.clone()
+    run, tables, form = (
+        (lora.lora_linear, low_rank, lora.DECODE)
+        if kind == "low rank"
+        else (sparse.sparse_linear, scattered, sparse.DECODE)
+    )
+    run(together, step.x, step.work, tables, MEMBERS, 0.3, form)
+    for item in range(step.work.num_items):
+        begin, end = step.work.item_rows[item : item + 2].tolist()
+        parts = slice(*step.work.item_parts[item : item + 2].tolist())
+        slots, scales = step.work.part_slot[parts].tolist(), step.work.part_scale[parts].tolist()
+        for row in step.work.rows[begin:end].tolist()[:3]:
+            alone = step.y[row : row + 1].clone()
+            binding = tuple((slot, *scale) for slot, scale in zip(slots, scales, strict=True))
+            run(alone, step.x[row : row + 1], build_work_list([binding], DEVICE), tables, MEMBERS, 0.3, form)
+            assert torch.equal(alone[0], together[row]), (item, row)
+
+
 def test_where_sparse_reads_x_from_does_not_change_a_bit(scattered: SparseTables) -> None:
     step = step_of(40, 7, slots=2)
     expected, out = step.y.clone(), step.y.clone()

@@ -109,7 +109,10 @@ def test_adapter_operators_compile_once(binaries: set[tuple[str, str]]) -> None:
     torch.manual_seed(0)
     step(1, [(0, 1, ((0, 1.0, 1.0),))], tables_of([8], 1, [0]), 0.0)
     warm = set(binaries)
-    low_rank, scattered = {"shrink", "expand", "fused"}, {"sparse", "sparse_wide", "transpose"}
+    low_rank, scattered = (
+        {"shrink_rows", "expand_rows", "shrink", "expand", "fused"},
+        {"sparse", "sparse_wide", "transpose"},
+    )
     others = {"shrink_blocks", "expand_blocks", "store_items", "rms_norm"}
     assert {name for name, _ in warm} == {"build_tiles"} | low_rank | scattered | others
     draw = random.Random(0)
@@ -182,7 +185,8 @@ def loaded(architecture: str, dtype: torch.dtype, folder: Path) -> BaseModel:
 
 # Modules that look alike in a step of a base: norms, gated MLPs, rotary with the KV write. Else the write alone.
 FUSED = {"rms_norm_rows", "gated_rows", "rotate_and_store"}
-STEP = {"build_tiles", "shrink", "expand", "sparse", "decode", "combine"}
+STEP = {"build_tiles", "shrink_rows", "expand_rows", "sparse", "decode", "combine"}
+PROMPT = {"shrink", "expand", "transpose", "sparse_wide", "prefill"}
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -224,7 +228,7 @@ def test_serving_compiles_nothing_after_the_warm_up(
     runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=graphs)
     runner.warm_up(max_tokens=256)
     warm = set(binaries)
-    assert {name for name, _ in warm} == {*STEP, *fused, "transpose", "prefill"}
+    assert {name for name, _ in warm} == {*STEP, *PROMPT, *fused}
     for _ in range(12):
         rig.change_adapters()
         rig.fill(0, ("lora", "sparse"), rank=rig.draw.choice([1, 300]))
