@@ -19,7 +19,7 @@ import torch
 from deltaserve_store.bottleneck_deltas import ACTIVATIONS, BottleneckDelta
 from deltaserve_store.file_names import SPARSE_CONFIG
 from deltaserve_store.findings import Findings
-from deltaserve_store.formats.own_config import check_shared, fields_of, is_one_of, write_files
+from deltaserve_store.formats.own_config import check_shared, fields_of, is_one_of, modules_of, write_files
 from deltaserve_store.formats.peft_fields import MAX_RANK
 from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, check_dtype, check_shape, check_values
 from deltaserve_store.formats.tensor_file import TensorFile
@@ -99,12 +99,7 @@ def parse_deltaserve_bottleneck(
 ) -> ParsedAdapter | None:
     """None when ``findings`` got a reason."""
     check_shared(config, FIELDS, FORMAT, base, findings)
-    given = config.get("modules", {})
-    if not isinstance(given, dict):
-        findings.add("invalid_value", f"{SPARSE_CONFIG}:modules", given, FIELDS["modules"])
-        given = {}
-    elif not given and "modules" in config:
-        findings.add("target_not_found", f"{SPARSE_CONFIG}:modules", given, FIELDS["modules"])
+    given = modules_of(config, FIELDS, findings)
     modules = {point: _module(point, entry, base, findings) for point, entry in given.items()}
     shapes = {name: shape for module in modules.values() if module for name, shape in module.shapes.items()}
     _check_layout(shapes, tensors, findings)

@@ -19,7 +19,7 @@ from torch import Tensor
 from deltaserve_store.file_names import SPARSE_CONFIG
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats.module_match import is_head
-from deltaserve_store.formats.own_config import check_shared, fields_of, write_files
+from deltaserve_store.formats.own_config import check_shared, fields_of, modules_of, write_files
 from deltaserve_store.formats.peft_kinds.cayley import MAX_BLOCK, turn_columns
 from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, check_dtype, check_shape, check_values
 from deltaserve_store.formats.tensor_file import TensorFile
@@ -83,12 +83,7 @@ def parse_deltaserve_rotations(
 ) -> ParsedAdapter | None:
     """None when ``findings`` got a reason."""
     check_shared(config, FIELDS, FORMAT, base, findings)
-    modules = config.get("modules", {})
-    if not isinstance(modules, dict):
-        findings.add("invalid_value", f"{SPARSE_CONFIG}:modules", modules, FIELDS["modules"])
-        modules = {}
-    elif not modules and "modules" in config:
-        findings.add("target_not_found", f"{SPARSE_CONFIG}:modules", modules, FIELDS["modules"])
+    modules = modules_of(config, FIELDS, findings)
     names = {
         name for module, parts in modules.items() for name in _check_module(module, parts, tensors, base, findings)
     }

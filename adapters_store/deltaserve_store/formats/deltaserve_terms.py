@@ -22,7 +22,7 @@ from deltaserve_store.formats.deltaserve_sparse import read_entries
 from deltaserve_store.formats.deltaserve_vectors import LINEAR_PARTS, NORM_PARTS
 from deltaserve_store.formats.deltaserve_vectors import sizes_of as vector_sizes
 from deltaserve_store.formats.module_match import is_head
-from deltaserve_store.formats.own_config import check_shared, fields_of, write_files
+from deltaserve_store.formats.own_config import check_shared, fields_of, modules_of, write_files
 from deltaserve_store.formats.sparse_entries import sort_entries
 from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, check_dtype, check_shape, check_values
 from deltaserve_store.formats.tensor_file import TensorFile
@@ -108,12 +108,7 @@ def parse_deltaserve_terms(
 ) -> ParsedAdapter | None:
     """None when ``findings`` got a reason."""
     check_shared(config, FIELDS, FORMAT, base, findings)
-    modules = config.get("modules", {})
-    if not isinstance(modules, dict):
-        findings.add("invalid_value", f"{SPARSE_CONFIG}:modules", modules, FIELDS["modules"])
-        modules = {}
-    elif not modules and "modules" in config:
-        findings.add("target_not_found", f"{SPARSE_CONFIG}:modules", modules, FIELDS["modules"])
+    modules = modules_of(config, FIELDS, findings)
     shapes: dict[str, tuple[int, ...]] = {}
     for module, told in modules.items():
         shapes |= _shapes(module, told, base, findings)

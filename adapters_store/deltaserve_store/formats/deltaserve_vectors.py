@@ -18,7 +18,7 @@ import torch
 from deltaserve_store.file_names import SPARSE_CONFIG
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats.module_match import is_head
-from deltaserve_store.formats.own_config import check_shared, fields_of, is_one_of, write_files
+from deltaserve_store.formats.own_config import check_shared, fields_of, is_one_of, modules_of, write_files
 from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, check_dtype, check_shape, check_values
 from deltaserve_store.formats.tensor_file import TensorFile
 from deltaserve_store.parsed import ParsedAdapter
@@ -83,12 +83,7 @@ def parse_deltaserve_vectors(
 ) -> ParsedAdapter | None:
     """None when ``findings`` got a reason."""
     check_shared(config, FIELDS, FORMAT, base, findings)
-    modules = config.get("modules", {})
-    if not isinstance(modules, dict):
-        findings.add("invalid_value", f"{SPARSE_CONFIG}:modules", modules, FIELDS["modules"])
-        modules = {}
-    elif not modules and "modules" in config:
-        findings.add("target_not_found", f"{SPARSE_CONFIG}:modules", modules, FIELDS["modules"])
+    modules = modules_of(config, FIELDS, findings)
     sizes: dict[str, int] = {}
     for module, parts in modules.items():
         sizes |= sizes_of(module, parts, base, findings)

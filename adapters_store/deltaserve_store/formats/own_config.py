@@ -64,6 +64,17 @@ def write_files(
     (folder / SPARSE_CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def modules_of(config: Mapping[str, Any], fields: Mapping[str, str], findings: Findings) -> dict[str, Any]:
+    """The field ``modules``, what it holds unchecked; empty, with a finding, where it is no object or an empty one."""
+    modules = config.get("modules", {})
+    if not isinstance(modules, dict):
+        findings.add("invalid_value", f"{SPARSE_CONFIG}:modules", modules, fields["modules"])
+        return {}
+    if not modules and "modules" in config:
+        findings.add("target_not_found", f"{SPARSE_CONFIG}:modules", modules, fields["modules"])
+    return modules
+
+
 def check_shared(
     config: Mapping[str, Any], fields: Mapping[str, str], format_name: str, base: BaseSpec, findings: Findings
 ) -> None:
