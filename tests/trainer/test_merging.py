@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -402,19 +402,24 @@ def test_what_a_field_alone_tells_is_not_left_out() -> None:
 
     @dataclass(frozen=True, slots=True)
     class Later(ParsedAdapter):
-        prefix: object = None
+        later: object = None
 
     @dataclass(frozen=True, slots=True)
     class Wider(VectorDelta):
-        in_bias: Tensor | None = None
+        wider: Tensor | None = None
 
     plain = lora(1)
     known = {item.name: getattr(plain, item.name) for item in fields(plain)}
     update_of(Later(**known), SPEC, BASE)
-    with pytest.raises(MergeRefused, match="the adapter has prefix"):
-        update_of(Later(**known, prefix=object()), SPEC, BASE)
+    with pytest.raises(MergeRefused, match="the adapter has later"):
+        update_of(Later(**known, later=object()), SPEC, BASE)
+    for field, value in (("prefix", object()), ("invocation_token_ids", (3, 4))):
+        with pytest.raises(MergeRefused, match=f"the adapter has {field}"):
+            update_of(replace(plain, **{field: value}), SPEC, BASE)
     update_of(adapter(Wider(LAYERS[0], bias=drawn(OUT))), SPEC, BASE)
+    with pytest.raises(MergeRefused, match="has wider"):
+        update_of(adapter(Wider(LAYERS[0], wider=drawn(IN))), SPEC, BASE)
     with pytest.raises(MergeRefused, match="has in_bias"):
-        update_of(adapter(Wider(LAYERS[0], in_bias=drawn(IN))), SPEC, BASE)
+        update_of(adapter(VectorDelta(LAYERS[0], in_bias=drawn(IN))), SPEC, BASE)
     with pytest.raises(MergeRefused, match="both sides"):
         update_of(adapter(VectorDelta(LAYERS[0], out_scale=drawn(OUT), in_scale=drawn(IN))), SPEC, BASE)
