@@ -5,7 +5,7 @@ PORT ?= 8000
 VENV := .venv
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
-GPU_OUT ?= docs/benchmarks
+GPU_OUT ?= docs/benchmarks/kernels
 GPU_BUDGET ?= 450
 
 .PHONY: serve test lint types demo gpu clean
