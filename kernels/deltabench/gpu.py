@@ -193,7 +193,9 @@ def environment(device: str) -> dict[str, str]:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=450.0, help="seconds for all of it (default 450)")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "kernels", help="folder of record and table")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs" / "benchmarks" / "kernels", help="folder of record and table"
+    )
     parser.add_argument("--only", nargs="*", choices=[stage.name for stage in STAGES], help="sections; default all")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes: shows that it runs, no figures")
