@@ -73,6 +73,31 @@ class Binding:
 BASE_BINDING = Binding()
 
 
+class Mix(StrEnum):
+    """What the members of an ensemble are mixed by, see ``engine/mixing.py``."""
+
+    LOGITS = "logits"
+    PROBABILITIES = "probabilities"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One model of an ensemble: the base with a binding, and how much it counts. ``weight``: finite and not 0; a mix of
+    probabilities takes positive ones only."""
+
+    binding: Binding
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ensemble:
+    """Models that answer as one: each member computes logits from the same tokens, one token is drawn from the mix, and
+    every member goes on from it. A member costs a row of its own."""
+
+    members: tuple[Member, ...]
+    mix: Mix = Mix.LOGITS
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen. Ranges are checked by whoever builds one from user input (``api/``).
@@ -105,7 +130,8 @@ class GenerationRequest:
 
     ``cache_salt`` and ``tenant`` enter the prefix-cache key. ``eos_token_ids`` end a sequence unless ``ignore_eos``.
     ``deadline_seconds`` is the time from submission after which the request is aborted with an error. With
-    ``is_streamed`` false nothing is told before the end: one output then has all.
+    ``is_streamed`` false nothing is told before the end: one output then has all. With an ``ensemble`` its members have
+    the bindings, and ``binding`` is not looked at.
     """
 
     request_id: str
@@ -118,6 +144,17 @@ class GenerationRequest:
     cache_salt: str = ""
     deadline_seconds: float | None = None
     is_streamed: bool = True
+    ensemble: Ensemble | None = None
+
+    @property
+    def bindings(self) -> tuple[Binding, ...]:
+        """One for each row that a choice costs."""
+        return (self.binding,) if self.ensemble is None else tuple(member.binding for member in self.ensemble.members)
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """Of all bindings, each once, as they first occur."""
+        return tuple(dict.fromkeys(version for binding in self.bindings for version in binding.versions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +223,10 @@ class StepStats:
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
-    """One finished request; fed to metrics. ``ttft_seconds``: arrival to first sampled token, None without one."""
+    """One finished request; fed to metrics. ``ttft_seconds``: arrival to first sampled token, None without one.
+
+    Tokens of an ensemble are counted once, however many members compute them.
+    """
 
     outcome: FinishReason
     versions: tuple[str, ...]
@@ -198,6 +238,7 @@ class RequestStats:
     ttft_seconds: float | None
     itl_seconds: tuple[float, ...]
     e2e_seconds: float
+    is_ensemble: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,12 +130,12 @@ class AsyncEngine:
     # ------------------------------------------------------------ requests
 
     def submit(self, request: GenerationRequest) -> RequestStream:
-        """Queue a request. Raises ``Unavailable``, ``EngineFailed``, ``ContextLengthExceeded``, ``InvalidRequest`` or
-        ``QueueFull``; what goes wrong later is raised by the stream."""
+        """Queue a request. Raises ``Unavailable``, ``EngineFailed``, ``ContextLengthExceeded``, ``InvalidRequest`` (as
+        ``EnsembleRefused`` too) or ``QueueFull``; what goes wrong later is raised by the stream."""
         self._check_alive()
         if self._is_draining:
             raise Unavailable("The server is shutting down and takes no new requests.", retry_after_seconds=1.0)
-        self._engine.limits.check(request)
+        self._engine.check(request)
         request_id = request.request_id
         if request_id in self._streams:
             raise Conflict(f"The request id {request_id!r} is in use.", code="duplicate_request_id")

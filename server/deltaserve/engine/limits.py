@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from deltaserve.core import Binding, GenerationRequest, SamplingParams
-from deltaserve.errors import ConfigError, ContextLengthExceeded, InvalidRequest
+from deltaserve.core import Binding, Ensemble, GenerationRequest, Mix, SamplingParams
+from deltaserve.engine.member_errors import field_of, told_of_member
+from deltaserve.errors import ConfigError, ContextLengthExceeded, EnsembleRefused, InvalidRequest
 
 MAX_SCALE = 1e38
 """Scales are float32 in the operators and in cache keys."""
+
+MAX_MEMBERS = 16
+"""Of an ensemble: each takes a row of every step, and the prompt's logits of all of them are held at once."""
+
+MAX_WEIGHT = 1000.0
+"""Of a member: sums of logits stay far below what float32 holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +55,16 @@ class EngineLimits:
         self.check_prompt(request.prompt_ids)
         if sampling.max_tokens < 0:
             raise InvalidRequest(f"max_tokens is {sampling.max_tokens}; it must be at least 0.", param="max_tokens")
-        self.check_length(len(request.prompt_ids), sampling.max_tokens, request.binding.num_prefix_tokens)
+        for binding in request.bindings:
+            self.check_length(len(request.prompt_ids), sampling.max_tokens, binding.num_prefix_tokens)
         if request.n < 1:
             raise InvalidRequest(f"n is {request.n}; it must be at least 1.", param="n")
         if request.n > self.max_queue:
             raise InvalidRequest(f"n is {request.n}; at most {self.max_queue} are allowed.", param="n")
-        self.check_binding(request.binding)
+        if request.ensemble is None:
+            self.check_binding(request.binding)
+        else:
+            self._check_ensemble(request.ensemble)
         self._check_sampling(sampling)
 
     def check_length(self, num_prompt_tokens: int, max_tokens: int, num_prefix_tokens: int = 0) -> None:
@@ -68,6 +79,47 @@ class EngineLimits:
                 "Shorten the prompt or lower max_tokens.",
                 param="max_tokens" if num_prompt_tokens < room else "prompt",
             )
+
+    @property
+    def max_members(self) -> int:
+        """All rows of an ensemble run at once, and each has a token in every decode step."""
+        return min(MAX_MEMBERS, self.max_num_seqs, self.max_num_batched_tokens)
+
+    def check_slots(self, versions: Collection[str], num_slots: int) -> None:
+        """The adapters of all members are on the device together."""
+        if len(versions) > num_slots:
+            raise EnsembleRefused(
+                f"The members of the ensemble need {len(versions)} adapters at once; the device has {num_slots} slots.",
+                param="ensemble.members",
+            )
+
+    def check_rows(self, lengths: Iterable[int], num_blocks: int, block_size: int) -> None:
+        """Rows of an ensemble, of ``lengths`` positions at their longest, must fit the KV cache together."""
+        needed = sum(-(-length // block_size) for length in lengths)
+        if needed > num_blocks:
+            raise EnsembleRefused(
+                f"The members of the ensemble need {needed} blocks of the KV cache at their longest, and it has "
+                f"{num_blocks}; name fewer members, shorten the prompt or lower max_tokens.",
+                param="ensemble.members",
+            )
+
+    def _check_ensemble(self, ensemble: Ensemble) -> None:
+        members = ensemble.members
+        if not 1 <= len(members) <= self.max_members:
+            raise EnsembleRefused(
+                f"The ensemble has {len(members)} members; 1 to {self.max_members} are allowed, each a row of its own.",
+                param="ensemble.members",
+            )
+        for index, member in enumerate(members):
+            low = 0.0 if ensemble.mix is Mix.PROBABILITIES else -MAX_WEIGHT
+            if not low <= member.weight <= MAX_WEIGHT or member.weight == 0:
+                raise InvalidRequest(
+                    f"The weight of member {index} is {member.weight}; in a mix of {ensemble.mix.value} it must be "
+                    f"between {low:g} and {MAX_WEIGHT:g}, and not 0.",
+                    param=f"{field_of(index)}.weight",
+                )
+            with told_of_member(index):
+                self.check_binding(member.binding)
 
     def check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
         if not prompt_ids:
