@@ -33,7 +33,8 @@ from deltaserve.errors import (
     InvalidRequest,
     RequestTimeout,
 )
-from deltatest.engine_fakes import Rig, expected_tokens, make_rig, request, row_logits
+from deltatest.engine_fakes import Rig, expected_tokens, make_rig, request
+from deltatest.ensemble_oracle import expected_of_ensemble, mixed_after
 
 CONTENTS = {f"v{i}": float(i + 1) for i in range(20)}
 PROMPT = list(range(40))
@@ -57,28 +58,8 @@ def ask(request_id: str, prompt: Sequence[int], models: Ensemble, **fields: Any)
     return replace(request(request_id, prompt, **fields), ensemble=models)
 
 
-def mixed_row(models: Ensemble, rows: list[np.ndarray]) -> np.ndarray:
-    """float64, written down a second time."""
-    weights = np.array([member.weight for member in models.members])
-    wide = np.stack(rows).astype(np.float64)
-    if models.mix is Mix.LOGITS:
-        return np.asarray(weights @ wide)
-    each = np.exp(wide - wide.max(axis=1, keepdims=True))
-    shares = each / each.sum(axis=1, keepdims=True)
-    return np.asarray(np.log((weights / weights.sum()) @ shares))
-
-
 def rows_of(models: Ensemble, tokens: Sequence[int]) -> np.ndarray:
-    """The mix after all of ``tokens``."""
-    rows = []
-    for member in models.members:
-        parts = [(CONTENTS[part.version], part) for part in member.binding.parts]
-        seen = [
-            (token, tuple((content, p.scale_first, p.scale_last) for content, p in parts if p.start_position <= at))
-            for at, token in enumerate(tokens)
-        ]
-        rows.append(row_logits(seen))
-    return mixed_row(models, rows)
+    return mixed_after(models, CONTENTS, tokens)
 
 
 def solo(req: GenerationRequest, num_tokens: int | None = None) -> list[int]:
@@ -86,10 +67,7 @@ def solo(req: GenerationRequest, num_tokens: int | None = None) -> list[int]:
     if req.ensemble is None:
         parts = [(CONTENTS[part.version], part) for part in req.binding.parts]
         return expected_tokens(req.prompt_ids, parts, num_tokens or req.sampling.max_tokens)
-    tokens = list(req.prompt_ids)
-    for _ in range(num_tokens or req.sampling.max_tokens):
-        tokens.append(int(rows_of(req.ensemble, tokens).argmax()))
-    return tokens[len(req.prompt_ids) :]
+    return expected_of_ensemble(req.prompt_ids, req.ensemble, CONTENTS, num_tokens or req.sampling.max_tokens)
 
 
 def outputs_of(rig: Rig, *requests: GenerationRequest) -> list[RequestOutput]:

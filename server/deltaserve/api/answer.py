@@ -86,7 +86,7 @@ class Envelope:
             "model": self.target.model,
             "system_fingerprint": self.target.fingerprint,
         }
-        return {**fields, "adapters": self.target.adapters} if self.target.adapters else fields
+        return {**fields, **self.target.told}
 
 
 def make_prompt(
@@ -105,6 +105,7 @@ def make_prompt(
         prompt_ids=tuple(prompt_ids),
         sampling=sampling,
         binding=target.binding_for(prompt_ids),
+        ensemble=target.ensemble_for(prompt_ids),
         n=fields.n,
         eos_token_ids=tuple(dict.fromkeys((*tokenizer.eos_token_ids, *target.stop_token_ids))),
         tenant=caller.tenant,

@@ -13,12 +13,13 @@ from deltaserve.api.answer import LONG_TEXT_CHARS, Envelope, FullChoice, make_pr
 from deltaserve.api.auth import MAY_USE, Caller
 from deltaserve.api.body import read_json
 from deltaserve.api.choice import ChoiceDelta, TokenEntry
+from deltaserve.api.ensembles import target_of
 from deltaserve.api.generation import Generation, Prompt
 from deltaserve.api.logprobs import chat_logprobs
 from deltaserve.api.schemas.chat import ChatRequest
 from deltaserve.api.schemas.open_fields import open_fields
 from deltaserve.api.services import Services, services_of
-from deltaserve.api.target import Target, resolve_target
+from deltaserve.api.target import Target
 from deltaserve.api.wire_json import encode, quote
 from deltaserve.errors import ContextLengthExceeded
 from deltaserve.text import Tokenizer
@@ -31,10 +32,10 @@ async def create_chat_completion(http: Request, caller: Caller = MAY_USE) -> Res
     services = services_of(http)
     data = await read_json(http, services.config.max_body_bytes)
     fields = ChatRequest.model_validate(open_fields(data, ChatRequest.model_fields))
-    target = resolve_target(services.engine, caller, fields.model, fields.adapters)
+    target = target_of(services.engine, caller, fields)
     prompt_ids = await render(services, target, fields)
     sampling = fields.sampling(
-        max_tokens=fields.num_tokens or room_after(services, prompt_ids, target.binding.num_prefix_tokens),
+        max_tokens=fields.num_tokens or room_after(services, prompt_ids, target.num_prefix_tokens),
         logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
     )
     prompt = make_prompt(services, caller, target, fields, sampling, prompt_ids, 0)

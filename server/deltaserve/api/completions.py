@@ -13,12 +13,12 @@ from deltaserve.api.answer import LONG_TEXT_CHARS, Envelope, FullChoice, make_pr
 from deltaserve.api.auth import MAY_USE, Caller
 from deltaserve.api.body import read_json
 from deltaserve.api.choice import ChoiceDelta, TokenEntry
+from deltaserve.api.ensembles import target_of
 from deltaserve.api.generation import Generation, Prompt
 from deltaserve.api.logprobs import completion_logprobs, prompt_entries
 from deltaserve.api.schemas.completion import CompletionRequest
 from deltaserve.api.schemas.open_fields import open_fields
 from deltaserve.api.services import Services, services_of
-from deltaserve.api.target import resolve_target
 from deltaserve.api.wire_json import encode, quote
 from deltaserve.text import Tokenizer
 
@@ -30,7 +30,7 @@ async def create_completion(http: Request, caller: Caller = MAY_USE) -> Response
     services = services_of(http)
     data = await read_json(http, services.config.max_body_bytes)
     fields = CompletionRequest.model_validate(open_fields(data, CompletionRequest.model_fields))
-    target = resolve_target(services.engine, caller, fields.model, fields.adapters)
+    target = target_of(services.engine, caller, fields)
     sampling = fields.sampling(
         max_tokens=fields.num_tokens,
         logprobs=fields.logprobs,

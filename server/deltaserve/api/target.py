@@ -13,7 +13,7 @@ from deltaserve.api.activation import start_of
 from deltaserve.api.keys import Caller
 from deltaserve.api.schemas.composition import AdapterChoice
 from deltaserve.api.services import GenerationEngine
-from deltaserve.core import BASE_BINDING, Binding, BindingPart
+from deltaserve.core import BASE_BINDING, Binding, BindingPart, Ensemble
 from deltaserve.errors import InvalidRequest, ModelNotFound
 from deltaserve_store.errors import NotFound
 from deltaserve_store.names import Resolved
@@ -42,13 +42,31 @@ class Target:
     invocations: tuple[tuple[int, ...], ...] = ()
 
     @property
+    def versions(self) -> tuple[str, ...]:
+        return self.binding.versions
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Positions that are not left for the prompt and the answer."""
+        return self.binding.num_prefix_tokens
+
+    @property
     def headers(self) -> dict[str, str]:
-        return {} if self.binding.is_base else {"x-adapter-version": ",".join(self.binding.versions)}
+        return {"x-adapter-version": ",".join(self.versions)} if self.versions else {}
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the answer tells beside model and fingerprint."""
+        return {"adapters": self.adapters} if self.adapters else {}
 
     @property
     def log_fields(self) -> dict[str, Any]:
         """The name and version of an adapter; of a composition all of them, joined."""
-        return {"model": "+".join(self.names) or self.model, "version": ",".join(self.binding.versions) or None}
+        return {"model": "+".join(self.names) or self.model, "version": ",".join(self.versions) or None}
+
+    def ensemble_for(self, prompt_ids: Sequence[int]) -> Ensemble | None:
+        """The members that answer this prompt together, each with its binding; None: one model answers."""
+        return None
 
     def binding_for(self, prompt_ids: Sequence[int]) -> Binding:
         """The parts, each from its invocation in this prompt on.
