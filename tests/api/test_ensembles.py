@@ -244,6 +244,14 @@ def test_virtual_tokens_of_the_longest_member_count(http: TestClient, engine: Fa
     assert error_of(ask(http, both, prompt="a" * 110), 400)["code"] == "context_length_exceeded"
 
 
+def test_an_open_end_leaves_room_for_all_members(http: TestClient, engine: FakeEngine) -> None:
+    """The fake's KV cache holds two rows of the longest length."""
+    for count, room in ((1, 512), (2, 512), (4, 256)):
+        assert ask(http, of(*[{"model": "code"}] * count), ROUTES[1], max_tokens=None).status_code == 200
+        sent = engine.requests[-1]
+        assert len(sent.prompt_ids) + sent.sampling.max_tokens == room
+
+
 def test_chat_templates_must_agree(http: TestClient, engine: FakeEngine) -> None:
     change(engine, tone={"chat_template": "a"}, code={"chat_template": "b"})
     both = of({"model": "code"}, {"model": "tone"})

@@ -536,7 +536,13 @@ async def test_an_ensemble_streams_as_one_and_is_measured_as_a_kind_of_its_own()
         assert engine.status().num_running == engine.status().num_blocks_used == 0
         with pytest.raises(EnsembleRefused, match="17 members; 1 to 16"):
             engine.submit(replace(asked, request_id="c", ensemble=Ensemble((member,) * 17)))
-    (stats, labels, kind), _ = metrics.requests
+        assert [engine.max_row_len(num_rows) for num_rows in (1, 4, 5, 64, 65)] == [256, 256, 192, 16, 0]
+        longest = replace(asked, sampling=replace(asked.sampling, max_tokens=192 - 3))
+        five = replace(longest, request_id="d", ensemble=Ensemble((member,) * 5))
+        engine.submit(five).abort()
+        with pytest.raises(EnsembleRefused, match="72 blocks"):
+            engine.submit(replace(five, request_id="e", ensemble=Ensemble((member,) * 6)))
+    (stats, labels, kind), *_ = metrics.requests
     assert (kind, len(labels), stats.num_completion_tokens) == ("ensemble", 2, 9)
 
 

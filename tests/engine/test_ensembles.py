@@ -474,6 +474,7 @@ def test_logits_that_are_not_numbers_fail_their_own_request_only() -> None:
             "ensemble.members",
             "need 4 adapters at once; the device has 3 slots",
         ),
+        (PAIR, {"n": 33}, EnsembleRefused, "n", "33 choices of 2 members are 66 rows; at most 64"),
         (PAIR, {"max_tokens": 60}, EnsembleRefused, "ensemble.members", "need 14 blocks .* and it has 12"),
         (
             ensemble((Binding((BindingPart("v1", num_prefix_tokens=86),)), 1.0)),

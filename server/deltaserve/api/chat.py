@@ -35,7 +35,7 @@ async def create_chat_completion(http: Request, caller: Caller = MAY_USE) -> Res
     target = target_of(services.engine, caller, fields)
     prompt_ids = await render(services, target, fields)
     sampling = fields.sampling(
-        max_tokens=fields.num_tokens or room_after(services, prompt_ids, target.num_prefix_tokens),
+        max_tokens=fields.num_tokens or room_after(services, prompt_ids, target),
         logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
     )
     prompt = make_prompt(services, caller, target, fields, sampling, prompt_ids, 0)
@@ -53,9 +53,9 @@ async def render(services: Services, target: Target, fields: ChatRequest) -> lis
     return await asyncio.to_thread(services.tokenizer.render_chat, *arguments)
 
 
-def room_after(services: Services, prompt_ids: Sequence[int], num_prefix_tokens: int) -> int:
+def room_after(services: Services, prompt_ids: Sequence[int], target: Target) -> int:
     """Tokens that the context leaves for the answer. Raises ContextLengthExceeded when it leaves none."""
-    limit = services.engine.limits.max_model_len - num_prefix_tokens
+    limit = services.engine.max_row_len(target.num_rows) - target.num_prefix_tokens
     if len(prompt_ids) >= limit:
         raise ContextLengthExceeded(
             f"the messages have {len(prompt_ids)} tokens and the context of this server is {limit} tokens, which must "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,10 @@ class EnsembleTarget(Target):
     @property
     def versions(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(version for target, _ in self.members for version in target.versions))
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.members)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -100,7 +104,7 @@ def _resolve_member(engine: GenerationEngine, caller: Caller, member: MemberChoi
 
 
 @contextmanager
-def _told_of(where: str) -> Any:
+def _told_of(where: str) -> Iterator[None]:
     """Errors name the field of the member."""
     try:
         yield

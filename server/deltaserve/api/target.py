@@ -46,6 +46,11 @@ class Target:
         return self.binding.versions
 
     @property
+    def num_rows(self) -> int:
+        """Rows that a choice takes in each step."""
+        return 1
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Positions that are not left for the prompt and the answer."""
         return self.binding.num_prefix_tokens

@@ -16,6 +16,7 @@ from typing import Any
 from deltaserve.adapters.loader import CANDIDATE_PREFIX, FoldedLoader
 from deltaserve.core import Binding, EngineStatus, GenerationRequest, Logits, RequestOutput
 from deltaserve.engine.backlog import Backlog
+from deltaserve.engine.block_manager import BLOCK_SIZE
 from deltaserve.engine.engine import Engine
 from deltaserve.engine.engine_thread import EngineThread
 from deltaserve.engine.limits import EngineLimits
@@ -122,6 +123,10 @@ class AsyncEngine:
     @property
     def limits(self) -> EngineLimits:
         return self._engine.limits
+
+    def max_row_len(self, num_rows: int) -> int:
+        """Positions of a sequence for which so many of them fit the KV cache beside each other."""
+        return min(self.limits.max_model_len, self._engine.num_blocks_total // num_rows * BLOCK_SIZE)
 
     @property
     def base_fingerprint(self) -> str:

@@ -16,6 +16,9 @@ MAX_SCALE = 1e38
 MAX_MEMBERS = 16
 """Of an ensemble: each takes a row of every step, and the prompt's logits of all of them are held at once."""
 
+MAX_ROWS = 64
+"""Of all choices of an ensemble: one request must not fill the queues."""
+
 MAX_WEIGHT = 1000.0
 """Of a member: sums of logits stay far below what float32 holds."""
 
@@ -64,7 +67,7 @@ class EngineLimits:
         if request.ensemble is None:
             self.check_binding(request.binding)
         else:
-            self._check_ensemble(request.ensemble)
+            self._check_ensemble(request.ensemble, request.n)
         self._check_sampling(sampling)
 
     def check_length(self, num_prompt_tokens: int, max_tokens: int, num_prefix_tokens: int = 0) -> None:
@@ -103,12 +106,18 @@ class EngineLimits:
                 param="ensemble.members",
             )
 
-    def _check_ensemble(self, ensemble: Ensemble) -> None:
+    def _check_ensemble(self, ensemble: Ensemble, num_choices: int) -> None:
         members = ensemble.members
         if not 1 <= len(members) <= self.max_members:
             raise EnsembleRefused(
                 f"The ensemble has {len(members)} members; 1 to {self.max_members} are allowed, each a row of its own.",
                 param="ensemble.members",
+            )
+        if num_choices * len(members) > MAX_ROWS:
+            raise EnsembleRefused(
+                f"{num_choices} choices of {len(members)} members are {num_choices * len(members)} rows; at most "
+                f"{MAX_ROWS} are allowed.",
+                param="n",
             )
         for index, member in enumerate(members):
             low = 0.0 if ensemble.mix is Mix.PROBABILITIES else -MAX_WEIGHT

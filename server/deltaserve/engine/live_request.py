@@ -27,12 +27,14 @@ def make_sequences(request: GenerationRequest, arrival_seconds: float, seq_ids: 
         stops |= frozenset(request.eos_token_ids)
     sequences: list[Sequence] = []
     for index in range(request.n):
+        token_ids = list(request.prompt_ids)
+        rng = random.Random() if sampling.seed is None else random.Random(sampling.seed + index)
         rows = [
             Sequence(
                 seq_id=seq_id,
                 request_id=request.request_id,
                 index=index,
-                token_ids=list(request.prompt_ids),
+                token_ids=token_ids,
                 num_prompt_tokens=len(request.prompt_ids),
                 sampling=sampling,
                 binding=binding,
@@ -44,13 +46,12 @@ def make_sequences(request: GenerationRequest, arrival_seconds: float, seq_ids: 
                 cache_salt=request.cache_salt,
                 leader=sequences[0] if sequences else None,
                 has_prompt_rows=index > 0,
+                rng=rng,
             )
             for binding, seq_id in zip(request.bindings, seq_ids, strict=False)
         ]
         if request.ensemble is not None:
             join(rows, request.ensemble)
-        if sampling.seed is not None:
-            rows[0].rng = random.Random(sampling.seed + index)
         sequences.append(rows[0])
     return sequences
 

@@ -49,10 +49,9 @@ class Lockstep:
 
 
 def join(rows: Items[Sequence], ensemble: Ensemble) -> None:
-    """Bind new sequences, one for each member and with consecutive ids, to each other."""
+    """Bind new sequences to each other: one for each member, with consecutive ids and one list of tokens."""
     lockstep = Lockstep(ensemble, tuple(rows), tuple(version for row in rows for version in row.versions))
     for row in rows:
-        row.token_ids = rows[0].token_ids
         row.lockstep = lockstep
 
 
