@@ -353,6 +353,57 @@ def test_an_ensemble_that_needs_every_seat_gets_them_beside_requests_without_end
     assert now[0] < 1.5
 
 
+def test_an_ensemble_whose_prompt_is_scored_gets_its_tokens_beside_younger_ones() -> None:
+    """Four members need four tokens of a step at once. Two that are older leave three, which must not go to others."""
+    rig = make_rig(contents=CONTENTS, max_num_seqs=8, max_num_batched_tokens=5)
+    four = ensemble(*[(Binding((BindingPart("v1", i + 1.0, i + 1.0),)), 0.25) for i in range(4)])
+    req = ask("a", PROMPT, four, max_tokens=5, prompt_logprobs=0)
+    rig.run(request("load", [1], "v1", max_tokens=1))
+    for i in range(2):
+        rig.engine.add(request(f"older{i}", [1, 2], max_tokens=20 + 9 * i), rig.engine.clock())
+    rig.engine.add(req, rig.engine.clock())
+    tokens: list[int] = []
+    for step in range(120):
+        while rig.engine.num_waiting < 8:
+            name = f"r{step}-{rig.engine.num_waiting}"
+            rig.engine.add(request(name, [1, 2], max_tokens=20), rig.engine.clock())
+        outcome = rig.engine.step()
+        tokens += [t for o in outcome.outputs if o.request_id == "a" for t in o.deltas[0].token_ids]
+    assert tokens == solo(req)
+    assert rig.runner.max_step_tokens <= 5
+
+
+def test_an_ensemble_waits_for_room_in_a_step() -> None:
+    """Two that are older leave one token of three."""
+    rig = make_rig(contents=CONTENTS, max_num_seqs=8, max_num_batched_tokens=3)
+    rig.run(ask("load", [1], PAIR, max_tokens=1))
+    requests = [request(f"r{i}", [1, i], max_tokens=9 + i) for i in range(2)]
+    requests += [ask("a", [4, 5], PAIR, max_tokens=8), request("young", [3], max_tokens=30)]
+    assert rig.run(*requests) == {req.request_id: [solo(req)] for req in requests}
+    assert rig.runner.max_step_tokens <= 3
+
+
+def test_slots_are_cleared_for_members_behind_the_first() -> None:
+    """The first member is the base, and both slots always have work for adapters that never rest."""
+    now = [0.0]
+    rig = make_rig(contents=CONTENTS, num_slots=2, max_num_seqs=8, patience_seconds=0.3)
+    rig.engine.clock = lambda: now[0]
+    req = ask("rare", [3], ensemble((BASE_BINDING, 0.5), (bound("v7"), 0.25), (bound("v8"), 0.25)), max_tokens=5)
+    tokens: list[int] = []
+    for step in range(200):
+        while rig.engine.num_waiting < 6:
+            rig.engine.add(request(f"hot{step}-{rig.engine.num_waiting}", [1], f"v{step % 2}", max_tokens=10), now[0])
+        if step == 20:
+            rig.engine.add(req, now[0])
+        now[0] += 0.01
+        while rig.residency.is_loading:
+            rig.residency.poll()
+        outcome = rig.engine.step()
+        rig.engine.check_integrity()
+        tokens += [t for o in outcome.outputs if o.request_id == "rare" for t in o.deltas[0].token_ids]
+    assert tokens == solo(req)
+
+
 def test_more_adapters_than_slots_take_turns() -> None:
     """Every ensemble takes both slots, and there is never a time when both are free of themselves."""
     now = [0.0]

@@ -32,7 +32,7 @@ class Lockstep:
     @property
     def is_level(self) -> bool:
         """One token away from the next sample, the first included, in every row."""
-        return not self.rows[0].wants_all_rows and all(row.num_uncomputed_tokens == 1 for row in self.rows)
+        return all(row.num_uncomputed_tokens == 1 for row in self.rows)
 
     @property
     def num_cached_tokens(self) -> int:
