@@ -171,8 +171,8 @@ def test_rows_beside_an_ensemble_keep_their_bits(setting: Setting) -> None:
 
 
 def test_a_member_alone_is_the_plain_request_to_the_bit(setting: Setting) -> None:
-    for name, parts in MEMBERS.items():
-        asked = plain(name, binding_of(parts), prompts([21], VOCAB_SIZE)[0])
+    for name in ("base", "sum", "cartridge"):
+        asked = plain(name, binding_of(MEMBERS[name]), prompts([21], VOCAB_SIZE)[0])
         asked = replace(asked, sampling=replace(asked.sampling, logprobs=5))
         told = []
         for ensemble in (None, Ensemble((Member(asked.binding, 1.0),))):
