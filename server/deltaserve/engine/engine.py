@@ -236,7 +236,9 @@ class Engine:
     def _collect(self, seq: Sequence, rows: Tensor, start: int) -> None:
         """Rows of the prompt's tokens from ``start`` on; row i is about the token at ``start + i + 1``."""
         if seq.is_probe:
-            self._probes[seq.request_id].collect(rows, start)
+            # A step is as wide as the adapter in it with the most tokens.
+            own = max(self._sampler.vocab_size, seq.binding.num_token_ids)
+            self._probes[seq.request_id].collect(rows[:, :own], start)
             return
         told = self._requests[seq.request_id].prompt_logprobs
         del told[start + 1 :]  # computed a second time after a preemption
