@@ -1,10 +1,10 @@
 """The version of an adapter: a digest of its meaning-carrying bytes.
 
 SHA-256 over length-tagged parts, so that no two different adapters run into the same byte string: a label, the file
-names, the canonical config, then per tensor in order of name its name, dtype, shape and bytes. Canonical means: keys
-sorted, and the lists that PEFT writes in random set order sorted; the keys of ``rank_pattern`` and ``alpha_pattern``
-keep their order, because the first match wins. Header metadata, JSON white space and the order of tensors in the file
-do not count.
+names, the canonical config, then per tensor in order of name its name, dtype, shape and bytes, and last, where there is
+one, the list of added tokens. Canonical means: keys sorted, and the lists that PEFT writes in random set order sorted;
+the keys of ``rank_pattern`` and ``alpha_pattern`` keep their order, because the first match wins. Header metadata, JSON
+white space and the order of tensors in the file do not count.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from deltaserve_store.file_names import (
     PEFT_TENSORS,
     SPARSE_CONFIG,
     SPARSE_TENSORS,
+    TOKEN_LIST,
     cap_of,
 )
 from deltaserve_store.formats.json_file import read_json_object
@@ -36,6 +37,12 @@ def adapter_file_names(folder: Path) -> tuple[str, str]:
     if (folder / SPARSE_CONFIG).exists():
         return SPARSE_CONFIG, SPARSE_TENSORS
     return PEFT_CONFIG, PEFT_TENSORS
+
+
+def stored_file_names(folder: Path) -> tuple[str, ...]:
+    """The files of ``folder`` that make the version: config and tensors, and the tokens that they add."""
+    names = adapter_file_names(folder)
+    return (*names, TOKEN_LIST) if (folder / TOKEN_LIST).exists() else names
 
 
 def content_digest(folder: Path) -> str:
@@ -60,6 +67,9 @@ def content_digest(folder: Path) -> str:
             digest.update((info.stop - info.start).to_bytes(8, "little"))
             for chunk in tensors.chunks(name):
                 digest.update(chunk)
+    if (folder / TOKEN_LIST).exists():  # adapters without one keep the digest they had
+        part(TOKEN_LIST.encode())
+        part(canonical_config(read_json_object(folder / TOKEN_LIST, max_bytes=cap_of(TOKEN_LIST))))
     return digest.hexdigest()
 
 

@@ -42,7 +42,10 @@ from deltaserve_kernels.vocabulary import (
     VocabularyStep,
     change_head,
     changed_embeddings,
+    hide_added,
     split_vocabulary,
+    stored_rows,
+    widened,
 )
 from deltaserve_kernels.worklist import WorkList, build_work_list, build_work_list_runs
 
@@ -96,6 +99,7 @@ __all__ = [
     "change_head",
     "changed_embeddings",
     "dense_linear",
+    "hide_added",
     "lora_linear",
     "lora_vector_linear",
     "pack_bits",
@@ -111,8 +115,10 @@ __all__ = [
     "split_apart",
     "split_runs",
     "split_vocabulary",
+    "stored_rows",
     "unpack_bits",
     "upload",
     "use_backend",
+    "widened",
     "write_kv",
 ]

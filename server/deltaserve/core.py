@@ -40,7 +40,8 @@ class BindingPart:
     Terms are stored at scale 1; the scale is data of the binding and runs linearly over depth from ``scale_first``
     (first decoder layer) to ``scale_last`` (last one). ``start_position`` is the first position whose row is adapted.
     ``num_prefix_tokens``: positions that the version puts before the sequence's own, as far as whoever binds it knows;
-    it follows from the version and tells no two parts apart.
+    it follows from the version and tells no two parts apart. So does ``num_token_ids``: the token ids of an adapter
+    that adds tokens to the base's, else 0.
     """
 
     version: str
@@ -48,6 +49,7 @@ class BindingPart:
     scale_last: float = 1.0
     start_position: int = 0
     num_prefix_tokens: int = field(default=0, compare=False)
+    num_token_ids: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,11 @@ class Binding:
     def num_prefix_tokens(self) -> int:
         """Positions before the sequence's own; a part at strength 0 has none."""
         return sum(part.num_prefix_tokens for part in self.parts if part.scale_first or part.scale_last)
+
+    @property
+    def num_token_ids(self) -> int:
+        """Token ids that its sequences may hold, where a part adds some to the base's; at strength 0 none does."""
+        return max((part.num_token_ids for part in self.parts if part.scale_first and part.scale_last), default=0)
 
 
 BASE_BINDING = Binding()
@@ -150,6 +157,11 @@ class GenerationRequest:
     def bindings(self) -> tuple[Binding, ...]:
         """One for each row that a choice costs."""
         return (self.binding,) if self.ensemble is None else tuple(member.binding for member in self.ensemble.members)
+
+    @property
+    def num_token_ids(self) -> int:
+        """Token ids that all its rows know, where adapters add some to the base's."""
+        return min(binding.num_token_ids for binding in self.bindings)
 
     @property
     def versions(self) -> tuple[str, ...]:

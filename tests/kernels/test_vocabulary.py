@@ -91,7 +91,7 @@ def test_heads_against_float64(dtype: torch.dtype, with_all: bool) -> None:
     step = split_vocabulary(RUNS, len(RUNS), logit_rows, filled(dtype))
     x, before = randn(len(places), WIDTH, seed=1, dtype=dtype), randn(len(places), VOCAB, seed=2, dtype=dtype)
     y = before.clone()
-    change_head(y, x, step)
+    change_head(y, x, step, VOCAB)
     tolerance = 1e-4 if dtype == torch.float32 else 0.3
     for place, row in enumerate(places):
         change = sum((last * matrix_change(HEAD, slot) for slot, _, last in BINDINGS[row]), torch.zeros(VOCAB, WIDTH))
@@ -116,7 +116,7 @@ def test_company_is_not_felt() -> None:
         embedded, y = weight[ids[rows]].clone(), before[rows].clone()
         for places, weights in changed_embeddings(ids[rows], weight, step):
             embedded[places] = weights
-        change_head(y, x[rows].contiguous(), step)
+        change_head(y, x[rows].contiguous(), step, VOCAB)
         return embedded, y
 
     together = both(list(range(len(BINDINGS))))

@@ -87,6 +87,12 @@ def _resolve_ensemble(
             target = _resolve_member(engine, caller, member, fields.model)
         members.append((target, 1.0 / len(choice.members) if member.weight is None else member.weight))
     targets = [target for target, _ in members]
+    if any(target.added_tokens != targets[0].added_tokens for target in targets):
+        raise EnsembleRefused(
+            "the members add different tokens to the base's, so they do not read and write the same; name members with "
+            "the same added tokens",
+            param="ensemble.members",
+        )
     mix = Mix(choice.mix)
     return EnsembleTarget(
         fields.model,
@@ -94,6 +100,7 @@ def _resolve_ensemble(
         names=tuple(dict.fromkeys(name for target in targets for name in target.names)),
         chat_templates=tuple(dict.fromkeys(name for target in targets for name in target.chat_templates)),
         stop_token_ids=tuple(dict.fromkeys(token_id for target in targets for token_id in target.stop_token_ids)),
+        added_tokens=targets[0].added_tokens,
         members=tuple(members),
         mix=mix,
     )

@@ -15,7 +15,9 @@ from deltaserve.api.schemas.composition import AdapterChoice
 from deltaserve.api.services import GenerationEngine
 from deltaserve.core import BASE_BINDING, Binding, BindingPart, Ensemble
 from deltaserve.errors import InvalidRequest, ModelNotFound
+from deltaserve_store.added_tokens import AddedToken
 from deltaserve_store.errors import NotFound
+from deltaserve_store.manifest import AdapterRecord
 from deltaserve_store.names import Resolved
 
 NEVER = (1 << 31) - 1
@@ -29,7 +31,7 @@ class Target:
     ``fingerprint`` names the bytes that answer: the version's digest, the base's fingerprint, or a digest of the
     versions and scales that are composed. ``adapters`` is what the answer to a composition tells of its parts.
     ``chat_templates`` are those that the adapters name. ``invocations``: for each part the tokens from which on it
-    acts, empty where it always does.
+    acts, empty where it always does. ``added_tokens``: those that the base's tokenizer lacks.
     """
 
     model: str
@@ -39,6 +41,7 @@ class Target:
     adapters: tuple[Mapping[str, Any], ...] = ()
     chat_templates: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    added_tokens: tuple[AddedToken, ...] = ()
     invocations: tuple[tuple[int, ...], ...] = ()
 
     @property
@@ -125,8 +128,11 @@ def resolve_target(
 
 
 def _part(resolved: Resolved, scale: tuple[float, float] = (1.0, 1.0)) -> BindingPart:
-    num_prefix_tokens = 0 if resolved.record is None else resolved.record.num_prefix_tokens
-    return BindingPart(str(resolved.version), *scale, num_prefix_tokens=num_prefix_tokens)
+    version, record = str(resolved.version), resolved.record
+    if record is None:
+        return BindingPart(version, *scale)
+    last = record.added_tokens[-1].id + 1 if record.added_tokens else 0
+    return BindingPart(version, *scale, num_prefix_tokens=record.num_prefix_tokens, num_token_ids=last)
 
 
 def _target(
@@ -137,6 +143,8 @@ def _target(
     told: tuple[Mapping[str, Any], ...] = (),
 ) -> Target:
     records = [each.record for each in found if each.record is not None]
+    added = _added_tokens(records, binding)
+    ends = tuple(token.id for token in added if token.is_end)
     return Target(
         model,
         fingerprint,
@@ -144,9 +152,33 @@ def _target(
         binding=binding,
         adapters=told,
         chat_templates=tuple(dict.fromkeys(r.chat_template for r in records if r.chat_template is not None)),
-        stop_token_ids=tuple(dict.fromkeys(token_id for r in records for token_id in r.stop_token_ids)),
+        stop_token_ids=tuple(dict.fromkeys((*(i for r in records for i in r.stop_token_ids), *ends))),
+        added_tokens=added,
         invocations=tuple(record.invocation_token_ids for record in records),
     )
+
+
+def _added_tokens(records: Sequence[AdapterRecord], binding: Binding) -> tuple[AddedToken, ...]:
+    """Those of the one part that adds tokens. It does so or not: at strength 0 the base's tokenizer is in use."""
+    found: tuple[AddedToken, ...] = ()
+    for index, (record, part) in enumerate(zip(records, binding.parts, strict=True)):
+        if not record.added_tokens:
+            continue
+        scales = {part.scale_first, part.scale_last}
+        if scales not in ({0.0}, {1.0}):
+            raise InvalidRequest(
+                f"adapters[{index}] adds {len(record.added_tokens)} tokens to the base's; its scale is 0 or 1",
+                param=f"adapters[{index}].scale",
+                code="composition_refused",
+            )
+        if scales == {1.0} and found:
+            raise InvalidRequest(
+                f"adapters[{index}] adds tokens to the base's, and so does an adapter before it; compose one such",
+                param=f"adapters[{index}].id",
+                code="composition_refused",
+            )
+        found = record.added_tokens if scales == {1.0} else found
+    return found
 
 
 def _resolve(engine: GenerationEngine, caller: Caller, index: int, choice: AdapterChoice) -> Resolved:

@@ -167,7 +167,7 @@ class AsyncEngine:
         Raises ``AdapterUnavailable``, ``InvalidRequest`` or ``EngineFailed``.
         """
         self._check_alive()
-        self.limits.check_prompt(ids)
+        self.limits.check_prompt(ids, binding.num_token_ids)
         self.limits.check_binding(binding)
         probe_id = f"probe:{next(self._probe_ids)}"
         future: asyncio.Future[Logits] = asyncio.get_running_loop().create_future()

@@ -249,7 +249,9 @@ class Engine:
     def _collect(self, seq: Sequence, rows: Tensor, start: int) -> None:
         """Rows of the prompt's tokens from ``start`` on; row i is about the token at ``start + i + 1``."""
         if seq.is_probe:
-            self._probes[seq.request_id].collect(rows, start)
+            # A step is as wide as the adapter in it with the most tokens.
+            own = max(self._sampler.vocab_size, seq.binding.num_token_ids)
+            self._probes[seq.request_id].collect(rows[:, :own], start)
             return
         if seq.lockstep is not None:
             mixed = seq.lockstep.gather(rows)

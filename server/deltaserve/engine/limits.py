@@ -55,7 +55,7 @@ class EngineLimits:
     def check(self, request: GenerationRequest) -> None:
         """Raises ``ContextLengthExceeded`` or ``InvalidRequest``: nothing that could hurt a step gets past this."""
         sampling = request.sampling
-        self.check_prompt(request.prompt_ids)
+        self.check_prompt(request.prompt_ids, request.num_token_ids)
         if sampling.max_tokens < 0:
             raise InvalidRequest(f"max_tokens is {sampling.max_tokens}; it must be at least 0.", param="max_tokens")
         for binding in request.bindings:
@@ -68,7 +68,7 @@ class EngineLimits:
             self.check_binding(request.binding)
         else:
             self._check_ensemble(request.ensemble, request.n)
-        self._check_sampling(sampling)
+        self._check_sampling(sampling, request.num_token_ids)
 
     def check_length(self, num_prompt_tokens: int, max_tokens: int, num_prefix_tokens: int = 0) -> None:
         """Prompt, answer and what an adapter puts before them must fit the context."""
@@ -130,7 +130,8 @@ class EngineLimits:
             with told_of_member(index):
                 self.check_binding(member.binding)
 
-    def check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
+    def check_prompt(self, prompt_ids: tuple[int, ...], num_token_ids: int = 0) -> None:
+        """``num_token_ids``: of adapters that add tokens to the base's."""
         if not prompt_ids:
             raise InvalidRequest("The prompt is empty; at least one token is needed.", param="prompt")
         if len(prompt_ids) > self.max_model_len:
@@ -138,7 +139,7 @@ class EngineLimits:
                 f"The prompt has {len(prompt_ids)} tokens; the longest sequence is {self.max_model_len} tokens.",
                 param="prompt",
             )
-        self._check_ids(prompt_ids, "prompt")
+        self._check_ids(prompt_ids, "prompt", num_token_ids)
 
     def check_binding(self, binding: Binding) -> None:
         if len(binding.parts) > self.max_parts:
@@ -180,7 +181,7 @@ class EngineLimits:
                     param="adapters",
                 )
 
-    def _check_sampling(self, sampling: SamplingParams) -> None:
+    def _check_sampling(self, sampling: SamplingParams, num_token_ids: int) -> None:
         allowed = (
             ("temperature", sampling.temperature >= 0, "at least 0"),
             ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
@@ -200,13 +201,14 @@ class EngineLimits:
                 raise InvalidRequest(f"{name} is not a finite number.", param=name)
         if not all(math.isfinite(bias) for _, bias in sampling.logit_bias):
             raise InvalidRequest("A value of logit_bias is not a finite number.", param="logit_bias")
-        self._check_ids([token_id for token_id, _ in sampling.logit_bias], "logit_bias")
-        self._check_ids(sampling.stop_token_ids, "stop_token_ids")
+        self._check_ids([token_id for token_id, _ in sampling.logit_bias], "logit_bias", num_token_ids)
+        self._check_ids(sampling.stop_token_ids, "stop_token_ids", num_token_ids)
 
-    def _check_ids(self, token_ids: Iterable[int], param: str) -> None:
+    def _check_ids(self, token_ids: Iterable[int], param: str, num_token_ids: int) -> None:
         low, high = min(token_ids, default=0), max(token_ids, default=0)
-        if low < 0 or high >= self.vocab_size:
+        limit = max(self.vocab_size, num_token_ids)
+        if low < 0 or high >= limit:
             wrong = low if low < 0 else high
             raise InvalidRequest(
-                f"Token id {wrong} in {param} is outside the vocabulary of {self.vocab_size} tokens.", param=param
+                f"Token id {wrong} in {param} is outside the vocabulary of {limit} tokens.", param=param
             )
