@@ -161,7 +161,7 @@ class GenerationRequest:
     @property
     def num_token_ids(self) -> int:
         """Token ids that all its rows know, where adapters add some to the base's."""
-        return min(binding.num_token_ids for binding in self.bindings)
+        return min((binding.num_token_ids for binding in self.bindings), default=0)
 
     @property
     def versions(self) -> tuple[str, ...]:
