@@ -204,6 +204,22 @@ def test_an_activated_part_begins_at_its_invocation_in_each_prompt(
     ]
 
 
+def test_virtual_tokens_move_the_place_where_a_part_begins(
+    http: TestClient, engine: FakeEngine, change: Callable[..., None]
+) -> None:
+    """Token i stands at position p + i, and a part begins at a position; at strength 0 there are no virtual tokens."""
+    change(tone={"invocation_token_ids": (7, 9)}, code={"num_prefix_tokens": 20})
+    ids = [[1, 7, 9, 2], [1, 2, 3], [7, 9]]
+    for scale, skipped in ((1, 20), (0, 0)):
+        engine.requests.clear()
+        adapters = [{"id": "code", "scale": scale}, {"id": "tone"}]
+        assert ask(http, adapters, prompt=ids).status_code == 200
+        assert [[part.start_position for part in each.binding.parts] for each in engine.requests] == [
+            [0, start] for start in (skipped + 1, NEVER, skipped)
+        ]
+        assert {each.binding.num_prefix_tokens for each in engine.requests} == {skipped}
+
+
 def test_chat_templates_must_agree(http: TestClient, change: Callable[..., None]) -> None:
     change(tone={"chat_template": "a"}, code={"chat_template": "b"})
     both = [{"id": "code"}, {"id": "tone"}]

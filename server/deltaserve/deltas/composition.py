@@ -40,7 +40,7 @@ RULES: Mapping[str, FamilyRule] = {
     "dense": ADDITIVE,
     "bottleneck": ADDITIVE,  # modules of one point run in the order of the parts
     "rotation": FamilyRule(adds=True, is_switch=True),
-    "prefix": UNKNOWN,
+    "prefix": FamilyRule(adds=True, is_switch=True),  # one behind the other, before the prompt
 }
 """By family (``FoldedAdapter.kinds``); one that is missing here is ``UNKNOWN``."""
 

@@ -61,7 +61,7 @@ class EngineLimits:
         room = self.max_model_len - num_prefix_tokens
         num_tokens = num_prompt_tokens + max_tokens
         if num_tokens > room:
-            taken = f", of which the adapter's prefix takes {num_prefix_tokens}" if num_prefix_tokens else ""
+            taken = f", of which virtual tokens take {num_prefix_tokens}" if num_prefix_tokens else ""
             raise ContextLengthExceeded(
                 f"The prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}: "
                 f"{num_tokens} tokens in all, but the longest sequence is {self.max_model_len} tokens{taken}. "
@@ -103,7 +103,7 @@ class EngineLimits:
         self.check_prefixes(binding, [part.num_prefix_tokens for part in binding.parts])
 
     def check_prefixes(self, binding: Binding, lengths: Iterable[int]) -> None:
-        """``lengths``: positions of each part's prefix. A prefix is there or not, from the start, and alone."""
+        """``lengths``: positions of each part's prefix. A prefix is there or not, and before the whole prompt."""
         for part, length in zip(binding.parts, lengths, strict=True):
             if not length:
                 continue
@@ -113,11 +113,8 @@ class EngineLimits:
                     "it has no other strengths than 0 and 1.",
                     param="adapters",
                 )
-            if part.start_position or len(binding.parts) > 1:
-                raise InvalidRequest(
-                    "An adapter with virtual tokens stands before the whole prompt and is not composed with others.",
-                    param="adapters",
-                )
+            if part.start_position:
+                raise InvalidRequest("An adapter with virtual tokens stands before the whole prompt.", param="adapters")
 
     def _check_sampling(self, sampling: SamplingParams) -> None:
         allowed = (

@@ -16,10 +16,10 @@ from operator import attrgetter
 
 from deltaserve.adapters.binding import check_binding
 from deltaserve.adapters.residency import AdapterResidency
-from deltaserve.engine.batch import PrefixCopy, ScheduledPart, ScheduledSequence
+from deltaserve.engine.batch import PrefixFill, ScheduledPart, ScheduledSequence
 from deltaserve.engine.block_manager import BlockManager
 from deltaserve.engine.limits import EngineLimits
-from deltaserve.engine.prefix_seat import seat_prefix
+from deltaserve.engine.prefix_seat import seat_prefixes
 from deltaserve.engine.sequence import Sequence, SequenceState
 from deltaserve.engine.turn import Turn
 from deltaserve.errors import AdapterUnavailable, CompositionRefused, DeltaserveError, InvalidRequest
@@ -137,8 +137,9 @@ class Scheduler:
         skipped = seq.num_prefix_tokens
         prefix = None
         if seq.first_prefix_block >= 0:
-            prefix = PrefixCopy(seq.prefix_slot, seq.first_prefix_block, seq.kv_regime)
+            prefix = PrefixFill(seq.prefixes, seq.first_prefix_block, seq.kv_regime)
             seq.first_prefix_block = -1
+            step.num_prefill_tokens += prefix.num_rows  # may overdraw the budget, once: the next sequence waits
         seq.num_scheduled_tokens = num_tokens
         step.seqs.append(seq)
         step.batch.append(
@@ -155,7 +156,7 @@ class Scheduler:
         )
 
     def _budget_left(self, step: Schedule) -> int:
-        return self._limits.max_num_batched_tokens - step.num_decode_tokens - step.num_prefill_tokens
+        return max(0, self._limits.max_num_batched_tokens - step.num_decode_tokens - step.num_prefill_tokens)
 
     # ------------------------------------------------------------ waiting sequences
 
@@ -189,7 +190,7 @@ class Scheduler:
             self._turn.end(seq)
             if self._prefixes is not None and not self._prefixes.is_empty:
                 try:
-                    seat_prefix(seq, slots, self._prefixes, self._limits)
+                    seat_prefixes(seq, slots, self._prefixes, self._limits)
                 except InvalidRequest as error:
                     self._residency.release(seq.versions)
                     step.refused.append((seq, error))
