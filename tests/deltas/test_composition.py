@@ -66,6 +66,9 @@ def test_scales_of_both_sides_of_a_linear_have_no_sum() -> None:
     with pytest.raises(CompositionRefused) as caught:
         check_composition(binding(2), [GATES, DORA])
     assert (caught.value.status, caught.value.param) == (400, "adapters")
+    # What is at strength 0 does not take part.
+    assert not refused(DORA, IA3, LORA, scales=((1.0, 1.0), (0.0, 0.0)))
+    assert refused(DORA, IA3, LORA, scales=((1.0, 1.0), (0.0, 0.1))) == [("mixed_sides", "adapters[1]")]
     # Each on a linear of its own is no mixture.
     assert not refused(Traits(input_scales=frozenset({UP})), Traits(output_scales=frozenset({DOWN})))
 

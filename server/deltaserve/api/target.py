@@ -153,7 +153,7 @@ def _refuse_repeats(parts: Sequence[BindingPart], adapters: Sequence[AdapterChoi
 
 
 def _digest(parts: Sequence[BindingPart]) -> str:
-    """Of an adapter at full strength its own; else 64 hex digits over versions and float32 scales, in order."""
+    """Of an adapter at full strength its own; else 64 hex digits over versions and scales, in order."""
     if len(parts) == 1 and parts[0].scale_first == parts[0].scale_last == 1.0:
         return parts[0].version
     digest = hashlib.sha256(b"composition")

@@ -91,12 +91,12 @@ class EngineLimits:
                 f"The adapter version {twice[:12]} is composed twice; give it once, with the sum of the scales.",
                 param="adapters",
             )
-        for part in binding.parts:
+        for index, part in enumerate(binding.parts):
             for scale in (part.scale_first, part.scale_last):
                 if not abs(scale) <= MAX_SCALE:
                     raise InvalidRequest(
                         f"An adapter's scale is {scale}; it must be a number between -{MAX_SCALE:g} and {MAX_SCALE:g}.",
-                        param="adapters",
+                        param=f"adapters[{index}].scale",
                     )
             if part.start_position < 0:
                 raise InvalidRequest("An adapter's start position is negative.", param="adapters")
@@ -104,14 +104,14 @@ class EngineLimits:
 
     def check_prefixes(self, binding: Binding, lengths: Iterable[int]) -> None:
         """``lengths``: positions of each part's prefix. A prefix is there or not, and before the whole prompt."""
-        for part, length in zip(binding.parts, lengths, strict=True):
+        for index, (part, length) in enumerate(zip(binding.parts, lengths, strict=True)):
             if not length:
                 continue
             if part.scale_first != part.scale_last or part.scale_first not in (0.0, 1.0):
                 raise InvalidRequest(
                     f"The strength of an adapter with virtual tokens is {part.scale_first:g} to {part.scale_last:g}; "
                     "it has no other strengths than 0 and 1.",
-                    param="adapters",
+                    param=f"adapters[{index}].scale",
                 )
             if part.start_position:
                 raise InvalidRequest("An adapter with virtual tokens stands before the whole prompt.", param="adapters")

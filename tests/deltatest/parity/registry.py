@@ -36,7 +36,7 @@ class Entry:
     ``kind`` is the kind's name in the table of docs/adapter-kinds.md, ``variant`` tells its rows apart. ``write(bench,
     folder)`` makes the files, ``writer`` says whose code did. ``oracle`` defaults to PEFT itself with the same files,
     ``judge`` says so. ``has_strength`` off: the kind has no strengths between 0 and 1, so strength 0 is not asked.
-    ``warm_ids`` begin the probe's tokens (trained tokens). ``invocation``: tokens put in their middle, from which on the
+    ``warm_ids`` begin the probe's tokens (trained tokens). ``invocation``: tokens put in the middle, from which on the
     adapter acts.
     """
 
