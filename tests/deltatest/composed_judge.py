@@ -60,6 +60,18 @@ class ComposedJudge:
         found = self.model(inputs_embeds=torch.cat(waiting)[None], past_key_values=cache, use_cache=True).logits[0]
         return found[-len(ids) :].float()  # type: ignore[no-any-return]
 
+    def to(self, dtype: torch.dtype) -> ComposedJudge:
+        """All of it rounded, itself."""
+        self.model.to(dtype)
+        self.prefixes = [
+            PlainPrefix(
+                None if prefix.embeddings is None else prefix.embeddings.to(dtype),
+                tuple((keys.to(dtype), values.to(dtype)) for keys, values in prefix.keys_values),
+            )
+            for prefix in self.prefixes
+        ]
+        return self
+
     def choices(self, prompt: Sequence[int], said: Sequence[int]) -> list[int]:
         """The likeliest token at each place of ``said``, given what was said before it."""
         return self.logits([*prompt, *said])[len(prompt) - 1 : -1].argmax(dim=-1).tolist()

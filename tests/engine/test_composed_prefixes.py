@@ -180,6 +180,24 @@ def test_windows_soft_caps_and_ropes_that_change(architecture: str, tmp_path: Pa
             assert tokens == [int(judge.logits(before)[-1].argmax()) for before in said], parts
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_dtypes_round_as_transformers_does(setting: Setting, dtype: torch.dtype) -> None:
+    """Against fp32, the engine on average is no further away than transformers' model in that dtype."""
+    base = load_base(setting.base.folder, dtype=dtype, cache_dir=setting.base.folder / "digests")
+    chosen = ("given and low-rank", "embeddings and low-rank", "two of embeddings", "five, all kinds")
+    names = {name for case in chosen for name, _ in COMPOSED[case]}
+    rig = real_rig(base, {name: fold_folder(setting.folders[name], base) for name in names})
+    prompt = ids(28)
+    rows = rows_of(rig, *(ask(case, prompt, COMPOSED[case], max_tokens=1) for case in chosen))
+    ours, theirs = [], []
+    for case in chosen:
+        wanted = setting.judge(COMPOSED[case]).logits(prompt)[-1]
+        narrow = ComposedJudge(setting.model, setting.base, setting.folders, COMPOSED[case]).to(dtype)
+        ours.append(float((rows[case][1][0] - wanted).abs().max()))
+        theirs.append(float((narrow.logits(prompt)[-1] - wanted).abs().max()))
+    assert sum(ours) < 2 * sum(theirs), (ours, theirs)
+
+
 def test_order_matters_where_virtual_tokens_read_each_other(setting: Setting) -> None:
     """Given keys have no position, so that a token finds the same in either order; embeddings read what is before."""
     rig, prompt = setting.rig(), ids(12)
