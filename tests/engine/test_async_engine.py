@@ -249,8 +249,8 @@ async def test_limits_are_checked_before_anything_enters() -> None:
             (request("a", [1], min_tokens=20), "min_tokens"),
             (request("a", [1], *["v1", "v2", "v3", "v4", "v5"]), "adapters"),
             (request("a", [1], *["v1", "v2", "v1"]), "adapters"),
-            (request("a", [1], binding=Binding((BindingPart("v1", float("nan")),))), "adapters"),
-            (request("a", [1], binding=Binding((BindingPart("v1", 1.0, 1e39),))), "adapters"),
+            (request("a", [1], binding=Binding((BindingPart("v1", float("nan")),))), "adapters[0].scale"),
+            (request("a", [1], binding=Binding((BindingPart("v1"), BindingPart("v", 1.0, 1e39)))), "adapters[1].scale"),
             (request("a", [1], binding=Binding((BindingPart("v1", start_position=-1),))), "adapters"),
         ):
             with pytest.raises(InvalidRequest) as caught:

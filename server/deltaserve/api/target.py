@@ -77,17 +77,19 @@ class Target:
         return None
 
     def binding_for(self, prompt_ids: Sequence[int]) -> Binding:
-        """The parts, each from its invocation in this prompt on.
+        """The parts, each from its invocation in this prompt on; positions count from the first virtual token.
 
         An adapter that is not invoked leaves the base alone; a part of a composition keeps its place, as errors count.
         """
         if not any(self.invocations):
             return self.binding
-        starts = [start_of(prompt_ids, invocation) if invocation else 0 for invocation in self.invocations]
-        if starts == [None]:
+        calls = [start_of(prompt_ids, invocation) if invocation else None for invocation in self.invocations]
+        if len(calls) == 1 and calls[0] is None:
             return BASE_BINDING
-        parts = zip(self.binding.parts, starts, strict=True)
-        return Binding(tuple(replace(part, start_position=NEVER if at is None else at) for part, at in parts))
+        skipped = self.binding.num_prefix_tokens
+        starts = [NEVER if at is None else skipped + at for at in calls]
+        each = zip(self.binding.parts, self.invocations, starts, strict=True)
+        return Binding(tuple(replace(part, start_position=at) if called else part for part, called, at in each))
 
     @property
     def chat_template(self) -> str | None:
@@ -206,7 +208,7 @@ def _refuse_repeats(parts: Sequence[BindingPart], adapters: Sequence[AdapterChoi
 
 
 def _digest(parts: Sequence[BindingPart]) -> str:
-    """Of an adapter at full strength its own; else 64 hex digits over versions and float32 scales, in order."""
+    """Of an adapter at full strength its own; else 64 hex digits over versions and scales, in order."""
     if len(parts) == 1 and parts[0].scale_first == parts[0].scale_last == 1.0:
         return parts[0].version
     digest = hashlib.sha256(b"composition")

@@ -75,7 +75,7 @@ class EngineLimits:
         room = self.max_model_len - num_prefix_tokens
         num_tokens = num_prompt_tokens + max_tokens
         if num_tokens > room:
-            taken = f", of which the adapter's prefix takes {num_prefix_tokens}" if num_prefix_tokens else ""
+            taken = f", of which virtual tokens take {num_prefix_tokens}" if num_prefix_tokens else ""
             raise ContextLengthExceeded(
                 f"The prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}: "
                 f"{num_tokens} tokens in all, but the longest sequence is {self.max_model_len} tokens{taken}. "
@@ -153,33 +153,30 @@ class EngineLimits:
                 f"The adapter version {twice[:12]} is composed twice; give it once, with the sum of the scales.",
                 param="adapters",
             )
-        for part in binding.parts:
+        for index, part in enumerate(binding.parts):
             for scale in (part.scale_first, part.scale_last):
                 if not abs(scale) <= MAX_SCALE:
                     raise InvalidRequest(
                         f"An adapter's scale is {scale}; it must be a number between -{MAX_SCALE:g} and {MAX_SCALE:g}.",
-                        param="adapters",
+                        param=f"adapters[{index}].scale",
                     )
             if part.start_position < 0:
                 raise InvalidRequest("An adapter's start position is negative.", param="adapters")
         self.check_prefixes(binding, [part.num_prefix_tokens for part in binding.parts])
 
     def check_prefixes(self, binding: Binding, lengths: Iterable[int]) -> None:
-        """``lengths``: positions of each part's prefix. A prefix is there or not, from the start, and alone."""
-        for part, length in zip(binding.parts, lengths, strict=True):
+        """``lengths``: positions of each part's prefix. A prefix is there or not, and before the whole prompt."""
+        for index, (part, length) in enumerate(zip(binding.parts, lengths, strict=True)):
             if not length:
                 continue
             if part.scale_first != part.scale_last or part.scale_first not in (0.0, 1.0):
                 raise InvalidRequest(
                     f"The strength of an adapter with virtual tokens is {part.scale_first:g} to {part.scale_last:g}; "
                     "it has no other strengths than 0 and 1.",
-                    param="adapters",
+                    param=f"adapters[{index}].scale",
                 )
-            if part.start_position or len(binding.parts) > 1:
-                raise InvalidRequest(
-                    "An adapter with virtual tokens stands before the whole prompt and is not composed with others.",
-                    param="adapters",
-                )
+            if part.start_position:
+                raise InvalidRequest("An adapter with virtual tokens stands before the whole prompt.", param="adapters")
 
     def _check_sampling(self, sampling: SamplingParams, num_token_ids: int) -> None:
         allowed = (

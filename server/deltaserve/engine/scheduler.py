@@ -16,11 +16,11 @@ from itertools import islice
 from operator import attrgetter
 
 from deltaserve.adapters.residency import AdapterResidency
-from deltaserve.engine.batch import PrefixCopy, ScheduledPart, ScheduledSequence
+from deltaserve.engine.batch import PrefixFill, ScheduledPart, ScheduledSequence
 from deltaserve.engine.block_manager import BlockManager
 from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.lockstep import chunk_sizes
-from deltaserve.engine.seating import acquire, by_row, seat_prefixes
+from deltaserve.engine.seating import acquire, by_row, seat_rows
 from deltaserve.engine.sequence import Sequence, SequenceState
 from deltaserve.engine.turn import Turn
 from deltaserve.errors import AdapterUnavailable, CompositionRefused, DeltaserveError, InvalidRequest
@@ -175,8 +175,9 @@ class Scheduler:
         skipped = seq.num_prefix_tokens
         prefix = None
         if seq.first_prefix_block >= 0:
-            prefix = PrefixCopy(seq.prefix_slot, seq.first_prefix_block, seq.kv_regime)
+            prefix = PrefixFill(seq.prefixes, seq.first_prefix_block, seq.kv_regime)
             seq.first_prefix_block = -1
+            step.num_prefill_tokens += prefix.num_rows  # may overdraw the budget, once: the next sequence waits
         seq.num_scheduled_tokens = num_tokens
         step.seqs.append(seq)
         step.batch.append(
@@ -193,7 +194,7 @@ class Scheduler:
         )
 
     def _budget_left(self, step: Schedule) -> int:
-        return self._limits.max_num_batched_tokens - step.num_decode_tokens - step.num_prefill_tokens
+        return max(0, self._limits.max_num_batched_tokens - step.num_decode_tokens - step.num_prefill_tokens)
 
     # ------------------------------------------------------------ waiting sequences
 
@@ -225,7 +226,7 @@ class Scheduler:
             self._turn.end(seq)
             if self._prefixes is not None and not self._prefixes.is_empty:
                 try:
-                    seat_prefixes(seq, slots, self._prefixes, self._limits, self._blocks.num_blocks)
+                    seat_rows(seq, slots, self._prefixes, self._limits, self._blocks.num_blocks)
                 except InvalidRequest as error:
                     self._residency.release(seq.needed_versions)
                     step.refused.append((seq, error))

@@ -9,7 +9,7 @@ from deltaserve.adapters.residency import AdapterResidency
 from deltaserve.engine.block_manager import BLOCK_SIZE
 from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.member_errors import blame_member, told_of_member
-from deltaserve.engine.prefix_seat import seat_prefix
+from deltaserve.engine.prefix_seat import seat_prefixes
 from deltaserve.engine.sequence import Sequence
 from deltaserve.errors import AdapterUnavailable
 from deltaserve_kernels import PrefixTables
@@ -48,14 +48,14 @@ def by_row(seq: Sequence, slots: Slots) -> Iterator[tuple[Sequence, Slots]]:
         begin = end
 
 
-def seat_prefixes(seq: Sequence, slots: Slots, tables: PrefixTables, limits: EngineLimits, num_blocks: int) -> None:
-    """``seat_prefix`` for every row. Raises as that does, and ``EnsembleRefused`` when the rows of an ensemble are too
-    long for ``num_blocks`` with their prefixes."""
+def seat_rows(seq: Sequence, slots: Slots, tables: PrefixTables, limits: EngineLimits, num_blocks: int) -> None:
+    """``seat_prefixes`` for every row. Raises as that does, and ``EnsembleRefused`` when the rows of an ensemble are
+    too long for ``num_blocks`` with their prefixes."""
     if seq.lockstep is None:
-        seat_prefix(seq, slots, tables, limits)
+        seat_prefixes(seq, slots, tables, limits)
         return
     for index, (row, own) in enumerate(by_row(seq, slots)):
         with told_of_member(index):
-            seat_prefix(row, own, tables, limits)
+            seat_prefixes(row, own, tables, limits)
     longest = seq.num_prompt_tokens + seq.sampling.max_tokens
     limits.check_rows([row.num_prefix_tokens + longest for row in seq.rows], num_blocks, BLOCK_SIZE)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from deltaserve.core import Binding, FinishReason, SamplingParams
-from deltaserve.engine.batch import ScheduledPart
+from deltaserve.engine.batch import PrefixPart, ScheduledPart
 from deltaserve.engine.lockstep import Lockstep
 from deltaserve.engine.token_counts import TokenCounts
 
@@ -26,10 +26,10 @@ class Sequence:
 
     ``token_ids[:num_computed_tokens]`` have their K and V in ``block_table``; the rest is computed next. While
     decoding exactly the last token is uncomputed. Token i stands at position ``num_prefix_tokens`` + i: before come the
-    K and V of the adapter in ``prefix_slot``; from block ``first_prefix_block`` on they are still to be copied (-1: all
-    are there). ``priority`` orders sequences: lower is served first, and it never changes, so whoever waits longest
-    comes first. ``leader`` is the sibling whose prefill this one waits to share. ``lockstep`` joins it to the other
-    rows of an ensemble.
+    virtual tokens of ``prefixes``; from block ``first_prefix_block`` on their K and V are still to be filled in (-1:
+    all are there). ``priority`` orders sequences: lower is served first, and it never changes, so whoever waits longest
+    comes first. ``leader`` is the sibling whose prefill this one waits to share.
+    ``lockstep`` joins it to the other rows of an ensemble.
     """
 
     seq_id: int
@@ -60,7 +60,7 @@ class Sequence:
     kv_regime: int = 0
     parts: tuple[ScheduledPart, ...] = ()
     num_prefix_tokens: int = 0
-    prefix_slot: int = -1
+    prefixes: tuple[PrefixPart, ...] = ()
     first_prefix_block: int = -1
     has_prompt_rows: bool = False  # the rows for prompt logprobs (or a probe) have all been collected
     rng: random.Random = field(default_factory=random.Random)

@@ -199,8 +199,8 @@ class BaseModel:
         """What attention caches of virtual tokens [p, hidden] alone: fp32 [num_layers, 2, kv_heads, p, head_dim]."""
         return prompt_kv(self, embeddings, regime)
 
-    def decode_embeddings(self, embeddings: Tensor, ids: Tensor, positions: Tensor, ctx: FoldedContext) -> Tensor:
-        """A folded pass over p virtual tokens [p, hidden] and then ``ids`` [T]: final hidden rows [p + T, hidden]."""
+    def decode_embeddings(self, embeddings: Tensor, ids: Tensor, positions: Tensor, ctx: PassContext) -> Tensor:
+        """A pass over p virtual tokens [p, hidden] and then ``ids`` [T]: final hidden rows [p + T, hidden]."""
         with use(ctx):
             rows = self._model.get_input_embeddings()(ids[None])
             rows = torch.cat((embeddings[None].to(rows), rows), dim=1)

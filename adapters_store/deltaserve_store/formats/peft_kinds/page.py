@@ -176,9 +176,16 @@ at the door, by one float32 pass of the base over them.
 
 The virtual tokens count against the context, `prompt + max_tokens + p`; an adapter that leaves no room for a token of
 prompt and one of answer is refused (`prefix_too_long`). They are not reported as prompt tokens. A prefix has the
-strengths 0 (the base) and 1, and is not composed with other adapters. Its proof runs the base over embeddings and
-tokens in one go, or puts the given K and V before the tokens' own in plain float32 attention; an effect that hardly
-stands out of rounding cannot be amplified and leaves a warning.
+strengths 0 (the base) and 1. Its proof runs the base over embeddings and tokens in one go, or puts the given K and V
+before the tokens' own in plain float32 attention; an effect that hardly stands out of rounding cannot be amplified and
+leaves a warning.
+
+Composed with others, prefixes follow each other in the order of the request and its tokens come after them all. Given K
+and V stay as they are. Embeddings are then run anew, when a sequence starts, by the engine itself: at their positions,
+with all terms of the other adapters, reading the virtual tokens before them. So a prompt's order counts, while given K
+and V, which have no position, are the same to a token in any order (but for windows). Every layer has the same number
+of virtual tokens: prefixes pruned layer by layer (E2VPT) are not served, since blocks of the KV cache hold the same
+positions of all layers and attention masks nothing in them.
 
 Answers equal PEFT's `forward`. Its `generate` agrees where it keeps its cache: PEFT 0.21.2 looks for it under a name
 that transformers 5.24 no longer uses, and then begins anew at each token.

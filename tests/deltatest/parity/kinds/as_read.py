@@ -26,6 +26,13 @@ ENTRIES = (
     Entry("LoRA", "bias of B", "PEFT", _with(make_peft_lora, seed=4, lora_bias=True)),
     Entry("LoRA", "PiSSA", "PEFT", _with(make_peft_lora, seed=8, init_lora_weights="pissa", rank=4, std=0.2)),
     Entry("LoRA", "OLoRA", "PEFT", _with(make_peft_lora, seed=9, init_lora_weights="olora", rank=4, std=0.2)),
+    Entry(
+        "LoRA",
+        "activated in the middle",
+        "PEFT",
+        _with(make_peft_lora, seed=10, alora_invocation_tokens=[7, 9, 7]),
+        invocation=(7, 9, 7),
+    ),
     Entry("SHiRA", "", "PEFT", _with(make_peft_shira, seed=5)),
     Entry("IA3", "", "PEFT", _with(make_peft_ia3, seed=6)),
     Entry("LN tuning", "", "PEFT", _with(make_peft_ln_tuning, seed=7)),
