@@ -532,7 +532,7 @@ def test_logits_that_are_not_numbers_fail_their_own_request_only() -> None:
             {},
             ContextLengthExceeded,
             "max_tokens",
-            "prefix takes 86",
+            "virtual tokens take 86",
         ),
     ],
 )
