@@ -14,33 +14,12 @@ from deltaserve_store.dense_deltas import DenseDelta, SignDelta
 from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.formats import read_adapter
 from deltaserve_store.formats.deltaserve_terms import write_terms_adapter
-from deltaserve_store.packed_factors import BITS, PackedFactors, pack_rows, packed_sizes, row_bytes, unpack_rows
+from deltaserve_store.packed_factors import BITS, pack_rows, packed_sizes, row_bytes, unpack_rows
 from deltaserve_store.parsed import LoraDelta
 from deltaserve_store.reason_codes import REASON_CODES
 from deltaserve_store.spec import LinearSpec
 from deltatest.adapter_corpus import Q0, BadAdapter, corpus_base
-from deltatest.packed_corpus import D1, MODULES, PACKED_CORPUS, Q1, V1, drawn_packed, write_good_packed
-
-
-def numbers_of(packed: PackedFactors) -> tuple[list[list[float]], list[list[float]]]:
-    """Rows of ``a`` and columns of ``b``: each row of the file is one large integer, taken apart by division."""
-    codes, scales = bytes(packed.codes.tolist()), packed.scales.tolist()
-    sides: tuple[list[list[float]], list[list[float]]] = [], []
-    for bits in (8, 4, 3, 2):
-        for side, width in enumerate((packed.shape[1], packed.shape[0])):
-            for _ in range(packed.ranks.get(bits, 0)):
-                row, codes = codes[: (width * bits + 7) // 8], codes[(width * bits + 7) // 8 :]
-                whole = int.from_bytes(row, "little")
-                of_spans, scales = scales[: -(-width // packed.span)], scales[-(-width // packed.span) :]
-                sides[side].append(
-                    [
-                        of_spans[place // packed.span] * (whole // 2 ** (bits * place) % 2**bits - (2**bits - 1) / 2)
-                        for place in range(width)
-                    ]
-                )
-    assert not codes
-    assert not scales
-    return sides
+from deltatest.packed_corpus import D1, MODULES, PACKED_CORPUS, Q1, V1, drawn_packed, numbers_of, write_good_packed
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -59,7 +38,7 @@ def test_codes_come_back_and_lie_as_told(bits: int, width: int) -> None:
 def test_numbers_are_those_of_the_definition(ranks: dict[int, int], shape: tuple[int, int], span: int) -> None:
     packed = drawn_packed("x", shape, ranks, span, seed=3)
     a, b = packed.factors()
-    expected_a, expected_b = (torch.tensor(side) for side in numbers_of(packed))
+    expected_a, expected_b = map(torch.tensor, numbers_of(shape, ranks, span, packed.codes, packed.scales))
     assert torch.equal(a, expected_a)
     assert torch.equal(b, expected_b.t())
     assert not packed.spills()
@@ -79,7 +58,8 @@ def test_every_term_comes_back(tmp_path: Path) -> None:
     assert isinstance(both, LoraDelta)
     assert isinstance(alone, LoraDelta)
     expected = drawn_packed(V1, (8, 16), {4: 3}, 16, seed=2)
-    assert torch.equal(alone.a, torch.tensor(numbers_of(expected)[0]))
+    rows, _ = numbers_of(expected.shape, expected.ranks, 16, expected.codes, expected.scales)
+    assert torch.equal(alone.a, torch.tensor(rows))
     assert torch.equal(both.a[:2], stored[f"{Q0}.a"])
     for delta in (both, alone):
         assert delta.dense is not None

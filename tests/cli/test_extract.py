@@ -73,7 +73,7 @@ def main_without_exit(*arguments: object) -> None:
 
 
 def test_the_divergence_falls_with_the_budget_and_the_budget_is_kept(done: dict[str, Any], place: Path) -> None:
-    curve = [point for point in done["points"] if point["forms"] == "mixed"]
+    curve = [point for point in done["points"] if point["forms"] == "all forms"]
     assert len(curve) >= 3
     divergences = [done["base_divergence"], *(point["divergence"] for point in curve)]
     assert divergences == sorted(divergences, reverse=True)
@@ -115,7 +115,7 @@ def test_the_served_adapter_is_the_approximation_that_was_told(done: dict[str, A
     rows = read_rows(place / "text.jsonl", place / "base", max_rows=32, max_length=256)
     prompts = [row.input_ids for row in rows]
     expected = divergence(model_logits(tuned, prompts), model_logits(folded, prompts))
-    final = [point for point in done["points"] if point["forms"] == "mixed"][-1]
+    final = [point for point in done["points"] if point["forms"] == "all forms"][-1]
     assert final["divergence"] == pytest.approx(expected, rel=1e-3, abs=1e-8)
 
 

@@ -43,6 +43,25 @@ def drawn_packed(
     return packed
 
 
+def numbers_of(
+    shape: tuple[int, ...], ranks: Mapping[int, int], span: int, codes: torch.Tensor, scales: torch.Tensor
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Rows of ``a`` and columns of ``b``: each row of the file is one large integer, taken apart by division."""
+    left, of_spans = bytes(codes.tolist()), scales.tolist()
+    sides: tuple[list[list[float]], list[list[float]]] = [], []
+    for bits in (8, 4, 3, 2):
+        for side, width in enumerate((shape[1], shape[0])):
+            for _ in range(ranks.get(bits, 0)):
+                row, left = left[: (width * bits + 7) // 8], left[(width * bits + 7) // 8 :]
+                whole = int.from_bytes(row, "little")
+                own, of_spans = of_spans[: -(-width // span)], of_spans[-(-width // span) :]
+                levels = (whole // 2 ** (bits * place) % 2**bits - (2**bits - 1) / 2 for place in range(width))
+                sides[side].append([own[place // span] * level for place, level in enumerate(levels)])
+    assert not left
+    assert not of_spans
+    return sides
+
+
 def write_good_packed(folder: Path) -> Path:
     """Packed beside plain factors; packed alone, a row of three bits that does not fill its bytes; a matrix; signs."""
     generator = torch.Generator().manual_seed(7)

@@ -22,6 +22,7 @@ Opt = typer.Option
 DTYPES = ("float16", "bfloat16", "float32")
 MEASURES = ("outputs", "weights")
 CALIBRATION_ROWS = 128
+BITS = (8, 4, 3, 2)
 
 
 def extract(
@@ -94,8 +95,8 @@ class Texts:
     counts_outputs: bool
 
     def prompts(self, base_folder: Path, max_length: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids of both. Rows that the curve uses are not calibrated on, unless a file was named for that: else the
-        curve would tell too well of other text. Raises ``DataInvalid``."""
+        """Token ids of both. Rows that the curve uses are not calibrated on unless a file is named for that: the curve
+        would tell too well of other text. Nor is text of something else: none of it helps. Raises ``DataInvalid``."""
         from deltaserve_trainer.evaluate import BUNDLED_GENERAL_TEXT
         from deltaserve_trainer.scoring import read_rows
 
@@ -109,11 +110,7 @@ class Texts:
             return scored, []
         if self.calibration is not None:
             return scored, rows(self.calibration, CALIBRATION_ROWS)
-        others = [ids for ids in rows(text, self.max_rows + CALIBRATION_ROWS) if ids not in scored]
-        if not others:
-            bundled = rows(BUNDLED_GENERAL_TEXT, self.max_rows + CALIBRATION_ROWS)
-            others = [ids for ids in bundled if ids not in scored]
-        return scored, others
+        return scored, [ids for ids in rows(text, self.max_rows + CALIBRATION_ROWS) if ids not in scored]
 
 
 def extract_here(bench: Workbench, tuned: Path, budget: int, folder: Path, texts: Texts, *, dtype: str) -> Extraction:
@@ -131,8 +128,12 @@ def extract_here(bench: Workbench, tuned: Path, budget: int, folder: Path, texts
     prompts, calibrated = texts.prompts(base.folder, bench.max_row_tokens)
     base_model, tuned_model = load_model(base.folder), load_model(tuned)
     found = difference(base_model, tuned_model, base.spec)
-    changed = {name: found.linears[name][0] for name in found.changed()}
-    moments = moments_of(base_model, changed, calibrated) if calibrated else None
+    changed = {name: found.linears[name] for name in found.changed()}
+    sides = [
+        (model, {name: pair[side] for name, pair in changed.items()})
+        for side, model in enumerate((base_model, tuned_model))
+    ]
+    moments = moments_of(sides, calibrated) if calibrated else None
     meant = model_logits(tuned_model, prompts)
 
     def write(deltas: Sequence[Delta], place: Path, told: str) -> None:
@@ -150,6 +151,7 @@ def extract_here(bench: Workbench, tuned: Path, budget: int, folder: Path, texts
         score=lambda place: divergence(meant, bench.logits(place, prompts)),
         base_divergence=divergence(meant, bench.logits(None, prompts)),
         moments=moments,
+        num_calibration_tokens=sum(map(len, calibrated)),
     )
 
 
@@ -171,11 +173,13 @@ def show(found: Extraction) -> None:
     console.print(curve)
     console.print()
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("linears", "form", "of size", "bytes", "share of change", "error"):
-        table.add_column(heading, justify="left" if heading in ("linears", "form", "of size") else "right")
+    for heading in ("linears", "form", "size", f"{'/'.join(map(str, BITS))} bits", "bytes", "share", "error"):
+        table.add_column(heading, justify="left" if heading in ("linears", "form", "size") else "right")
     for row in _by_sort(found):
         table.add_row(*row)
     console.print(table)
+    counted = f"outputs on {found.num_calibration_tokens:,} tokens" if found.num_calibration_tokens else "the weights"
+    console.print(f"squares, shares and errors (relative, root mean square) are of {counted}")
     if found.num_vectors:
         console.print(f"{found.num_vectors} biases and norms are taken whole")
     if found.not_carried:
@@ -185,7 +189,7 @@ def show(found: Extraction) -> None:
 
 
 def _by_sort(found: Extraction) -> list[tuple[str, ...]]:
-    """Rows of the table: linears that share the last part of their names, and in these the forms that they got."""
+    """Rows of the table: linears that share the last part of their names, and of these the forms that they got."""
     sorts: dict[str, list[Any]] = {}
     for row in found.rows:
         sorts.setdefault(row.module.rpartition(".")[2], []).append(row)
@@ -197,20 +201,19 @@ def _by_sort(found: Extraction) -> list[tuple[str, ...]]:
             error = (sum(row.share * row.output_error**2 for row in those) / share) ** 0.5
             many = f"{form}, {len(those)} of {len(rows)}" if len(those) < len(rows) else form
             numbers = f"{sum(row.num_bytes for row in those):,}", f"{share:.1%}", f"{error:.3f}"
-            table.append((name if place == 0 else "", many, _told_size(those), *numbers))
+            table.append((name if place == 0 else "", many, *_told_size(those), *numbers))
     return table
 
 
-def _told_size(rows: list[Any]) -> str:
-    """``rank 12 to 40``; of mixed precision the mean number of directions for each number of bits, too."""
+def _told_size(rows: list[Any]) -> tuple[str, str]:
+    """Ranks or entries, and of mixed precision the mean number of directions for each number of bits."""
     form, sizes = rows[0].form, [row.size for row in rows]
     if form == "mixed precision":
-        widths = sorted({bits for row in rows for bits in row.bits}, reverse=True)
-        means = {bits: sum(row.bits.get(bits, 0) for row in rows) / len(rows) for bits in widths}
-        return f"rank {_range(sizes)}: " + ", ".join(f"{mean:.3g} at {bits} bits" for bits, mean in means.items())
+        means = (sum(row.bits.get(bits, 0) for row in rows) / len(rows) for bits in BITS)
+        return f"rank {_range(sizes)}", "/".join(f"{mean:.0f}" for mean in means)
     if form == "low rank":
-        return f"rank {_range(sizes)}"
-    return f"{_range(sizes)} entries" if form == "sparse" else "-"
+        return f"rank {_range(sizes)}", ""
+    return (_range(sizes) if form == "sparse" else "", "")
 
 
 def _range(sizes: list[int]) -> str:

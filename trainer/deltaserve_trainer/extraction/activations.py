@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 MAX_WIDTH = 4096
 """Wider inputs get the diagonal of C alone: the matrix would be larger than the weight."""
-RIDGE = 0.05
-"""Share of the mean square that each input gets besides: a short text does not tell of everything."""
+RIDGE = 0.2
+"""Share of what all inputs get alike: a short text does not tell of everything."""
 
 
 @dataclass(slots=True)
 class Moments:
-    """Of inputs [in]. ``diagonal`` float64 [in] and, up to ``MAX_WIDTH``, ``matrix`` float64 [in, in]: sums over
-    ``num_tokens`` tokens, or means once ``finished``."""
+    """Of inputs [in]: ``diagonal`` float64 [in] and, up to ``MAX_WIDTH``, ``matrix`` float64 [in, in], sums over
+    ``num_tokens`` tokens."""
 
     diagonal: Tensor
     matrix: Tensor | None
@@ -36,14 +36,16 @@ class Moments:
             self.matrix += flat.t() @ flat
 
     def measure(self) -> Measure:
-        """Raises ``ValueError`` when there was no token."""
+        """Scaled so that the mean input counts as much as a number counts in plain squares: which errors of one linear
+        matter is known from its inputs, but not how much its outputs matter beside those of another. Raises
+        ``ValueError`` when there was no token."""
         if not self.num_tokens:
             raise ValueError("no token reached this linear")
-        ridge = RIDGE * float(self.diagonal.mean()) / self.num_tokens or 1.0
-        diagonal = self.diagonal / self.num_tokens + ridge
+        scale = (1 - RIDGE) / (float(self.diagonal.mean()) or 1.0)
+        diagonal = self.diagonal * scale + RIDGE
         if self.matrix is None:
             return Measure(diagonal, None)
-        matrix = self.matrix / self.num_tokens + ridge * torch.eye(len(diagonal), dtype=torch.float64)
+        matrix = self.matrix * scale + RIDGE * torch.eye(len(diagonal), dtype=torch.float64)
         return Measure(diagonal, torch.linalg.cholesky(matrix))
 
 
@@ -74,12 +76,24 @@ class Measure:
         return float(self.rooted(delta).square().sum())
 
 
-@torch.no_grad()
 def moments_of(
-    model: nn.Module, linears: Mapping[str, nn.Module], prompts: Sequence[Sequence[int]]
+    models: Sequence[tuple[nn.Module, Mapping[str, nn.Module]]], prompts: Sequence[Sequence[int]]
 ) -> dict[str, Moments]:
-    """By the name of each of ``linears``, modules of ``model``; those that are fed one tensor share an object."""
+    """By the names of the linears, which every model is given with; linears that are fed one tensor share an object.
+
+    Of the base and the fine-tune both: an adapter is served with inputs like the fine-tune's where little is left, and
+    like the base's where much is.
+    """
     found: dict[str, Moments] = {}
+    for model, linears in models:
+        _add_moments(found, model, linears, prompts)
+    return found
+
+
+@torch.no_grad()
+def _add_moments(
+    found: dict[str, Moments], model: nn.Module, linears: Mapping[str, nn.Module], prompts: Sequence[Sequence[int]]
+) -> None:
     last: list[tuple[Tensor, Moments]] = []
 
     def note(name: str, x: Tensor) -> None:
@@ -104,4 +118,3 @@ def moments_of(
     finally:
         for handle in handles:
             handle.remove()
-    return found

@@ -77,6 +77,7 @@ def plot_curve(extraction: Extraction, path: Path, *, title: str) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: told_bytes(size)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.7)
+    axes.set_ylim(min(drawn) / 2, max(drawn) * 1.5)  # room for the labels below
     axes.set_xlabel("adapter files (labels: share of the squared differences that is kept)")
     axes.set_ylabel("KL from the fine-tune, nats per token")
     axes.set_title(title)

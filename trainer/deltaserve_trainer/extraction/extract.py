@@ -97,6 +97,7 @@ def extract(
     score: Score,
     base_divergence: float,
     moments: Mapping[str, Moments] | None = None,
+    num_calibration_tokens: int = 0,
 ) -> Extraction:
     """Make the adapter of at most ``budget`` bytes in ``folder / "adapter"``, and smaller ones beside it.
 
@@ -148,7 +149,7 @@ def extract(
         base_divergence,
         len(found.biases) + sum(len(parts) for parts in found.norms.values()),
         found.not_carried,
-        max((part.num_tokens for part in moments.values()), default=0) if moments else 0,
+        num_calibration_tokens,
     )
 
 
