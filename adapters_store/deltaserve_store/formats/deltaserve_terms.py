@@ -2,10 +2,10 @@
 
 One linear may have several terms, ``y = out_scale * W (in_scale * x) + b + bias + B (A x) + S x + Q x``: ``<module>.a``
 [rank, in] and ``.b`` [out, rank] with every scaling inside, further directions of few bits in ``.codes`` and
-``.scales`` (``packed_factors``), ``.rows``, ``.cols``, ``.values`` [k] as in the sparse format, ``.delta`` or ``.signs``
-and ``.scale`` as in the dense format, and the vectors of the vector format; norms have ``.gain`` and ``.shift``. Merged
-and extracted adapters need this: a sum of a LoRA and a sparse delta is neither. The JSON has the base's fingerprint and,
-per module, what it has.
+``.scales`` (``packed_factors``), ``.rows``, ``.cols``, ``.values`` [k] as in the sparse format, ``.delta`` or
+``.signs`` and ``.scale`` as in the dense format, and the vectors of the vector format; norms have ``.gain`` and
+``.shift``. Merged and extracted adapters need this: a sum of a LoRA and a sparse delta is neither. The JSON has the
+base's fingerprint and, per module, what it has.
 """
 
 from __future__ import annotations

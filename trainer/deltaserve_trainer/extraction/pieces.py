@@ -93,13 +93,11 @@ def dense_of(piece: Piece, shape: tuple[int, int]) -> Tensor:
         return b @ a
     if isinstance(piece, DenseDelta):
         return piece.delta.float()
+    if isinstance(piece, SignDelta):
+        return piece.dense(shape[1])
     total = torch.zeros(shape)
-    if isinstance(piece, SparseDelta):
-        total[piece.rows.long(), piece.cols.long()] = piece.values.float()
-        return total
-    each = (piece.signs[:, :, None] >> torch.arange(WORD_BITS, dtype=torch.int32)) & 1
-    signs = each.reshape(shape[0], -1)[:, : shape[1]]
-    return torch.where(signs == 1, 1.0, -1.0) * piece.scale.float()[:, None]
+    total[piece.rows.long(), piece.cols.long()] = piece.values.float()
+    return total
 
 
 def _words(signs: Tensor) -> Tensor:
