@@ -155,7 +155,8 @@ def extract(
 
 def _vectors(found: Difference) -> list[VectorDelta | NormDelta]:
     biases = [VectorDelta(name, bias=bias) for name, bias in found.biases.items()]
-    return [*biases, *(NormDelta(name, **parts) for name, parts in found.norms.items())]
+    norms = [NormDelta(name, parts.get("gain"), parts.get("shift")) for name, parts in found.norms.items()]
+    return [*biases, *norms]
 
 
 def _vector_bytes(found: Difference) -> int:
