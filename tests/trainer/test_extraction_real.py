@@ -20,7 +20,7 @@ from deltaserve_trainer.extraction.plan import FORMS, Form, best_plan
 from deltaserve_trainer.extraction.worth import Costs, worth_of
 from deltaserve_trainer.scoring import divergence, model_logits, read_rows
 
-STEPS, BUDGET = 8, 20_000
+STEPS, BUDGET = 8, 10_000
 PARTS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 
 
@@ -31,11 +31,11 @@ def rows(name: str, count: int) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def tuned() -> tuple[Any, Any, Difference]:
-    """Base, fine-tune and their difference: some linears of two layers, trained on the pirate's answers."""
+    """Base, fine-tune and their difference: some linears of one layer, trained on the pirate's answers."""
     torch.set_num_threads(1)
     base = load_model(CHECKPOINT)
     model: Any = copy.deepcopy(base)
-    trained = [model.model.layers[layer].get_submodule(part).weight for layer in (1, 2) for part in PARTS]
+    trained = [model.model.layers[2].get_submodule(part).weight for part in PARTS]
     for weight in trained:
         weight.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=2e-3)
@@ -80,5 +80,4 @@ def test_mixed_precision_is_nearer_than_low_rank_of_its_size(tuned: tuple[Any, A
     after = {name: found.linears[name][1] for name in linears}
     moments = moments_of([(base, linears), (model, after)], rows("pirate.jsonl", 24))
     (counted,) = divergences(tuned, {name: moments[name].measure() for name in linears}, ("mixed precision",))
-    print(nothing, low_rank, mixed, all_forms, counted)
     assert counted < 1.1 * mixed

@@ -10,34 +10,40 @@ from __future__ import annotations
 
 import heapq
 import math
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Literal, Self, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 Form = Literal["low rank", "mixed precision", "sparse", "dense", "signs"]
 FORMS: tuple[Form, ...] = get_args(Form)
-PRICE_STEPS = 100
+PRICE_PRECISION = 1e-9
+"""Relative; below that nothing is between two prices."""
+Floats: TypeAlias = "array[float]"
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
     """Worth over bytes for one form of one delta; ``fixed_bytes`` are paid with the first item.
 
-    Steps are items of one sort: ``gains`` float64 is what one is worth and ``item_bytes`` float64 what it takes; their
-    quotient falls from step to step. ``ends``: items up to and with each step; ``sums`` and ``costs``: what these are
-    worth and take. ``upgrades`` int64 [steps, 2], of mixed precision: a direction, and its bits from then on.
+    Steps are items of one sort: ``gains`` is what one is worth and ``item_bytes`` what it takes; their quotient falls
+    from step to step, and ``negated`` is minus that. ``ends``: items up to and with each step; ``sums`` and ``costs``:
+    what these are worth and take. Arrays of floats, since they are looked into one by one, many times. ``upgrades``
+    int64 [steps, 2], of mixed precision: a direction, and its bits from then on.
     """
 
     form: Form
     fixed_bytes: int
-    gains: Tensor
-    item_bytes: Tensor
-    ends: Tensor
-    sums: Tensor
-    costs: Tensor
+    gains: Floats
+    item_bytes: Floats
+    negated: Floats
+    ends: Floats
+    sums: Floats
+    costs: Floats
     upgrades: Tensor | None = None
 
     @classmethod
@@ -50,51 +56,59 @@ class Curve:
         counts: Tensor | None = None,
         upgrades: Tensor | None = None,
     ) -> Self:
-        """``counts``: items of each step; None: one."""
+        """float64 [steps] each. ``counts``: items of each step; None: one."""
         counts = torch.ones(len(gains), dtype=torch.float64) if counts is None else counts
-        sums, costs = (gains * counts).cumsum(0), (item_bytes * counts).cumsum(0)
-        return cls(form, fixed_bytes, gains, item_bytes, counts.cumsum(0), sums, costs, upgrades)
+        return cls(
+            form,
+            fixed_bytes,
+            gains=_floats(gains),
+            item_bytes=_floats(item_bytes),
+            negated=_floats(-gains / item_bytes),
+            ends=_floats(counts.cumsum(0)),
+            sums=_floats((gains * counts).cumsum(0)),
+            costs=_floats((item_bytes * counts).cumsum(0)),
+            upgrades=upgrades,
+        )
+
+    def at(self, price: float) -> tuple[int, float, int]:
+        """Items that are worth more than ``price`` for each of their bytes; what they are worth, and take."""
+        step = bisect_left(self.negated, -price)
+        if step == 0:
+            return 0, 0.0, 0
+        return int(self.ends[step - 1]), self.sums[step - 1], self.fixed_bytes + round(self.costs[step - 1])
 
     def cost(self, size: int) -> int:
-        return round(self.fixed_bytes + self._up_to(size, self.costs, self.item_bytes)) if size else 0
+        return self.fixed_bytes + round(self._up_to(size, self.costs, self.item_bytes)) if size else 0
 
     def worth(self, size: int) -> float:
         return self._up_to(size, self.sums, self.gains) if size else 0.0
 
-    def size_at(self, price: float) -> int:
-        """Items that are worth more than ``price`` for each of their bytes."""
-        step = int((self.gains > price * self.item_bytes).sum())
-        return int(self.ends[step - 1]) if step else 0
-
     def most_for(self, num_bytes: int) -> int:
         """Items that so many bytes buy from nothing."""
         left = num_bytes - self.fixed_bytes
-        step = int(torch.searchsorted(self.costs, float(left), right=True))
+        step = bisect_right(self.costs, left)
         whole = int(self.ends[step - 1]) if step else 0
         if step == len(self.ends):
             return whole
-        left -= round(float(self.costs[step - 1])) if step else 0
-        return whole + max(0, int(left // int(self.item_bytes[step])))
+        left -= round(self.costs[step - 1]) if step else 0
+        return whole + max(0, int(left // self.item_bytes[step]))
 
     def next_gain(self, size: int) -> float:
         """Of one more item, for each of its bytes; 0 where there is none."""
-        step = self._next(size)
-        return float(self.gains[step] / self.item_bytes[step]) if step < len(self.gains) else 0.0
+        step = bisect_right(self.ends, size)
+        return -self.negated[step] if step < len(self.gains) else 0.0
 
     def more_for(self, size: int, num_bytes: int) -> int:
         """Items of the step that comes after ``size`` ones, as many as so many bytes buy."""
-        step = self._next(size)
+        step = bisect_right(self.ends, size)
         if step == len(self.gains):
             return 0
-        return min(num_bytes // int(self.item_bytes[step]), int(self.ends[step]) - size)
+        return min(int(num_bytes // self.item_bytes[step]), int(self.ends[step]) - size)
 
-    def _next(self, size: int) -> int:
-        return int(torch.searchsorted(self.ends, float(size), right=True))
-
-    def _up_to(self, size: int, sums: Tensor, each: Tensor) -> float:
-        step = int(torch.searchsorted(self.ends, float(size)))
-        before = (float(self.ends[step - 1]), float(sums[step - 1])) if step else (0.0, 0.0)
-        return before[1] + (size - before[0]) * float(each[step])
+    def _up_to(self, size: int, sums: Floats, each: Floats) -> float:
+        step = bisect_left(self.ends, size)
+        before = (self.ends[step - 1], sums[step - 1]) if step else (0.0, 0.0)
+        return before[1] + (size - before[0]) * each[step]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +156,11 @@ def plan(worths: Mapping[str, Worth], budget: int, *, forms: Sequence[Form] = FO
         return Plan({}, 0, 0.0)
     low, high = _price_bounds([curve for choices in curves.values() for curve in choices])
     taken = {name: (choices[0], 0) for name, choices in curves.items()}
-    for _ in range(PRICE_STEPS):
+    while high > low * (1 + PRICE_PRECISION):
         price = math.sqrt(low * high)
         trial = {name: _best(choices, price) for name, choices in curves.items()}
-        if sum(curve.cost(size) for curve, size in trial.values()) <= budget:
-            high, taken = price, trial
+        if sum(cost for *_, cost in trial.values()) <= budget:
+            high, taken = price, {name: (curve, size) for name, (curve, size, _) in trial.items()}
         else:
             low = price
     left = budget - sum(curve.cost(size) for curve, size in taken.values())
@@ -158,8 +172,12 @@ def plan(worths: Mapping[str, Worth], budget: int, *, forms: Sequence[Form] = FO
 
 def best_plan(worths: Mapping[str, Worth], budget: int, *, forms: Sequence[Form] = FORMS) -> Plan:
     """The mixture, or one form alone where rounding to whole items makes that better."""
-    plans = [plan(worths, budget, forms=some) for some in (forms, *((form,) for form in forms))]
-    return max(plans, key=lambda found: found.kept)
+    some = [forms, *((form,) for form in forms)] if len(forms) > 1 else [forms]
+    return max((plan(worths, budget, forms=these) for these in some), key=lambda found: found.kept)
+
+
+def _floats(column: Tensor) -> Floats:
+    return array("d", column.tolist())
 
 
 def _choice(curve: Curve, size: int) -> Choice:
@@ -171,12 +189,14 @@ def _choice(curve: Curve, size: int) -> Choice:
     return Choice(curve.form, size, curve.cost(size), tuple(bits.tolist()))
 
 
-def _best(curves: Sequence[Curve], price: float) -> tuple[Curve, int]:
-    sizes = [(curve, curve.size_at(price)) for curve in curves]
-    gain, place = max(
-        (curve.worth(size) - price * curve.cost(size), place) for place, (curve, size) in enumerate(sizes)
-    )
-    return sizes[place] if gain > 0 else (curves[0], 0)
+def _best(curves: Sequence[Curve], price: float) -> tuple[Curve, int, int]:
+    """The curve that gains the most at a price, with the items taken of it and what they take."""
+    best, most = (curves[0], 0, 0), 0.0
+    for curve in curves:
+        size, worth, cost = curve.at(price)
+        if worth - price * cost > most:
+            best, most = (curve, size, cost), worth - price * cost
+    return best
 
 
 def _spend(
@@ -208,8 +228,6 @@ def _spend(
 
 def _price_bounds(curves: Sequence[Curve]) -> tuple[float, float]:
     """A price at which everything is bought, and one at which nothing is."""
-    gains = [curve.gains[curve.gains > 0] / curve.item_bytes[curve.gains > 0] for curve in curves]
-    gains = [found for found in gains if len(found)]
-    if not gains:
-        return 1.0, 2.0
-    return min(float(found.min()) for found in gains) / 2, max(float(found.max()) for found in gains) * 2
+    gains = [(-curve.negated[0], -curve.negated[-1]) for curve in curves if curve.negated[0] < 0]
+    most = max((first for first, _ in gains), default=1.0)
+    return min((last for _, last in gains if last > 0), default=most) / 2, most * 2
