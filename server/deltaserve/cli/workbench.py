@@ -167,6 +167,9 @@ def find_sources(names: Sequence[str], store: Path, scratch: Path) -> list[Sourc
                 for file_name in stored_file_names(stored):
                     shutil.copyfile(stored / file_name, copy / file_name)
         except store_errors.NotFound as missing:
-            raise NotFound(f"{missing.message}. {name!r} is no folder either.", param="adapters") from missing
+            told = missing.message
+            if missing.param == "model":  # its words are for who asks a server
+                told = f"the store {store} has no adapter {name[:160]!r}; deltaserve adapters list shows what it has"
+            raise NotFound(f"{told}. {name!r} is no folder either.", param="adapters") from missing
         found.append(Source(record.name, copy, record.version, record.base.fingerprint))
     return found

@@ -99,9 +99,9 @@ _OWN = (
     (
         "deltaserve terms",
         "`deltaserve-terms`",
-        "`a`, `b`; `rows`, `cols`, `values`; named vectors",
+        "`a`, `b`; `codes`, `scales`; `rows`, `cols`, `values`; `delta` or `signs`, `scale`; named vectors",
         "the sum of them",
-        "low rank, sparse, vector",
+        "low rank, sparse, dense, vector",
         "see adapter-format.md",
     ),
 )
