@@ -54,6 +54,9 @@ class BaseSpec:
 
     ``embedding`` is a linear from token ids (``in_features`` the vocabulary) and ``head`` one to logits
     (``out_features`` the vocabulary); neither is among ``linears``. None where adapters cannot change them.
+
+    ``registered``: every linear of the model but the head, also those that are not among ``linears``, in the order in
+    which the model registers its modules. PEFT numbers modules by it. Empty where nobody asked the model.
     """
 
     fingerprint: str
@@ -71,6 +74,7 @@ class BaseSpec:
     head: LinearSpec | None = None
     kv_heads: int = 0
     head_dim: int = 0
+    registered: tuple[str, ...] = ()
 
     @property
     def vocabulary(self) -> dict[str, LinearSpec]:

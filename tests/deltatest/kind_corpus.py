@@ -327,17 +327,38 @@ _SPREAD = (
         "vblora", "vectors that do not fit", edit_config(vector_length=5), ("invalid_value", f"{CONFIG}:vector_length")
     ),
     _reasons("vblora", "another bank", edit_config(num_vectors=7), ("shape_mismatch", "base_model.vblora_vector_bank")),
-    _config("unilora", "save_indices", False, "seed_not_usable"),
-    _config("unilora", "save_indices", ..., "missing_field"),
+    _reasons(
+        "unilora",
+        "indices that the config says are not there",
+        edit_config(save_indices=False),
+        ("unexpected_tensor", f"{V0_TENSOR}.unilora_indices_A"),
+    ),
+    _reasons(
+        "unilora", "another length", edit_config(theta_d_length=41), ("shape_mismatch", "base_model.unilora_theta_d")
+    ),
+    _config("unilora", "save_indices", "yes", "invalid_value"),
+    _config("unilora", "proj_seed", -1, "invalid_value"),
+    _config("unilora", "proj_seed", None, "invalid_value"),
     BadAdapter(
         "an index beyond theta", "unilora", edit_tensors({_INDICES: _raise(1000)}), (("index_out_of_range", _INDICES),)
     ),
     BadAdapter(
         "an index below 0", "unilora", edit_tensors({_INDICES: _raise(-1000)}), (("index_out_of_range", _INDICES),)
     ),
-    _config("tinylora", "weight_tying", 0.0, "unsupported_feature"),
-    _config("tinylora", "weight_tying", ..., "missing_field"),
-    _config("tinylora", "save_projection", False, "seed_not_usable"),
+    _config("tinylora", "weight_tying", 1.5, "invalid_value"),
+    _config("tinylora", "projection_seed", 0.5, "invalid_value"),
+    _reasons(
+        "tinylora",
+        "vectors of groups that are not there",
+        edit_config(weight_tying=0.5),
+        ("missing_tensor", "base_model.tinylora_v.1"),
+    ),
+    _reasons(
+        "tinylora",
+        "projections that the config says are not there",
+        edit_config(save_projection=False),
+        ("unexpected_tensor", f"{V0_TENSOR}.tinylora_P"),
+    ),
     _reasons("tinylora", "another u", edit_config(u=4), ("shape_mismatch", f"{V0_TENSOR}.tinylora_P")),
     BadAdapter(
         "vectors of more groups",

@@ -97,6 +97,9 @@ CASES: dict[str, KindCase] = {
     "deft": KindCase("DeftConfig", {"r": 3}, 0.2),
     "deft-qr": KindCase("DeftConfig", {"r": 4, "decomposition_method": "qr", "alpha": 6}, 0.12),
     "deft-para": KindCase("DeftConfig", {"r": 2, "decomposition_method": "qr", "para": True}, 0.3),
+    "unilora-seed": KindCase("UniLoraConfig", {"r": 4, "theta_d_length": 50, "proj_seed": 5}, 1.5),
+    "tinylora-groups": KindCase("TinyLoraConfig", {"r": 2, "u": 6, "weight_tying": 0.6}, 0.4),
+    "tinylora-seed": KindCase("TinyLoraConfig", {"r": 3, "u": 4, "save_projection": False, "projection_seed": 9}, 0.4),
 }
 
 

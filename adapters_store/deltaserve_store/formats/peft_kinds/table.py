@@ -22,8 +22,9 @@ from deltaserve_store.formats.peft_kinds.products import LoHa, LoKr
 from deltaserve_store.formats.peft_kinds.randlora import RandLora
 from deltaserve_store.formats.peft_kinds.reader import PeftReader
 from deltaserve_store.formats.peft_kinds.road import Road
-from deltaserve_store.formats.peft_kinds.seeded import TinyLora, UniLora
 from deltaserve_store.formats.peft_kinds.supertuning import SuperTuning
+from deltaserve_store.formats.peft_kinds.tinylora import TinyLora
+from deltaserve_store.formats.peft_kinds.unilora import UniLora
 from deltaserve_store.formats.peft_kinds.vblora import VbLora
 from deltaserve_store.formats.peft_kinds.vera import Vera
 from deltaserve_store.formats.peft_kinds.wavelets import WaveFt
