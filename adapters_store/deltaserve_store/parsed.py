@@ -151,7 +151,7 @@ class ParsedAdapter:
     ``base_fingerprint`` what our own files carry. ``chat_template`` names a template of the operator's registry;
     template text is never taken from an adapter. ``invocation_token_ids``: the adapter acts from their last occurrence
     in a prompt on; empty for one that always acts. ``skipped`` lists files that are no part of the adapter. ``prefix``
-    stands before a sequence's own tokens.
+    stands before a sequence's own tokens. ``notes`` are told to whoever uploads it.
     """
 
     kind: Kind
@@ -169,6 +169,7 @@ class ParsedAdapter:
     weight_deltas: tuple[BaseDelta, ...] = ()
     more_kinds: tuple[Kind, ...] = ()
     prefix: PrefixDelta | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

@@ -16,6 +16,7 @@ from deltaserve.model.base import BaseModel, load_base
 from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.formats import read_adapter
 from deltaserve_store.formats.peft_kinds import draws
+from deltaserve_store.formats.peft_kinds import psoft as psoft_kind
 from deltaserve_store.spec import BaseSpec, LinearSpec
 from deltatest.peft_adapters import edit_config
 from deltatest.peft_kinds import make_kind, merged_deltas
@@ -126,3 +127,53 @@ def test_too_many_numbers_to_draw_are_refused(opt: tuple[Any, BaseModel], shelf:
     assert reasons_of(shelf["unilora-seed"], replace(spec, linears=wide)) == [
         ("seed_not_usable", f"{CONFIG}:proj_seed")
     ]
+
+
+@pytest.fixture(scope="module")
+def psoft(opt: tuple[Any, BaseModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_kind(opt[0], tmp_path_factory.mktemp("psoft") / "a", "psoft", targets=("q_proj", "fc2"), seed=3)
+
+
+def test_directions_that_singular_values_leave_open_are_refused(opt: tuple[Any, BaseModel], psoft: Path) -> None:
+    """Any rotation of two directions of one size is as good a decomposition, and another adapter."""
+    base = opt[1]
+
+    def weight_of(name: str) -> torch.Tensor:
+        left, sizes, right = torch.linalg.svd(base.linear(name).rows(0, 1 << 40), full_matrices=False)
+        sizes[3] = sizes[2] * (1 - 1e-5)
+        return (left * sizes) @ right
+
+    parsed = read_adapter(psoft, base.spec)
+    with pytest.raises(AdapterInvalid) as raised:
+        parsed.on_base(weight_of)
+    assert [reason.code for reason in raised.value.reasons] == ["seed_not_usable"]
+    assert parsed.on_base(lambda name: base.linear(name).rows(0, 1 << 40)).rank == 6
+
+
+def test_signs_are_those_of_the_decomposition(
+    opt: tuple[Any, BaseModel], psoft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They change what is served, so that a build with other signs is refused, and whoever uploads is told."""
+    base = opt[1]
+
+    def weight_of(name: str) -> torch.Tensor:
+        return base.linear(name).rows(0, 1 << 40)
+
+    parsed = read_adapter(psoft, base.spec)
+    assert [note.partition(":")[0] for note in parsed.notes] == ["PSOFT"]
+    before = parsed.on_base(weight_of).deltas[0]
+    decompose = torch.linalg.svd
+
+    def turned(matrix: torch.Tensor, **options: Any) -> tuple[torch.Tensor, ...]:
+        left, sizes, right = decompose(matrix, **options)
+        signs = torch.ones(len(sizes))
+        signs[1] = -1
+        return left * signs, sizes, signs[:, None] * right
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "svd", turned)
+        after = parsed.on_base(weight_of).deltas[0]
+    one, other = (delta.b @ delta.a for delta in (before, after))  # type: ignore[union-attr]
+    assert float((one - other).abs().max()) > 0.1
+    monkeypatch.setattr(psoft_kind, "_KNOWN_SIGNS", ())
+    assert reasons_of(psoft, base.spec) == [("seed_not_usable", CONFIG)]

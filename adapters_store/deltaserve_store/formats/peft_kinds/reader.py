@@ -67,6 +67,8 @@ class PeftReader(ABC):
     limits: ClassVar[str]
     """What is refused of this type, for the documentation."""
     kind: ClassVar[Kind] = "lora"
+    notes: ClassVar[tuple[str, ...]] = ()
+    """What whoever uploads such a file is told."""
     fields: ClassVar[Mapping[str, FieldRule]]
 
     def __init__(
@@ -160,6 +162,7 @@ def read_kind(
         rank=max((delta.rank for delta in deltas if isinstance(delta, _RANKED)), default=None),
         num_parameters=sum(_count(info.shape) for info in tensors.header.tensors.values()),
         weight_deltas=tuple(delta for delta in deltas if isinstance(delta, WeightDelta | FunctionDelta)),
+        notes=reader.notes,
     )
 
 
