@@ -52,7 +52,7 @@ class VersionFolders:
         return self.root / "derived" / check_version(version) / key
 
     def install(self, source: Path, parsed: ParsedAdapter, check_room: Callable[[int], None]) -> AdapterManifest:
-        """Puts the two files of ``source`` in place and returns their manifest. Files that are there already stay when
+        """Puts the files of ``source`` in place and returns their manifest. Files that are there already stay when
         their bytes are what was admitted; damaged ones are replaced.
 
         Files in our own scratch area are linked, others copied (nobody outside may keep a name for our bytes).
@@ -179,7 +179,7 @@ class VersionFolders:
                 remove_tree(entry)
 
 
-def _describe(folder: Path, names: tuple[str, str], parsed: ParsedAdapter) -> AdapterManifest:
+def _describe(folder: Path, names: tuple[str, ...], parsed: ParsedAdapter) -> AdapterManifest:
     files = tuple(StoredFile(name, (folder / name).stat().st_size, file_sha256(folder / name)) for name in names)
     return AdapterManifest(
         version=content_digest(folder),

@@ -122,7 +122,7 @@ CASES: dict[str, KindCase] = {
     "psoft-even": KindCase("PsoftConfig", {**_PSOFT, "ab_svd_init": "pissa_init"}, 0.2, _around_one),
     "psoft-free": KindCase("PsoftConfig", {"r": 4, "psoft_orth": False, "psoft_mag_b": False}, 0.4),
     "glora": KindCase("GloraConfig", {"r": 3}, 0.3),
-    "frod": KindCase("FrodConfig", {"sparse_rate": 0.02, "progressbar": False}, 0.4, _around_base),
+    "frod": KindCase("FrodConfig", {"sparse_rate": 0.02, "progressbar": False}, 0.25, _around_base),
 }
 
 

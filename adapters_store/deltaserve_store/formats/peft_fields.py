@@ -176,6 +176,10 @@ ALPHA_PATTERN = FieldRule(
 BIAS = FieldRule("understood", one_of("none"), "none (trained biases are not served yet)", "unsupported_feature")
 FRACTION = FieldRule("descriptive", is_fraction, "a number from 0 to 1")
 
+_BESIDE_INITIAL = FieldRule(
+    "neutral-only", one_of(None), "null, or an object beside initial_model.safetensors", "unsupported_feature"
+)
+
 LORA_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
     {
         **COMMON_FIELDS,
@@ -189,8 +193,9 @@ LORA_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
         "init_lora_weights": FieldRule(
             "understood",
             one_of(True, False, "gaussian", "orthogonal", "eva", "pissa", "olora"),
-            "true, false, gaussian, orthogonal, eva, pissa or olora (others change the base in a way that cannot be "
-            "repeated; save with path_initial_model_for_weight_conversion)",
+            "true, false, gaussian, orthogonal, eva, pissa or olora; beside initial_model.safetensors also "
+            "pissa_niter_N, corda and lora_ga (save with path_initial_model_for_weight_conversion, or upload the "
+            "initial factors too); never loftq (what quantising took from the base is in no file)",
             "unsupported_feature",
         ),
         "lora_dropout": FRACTION,
@@ -203,8 +208,8 @@ LORA_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
         "lora_bias": off(False),
         "use_qalora": off(False),
         "loftq_config": off(None, {}),
-        "corda_config": off(None),
-        "lora_ga_config": off(None),
+        "corda_config": _BESIDE_INITIAL,
+        "lora_ga_config": _BESIDE_INITIAL,
         "velora_config": off(None),
         "monteclora_config": off(None),
         "kasa_config": off(None),

@@ -12,6 +12,7 @@ from typing import Any
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats import lora_vocabulary
 from deltaserve_store.formats.activated_lora import check_alone, take_invocation
+from deltaserve_store.formats.lora_beside_initial import beside_initial, in_initial, less_initial
 from deltaserve_store.formats.lora_initial import check_initial, residual_delta
 from deltaserve_store.formats.lora_vectors import LoraVectors, split_config, vector_names
 from deltaserve_store.formats.lora_vocabulary import LoraVocabulary
@@ -30,14 +31,22 @@ from deltaserve_store.spec import BaseSpec
 
 
 def parse_peft_lora(
-    config: Mapping[str, Any], config_name: str, tensors: TensorFile, base: BaseSpec, findings: Findings
+    config: Mapping[str, Any],
+    config_name: str,
+    tensors: TensorFile,
+    base: BaseSpec,
+    findings: Findings,
+    initial: TensorFile | None = None,
 ) -> ParsedAdapter | None:
-    """None when ``findings`` got a reason. Shapes are settled from the header before a tensor is read."""
-    always, invocation = take_invocation(config, base, config_name, findings)
+    """None when ``findings`` got a reason. Shapes are settled from the header before a tensor is read. ``initial``:
+    the factors that training took out of the base."""
+    given = config if initial is None else beside_initial(config, config_name, findings)
+    always, invocation = take_invocation(given, base, config_name, findings)
     plain, options = split_config(always, config_name, findings)
     plain, wanted = lora_vocabulary.split_config(plain, config_name, findings)
     lora = parse_lora_config(plain, base, config_name, findings)
-    method = check_initial(config, config_name, findings)
+    method = check_initial(given, config_name, findings)
+    is_beside_part = method is not None or initial is not None
     if lora is None or findings:
         _name_strays_without_config(tensors, base, findings)
         return None
@@ -46,7 +55,7 @@ def parse_peft_lora(
     vectors.check_layout(tensors, findings)
     vocabulary = LoraVocabulary(wanted, lora, tensors, base, config_name, findings)
     vocabulary.check_layout(tensors, findings)
-    if vocabulary.low_rank and (options["use_dora"] or options["lora_bias"] or method is not None):
+    if vocabulary.low_rank and (options["use_dora"] or options["lora_bias"] or is_beside_part):
         allowed = "plain LoRA on embedding and head"
         findings.add("unsupported_feature", f"{config_name}:target_modules", vocabulary.low_rank[0], allowed)
     if invocation:
@@ -54,9 +63,13 @@ def parse_peft_lora(
             config_name,
             findings,
             terms_of_embedding_and_head=bool(vocabulary.shapes),
-            an_initial_part_of_the_base=method is not None,
+            an_initial_part_of_the_base=is_beside_part,
         )
     _check_layout(lora, modules, tensors, base, findings, others={*vectors.sizes, *vocabulary.names})
+    if initial is not None:
+        of_initial = Findings()
+        _check_layout(lora, modules, initial, base, of_initial, others=())
+        in_initial(of_initial, findings)
     if findings:
         return None
     found = vectors.read(tensors, findings)
@@ -68,6 +81,8 @@ def parse_peft_lora(
         check_values(name_a, a, findings)
         check_values(name_b, b, findings)
         deltas.append(LoraDelta(module, a, b, lora.scaling_of(module), magnitude=vectors.magnitude(module, found)))
+    if initial is not None:
+        deltas = [less_initial(delta, _names(delta.module), initial, findings) for delta in deltas]
     if findings:
         return None
     residual: tuple[ResidualDelta, ...] = (
@@ -86,7 +101,7 @@ def parse_peft_lora(
             for delta in (*(residual or deltas), *of_vocabulary)
             if isinstance(delta, LoraDelta | ResidualDelta)
         ),
-        num_parameters=sum(delta.a.numel() + delta.b.numel() for delta in deltas)
+        num_parameters=sum(delta.a.numel() + delta.b.numel() for delta in deltas) // (1 if initial is None else 2)
         + sum(vectors.sizes.values())
         + vocabulary.num_parameters,
         weight_deltas=residual,
