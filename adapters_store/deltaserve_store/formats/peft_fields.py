@@ -192,8 +192,8 @@ LORA_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
         "bias": BIAS,
         "init_lora_weights": FieldRule(
             "understood",
-            one_of(True, False, "gaussian", "orthogonal", "eva", "pissa", "olora"),
-            "true, false, gaussian, orthogonal, eva, pissa or olora; beside initial_model.safetensors also "
+            one_of(True, False, "gaussian", "orthogonal", "eva", "mica", "pissa", "olora"),
+            "true, false, gaussian, orthogonal, eva, mica, pissa or olora; beside initial_model.safetensors also "
             "pissa_niter_N, corda and lora_ga (save with path_initial_model_for_weight_conversion, or upload the "
             "initial factors too); never loftq (what quantising took from the base is in no file)",
             "unsupported_feature",
