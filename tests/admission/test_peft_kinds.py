@@ -56,6 +56,7 @@ def test_every_kind_lives_through_upload_serving_eviction_and_reload(
                 result = await runtime.admit(folder, name)
                 assert result.evidence.max_error <= result.evidence.tolerance
                 assert result.evidence.effect > 10 * result.evidence.tolerance, f"{name} has no effect to prove"
+                assert any("singular vectors" in told for told in result.warnings) == (name == "psoft")
                 versions[name] = result.record.version
             first = await ask_all()
             assert first == [peft_greedy(hf_model, folder, PROMPT, 12) for folder in (None, *kinds.values())]

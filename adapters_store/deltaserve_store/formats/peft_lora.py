@@ -65,7 +65,7 @@ def parse_peft_lora(
     vocabulary = LoraVocabulary(wanted, lora, tensors, base, config_name, findings)
     vocabulary.check_layout(tensors, findings)
     if vocabulary.low_rank and (options["use_dora"] or options["lora_bias"] or is_beside_part):
-        allowed = "plain LoRA on embedding and head"
+        allowed = "plain LoRA on embedding and head: scales and biases of all tokens' rows have no term there"
         findings.add("unsupported_feature", f"{config_name}:target_modules", vocabulary.low_rank[0], allowed)
     if invocation:
         check_alone(

@@ -28,6 +28,16 @@ def _with(make: Callable[..., Path], **options: Any) -> Callable[[Bench, Path], 
     return lambda bench, folder: make(bench.model, folder, **options)
 
 
+def _variant(config: str, field: str, **options: Any) -> Callable[[Bench, Path], Path]:
+    def write(bench: Bench, folder: Path) -> Path:
+        from peft.tuners.lora import config as configs
+
+        given = {field: getattr(configs, config)(**options)}
+        return make_peft_lora(bench.model, folder, seed=12, rank=4, std=0.2, **given)
+
+    return write
+
+
 def _with_its_start(bench: Bench, folder: Path) -> Path:
     """As CorDA leaves it: what it began with, and what it became."""
     options = {"rank": 4, "alpha": 8, "std": 0.2}
@@ -65,6 +75,13 @@ ENTRIES = (
     Entry("LoRA", "PiSSA", "PEFT", _with(make_peft_lora, seed=8, init_lora_weights="pissa", rank=4, std=0.2)),
     Entry("LoRA", "OLoRA", "PEFT", _with(make_peft_lora, seed=9, init_lora_weights="olora", rank=4, std=0.2)),
     Entry("LoRA", "its start beside it", "PEFT", _with_its_start, _less_its_start, "edited weights"),
+    Entry("LoRA", "KaSA", "PEFT", _variant("KasaConfig", "kasa_config")),
+    Entry(
+        "LoRA",
+        "blocks",
+        "PEFT",
+        _variant("BdLoraConfig", "use_bdlora", target_modules_bd_b=["proj"], nblocks=2),
+    ),
     Entry("SHiRA", "", "PEFT", _with(make_peft_shira, seed=5)),
     Entry("IA3", "", "PEFT", _with(make_peft_ia3, seed=6)),
     Entry("LN tuning", "", "PEFT", _with(make_peft_ln_tuning, seed=7)),
