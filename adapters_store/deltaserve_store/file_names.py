@@ -10,6 +10,7 @@ MB = 1 << 20
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
+INITIAL_TENSORS = "initial_model.safetensors"
 SPARSE_CONFIG = "adapter.json"
 SPARSE_TENSORS = "adapter.safetensors"
 ADDED_TOKENS = "added_tokens.json"
@@ -40,6 +41,7 @@ STORED_FILES: Mapping[str, int] = MappingProxyType(
     {
         PEFT_CONFIG: MAX_JSON_BYTES,
         PEFT_TENSORS: MAX_TENSOR_FILE_BYTES,
+        INITIAL_TENSORS: MAX_TENSOR_FILE_BYTES,
         SPARSE_CONFIG: MAX_JSON_BYTES,
         SPARSE_TENSORS: MAX_TENSOR_FILE_BYTES,
         TOKEN_LIST: MAX_JSON_BYTES,

@@ -152,7 +152,8 @@ class ParsedAdapter:
     ``base_fingerprint`` what our own files carry. ``chat_template`` names a template of the operator's registry;
     template text is never taken from an adapter. ``invocation_token_ids``: the adapter acts from their last occurrence
     in a prompt on; empty for one that always acts. ``skipped`` lists files that are no part of the adapter. ``prefix``
-    stands before a sequence's own tokens. ``added_tokens``: by id, those that the base's tokenizer lacks.
+    stands before a sequence's own tokens. ``added_tokens``: by id, those that the base's tokenizer lacks. ``notes`` are
+    told to whoever uploads it.
     """
 
     kind: Kind
@@ -171,6 +172,7 @@ class ParsedAdapter:
     more_kinds: tuple[Kind, ...] = ()
     prefix: PrefixDelta | None = None
     added_tokens: tuple[AddedToken, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

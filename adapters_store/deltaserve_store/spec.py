@@ -55,6 +55,9 @@ class BaseSpec:
     ``embedding`` is a linear from token ids (``in_features`` the vocabulary) and ``head`` one to logits
     (``out_features`` the vocabulary); neither is among ``linears``. None where adapters cannot change them.
 
+    ``registered``: every linear of the model but the head, also those that are not among ``linears``, in the order in
+    which the model registers its modules. PEFT numbers modules by it. Empty where nobody asked the model.
+
     ``num_added_tokens``: see ``with_added_tokens``; 0 for a base as it is.
     """
 
@@ -73,6 +76,7 @@ class BaseSpec:
     head: LinearSpec | None = None
     kv_heads: int = 0
     head_dim: int = 0
+    registered: tuple[str, ...] = ()
     num_added_tokens: int = 0
 
     @property

@@ -57,7 +57,8 @@ def write_dense_adapter(
     modules: dict[str, list[str]] = {}
     for delta in deltas:
         if isinstance(delta, VectorDelta):
-            is_foreign = any(v is not None for v in (delta.out_scale, delta.in_scale, delta.in_bias, delta.new_bias))
+            others = (delta.out_scale, delta.in_scale, delta.in_bias, delta.new_bias, delta.bias_scale)
+            is_foreign = any(v is not None for v in others)
         else:
             is_foreign = isinstance(delta, NormDelta) and delta.replaces
         for part in (*PARTS, *NORM_PARTS):

@@ -111,11 +111,15 @@ def _tensors(delta: Delta | PackedFactors) -> tuple[dict[str, Tensor], dict[str,
             raise ValueError(f"{num_duplicates} positions of {delta.module} occur twice")
         return dict(zip(ENTRY_PARTS, entries, strict=True)), {"entries": delta.num_entries}
     is_linear = isinstance(delta, VectorDelta)
-    if delta.replaces if isinstance(delta, NormDelta) else delta.new_bias is not None or delta.scales_bias:
+    if delta.replaces if isinstance(delta, NormDelta) else _is_foreign(delta):
         raise ValueError(f"{delta.module}: not a change that this format can say")
     parts = LINEAR_PARTS if is_linear else NORM_PARTS
     vectors = {part: vector for part in parts if (vector := getattr(delta, part)) is not None}
     return vectors, {"vectors": list(vectors)} if vectors else {}
+
+
+def _is_foreign(delta: VectorDelta) -> bool:
+    return delta.new_bias is not None or delta.bias_scale is not None or delta.scales_bias
 
 
 def parse_deltaserve_terms(

@@ -10,6 +10,7 @@ from typing import Any
 
 from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.file_names import (
+    INITIAL_TENSORS,
     MAX_TENSOR_FILE_BYTES,
     PEFT_CONFIG,
     PEFT_TENSORS,
@@ -106,12 +107,25 @@ def _parse(
             if config is None:
                 return None
             own = Findings()
-            parsed = _parse_kind(kind, config, tensors, base, own, limits)
+            if INITIAL_TENSORS in names:
+                parsed = _parse_beside_initial(folder, kind, config, tensors, base, own)
+            else:
+                parsed = _parse_kind(kind, config, tensors, base, own, limits)
             own.raise_if_any()
             return parsed
     except AdapterInvalid as error:
         findings.extend(error)
         return None
+
+
+def _parse_beside_initial(
+    folder: Path, kind: str, config: Mapping[str, Any], tensors: TensorFile, base: BaseSpec, findings: Findings
+) -> ParsedAdapter | None:
+    if kind != "LORA":
+        findings.add("unexpected_file", INITIAL_TENSORS, kind or "another format", "initial factors of a PEFT LoRA")
+        return None
+    with TensorFile(folder / INITIAL_TENSORS, max_bytes=MAX_TENSOR_FILE_BYTES) as initial:
+        return parse_peft_lora(config, PEFT_CONFIG, tensors, base, findings, initial)
 
 
 def _parse_kind(

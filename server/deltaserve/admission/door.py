@@ -170,7 +170,7 @@ class Admission:
                         return result
 
                     result = await self._change_names(commit)
-        return AdmissionResult(result.record, result.created, evidence, judgement.warnings)
+        return AdmissionResult(result.record, result.created, evidence, (*adapter.notes, *judgement.warnings))
 
     async def prepare(self, version: str) -> None:
         """Fold and prove a stored version for this server, before the engine serves it; quick when that is done.

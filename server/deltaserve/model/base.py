@@ -24,7 +24,7 @@ from deltaserve.model.head import cut_before_head, find_decoder
 from deltaserve.model.kv_cache import KVLayout
 from deltaserve.model.linear import BaseLinear
 from deltaserve.model.norms import TunableNorm, find_norms, watch
-from deltaserve.model.packing import find_linears, pack, wrap_head
+from deltaserve.model.packing import find_linears, pack, registered_linears, wrap_head
 from deltaserve.model.prefix import prompt_kv
 from deltaserve.model.rope import check_rope, choose_longrope_per_row
 from deltaserve.model.support import find_layers
@@ -266,6 +266,7 @@ def load_base(
         head=None if head is None else _linear_spec(head),
         kv_heads=kv_heads,
         head_dim=head_dim,
+        registered=registered_linears(model),
     )
     base = BaseModel(
         model,

@@ -109,7 +109,7 @@ _TERMS = (LoraDelta, SparseDelta, DenseDelta, SignDelta, VectorDelta)
 _KNOWN_OF_ADAPTER = frozenset(
     {
         *("kind", "more_kinds", "file_format", "deltas", "weight_deltas", "config", "base_name", "base_fingerprint"),
-        *("rank", "num_parameters", "chat_template", "stop_token_ids", "skipped"),
+        *("rank", "num_parameters", "chat_template", "stop_token_ids", "skipped", "notes"),
     }
 )
 _KNOWN = frozenset(

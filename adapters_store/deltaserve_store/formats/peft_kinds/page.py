@@ -155,10 +155,15 @@ the file holds what was trained beside the rest. On the base itself that is `alp
   the span of its first r columns, times `alpha / r`), and is computed when the adapter is read, as PEFT does when it
   loads such a file. It costs a decomposition of each targeted weight. Where the base leaves `W_0` open (singular values
   that hardly differ), the file is refused (`seed_not_usable`); so is DoRA on top (`unsupported_feature`).
-- `pissa_niter_n` draws random numbers, CorDA and LoRA-GA look at data, LoftQ quantises: `unsupported_feature`. PEFT can
-  save PiSSA, OLoRA and CorDA as a plain LoRA of twice the rank: give `save_pretrained` the option
-  `path_initial_model_for_weight_conversion` with the folder of the adapter as it was before training. The result says
-  `init_lora_weights: true` and is served as any LoRA.
+- With the initial factors in the upload, as `initial_model.safetensors`, all of them but LoftQ are served, and nothing
+  is computed from the base: the tensor file of the adapter as PEFT saved it before the first step, under that name
+  beside the other two ([adapter-format.md](adapter-format.md#peft-lora)). `W_0` is `alpha / r · B_0 A_0`.
+- Without them `pissa_niter_n`, which draws random numbers, CorDA and LoRA-GA, which look at data, are refused
+  (`unsupported_feature`). PEFT can also save PiSSA, OLoRA, CorDA and LoRA-GA as a plain LoRA of twice the rank: give
+  `save_pretrained` the option `path_initial_model_for_weight_conversion` with the folder of the adapter as it was
+  before training. The result says `init_lora_weights: true` and is served as any LoRA.
+- LoftQ trains beside a quantised base. What quantising took from the base is in no file and no matrix of low rank:
+  `unsupported_feature`.
 
 ## Refused by name
 
