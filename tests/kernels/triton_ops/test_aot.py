@@ -111,7 +111,6 @@ FOLDED = {"h": BF16}
 def sparse_of(form: sparse.SparseForm, in_features: int) -> dict[str, Any]:
     return {
         "K": in_features,
-        "BUCKET": form.bucket_of(in_features),
         "TILE_ROWS": form.tile_rows,
         "STAGE": form.stage(in_features),
         "STEP": form.step,
@@ -242,10 +241,10 @@ SPECS = {
     "transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 32}),
     "sparse_wide": Spec(
         sparse_wide.sparse_wide,
-        of_kernel(sparse_wide.sparse_wide, sparse_of(sparse.PREFILL, 14336)),
+        of_kernel(sparse_wide.sparse_wide, sparse_of(sparse.PROMPTS, 14336)),
         narrow=1,
         wide=4 * 4 + 4,
-        num_warps=sparse.PREFILL.num_warps,
+        num_warps=sparse.PROMPTS.num_warps,
     ),
     # A few numbers an item: nothing to read wide.
     "store_items": Spec(row_items.store_items, {"TILE_ROWS": row_items.TILE_ROWS}, wide=0, num_warps=1),

@@ -137,7 +137,7 @@ def test_lora_equals_the_definition(num_rows: int, form: lora.LoraForm, low_rank
 SPARSE_FORMS = {
     "decode": sparse.DECODE,
     "gathered": sparse.SparseForm(staged=False),
-    "prefill": sparse.PREFILL,
+    "prompts": sparse.PROMPTS,
 }
 
 

@@ -99,7 +99,7 @@ def step(num_rows: int, runs: list[tuple[int, int, Parts]], tables: Tables, dept
     for form in FORMS:
         lora.lora_linear(y, x, work, tables.lora, MEMBERS, depth, form)
         vectors.lora_vector_linear(y, x, work, tables.lora, tables.vectors, MEMBERS, depth, form)
-    for sparse_form in (sparse.DECODE, sparse.PREFILL):
+    for sparse_form in (sparse.DECODE, sparse.PROMPTS):
         sparse.sparse_linear(y, x, work, tables.sparse, MEMBERS, depth, sparse_form)
     blocks.block_linear(y, x, work, tables.blocks, MEMBERS, depth)
     vectors.rms_norm(x, x[0], 1e-6, work, tables.norms, num_rows % 3, depth)
