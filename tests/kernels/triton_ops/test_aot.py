@@ -23,6 +23,7 @@ from deltaserve_kernels.triton_ops import (
     attention,
     attention_kernels,
     block_kernels,
+    block_rows,
     blocks,
     lora,
     lora_programs,
@@ -225,18 +226,33 @@ SPECS = {
         narrow=32 + 2,
         wide=0,
     ),
-    # x through a list: 16 rows of 128 columns over 128 threads; 16 of 32.
+    # x through a list: 32 rows of 128 columns over 128 threads; 32 of 32.
     "shrink_blocks": Spec(
         block_kernels.shrink_blocks,
-        of_kernel(block_kernels.shrink_blocks, shrink_of(blocks.FORM, 14336)),
-        narrow=16,
+        of_kernel(block_kernels.shrink_blocks, shrink_of(blocks.PROMPTS, 14336)),
+        narrow=32,
         wide=3,
     ),
     "expand_blocks": Spec(
         block_kernels.expand_blocks,
-        {**of_kernel(block_kernels.expand_blocks, expand_of(blocks.FORM, 14336)), "BLOCK_C": blocks.BLOCK_COLUMNS},
-        narrow=4,
+        {**of_kernel(block_kernels.expand_blocks, expand_of(blocks.PROMPTS, 14336)), "BLOCK_C": blocks.BLOCK_COLUMNS},
+        narrow=8,
         wide=4,
+    ),
+    # Narrow: x through a list, four a thread and one; y, one element a thread.
+    "blocks_by_row": Spec(
+        block_rows.blocks_by_row,
+        {
+            "K": 14336,
+            "CHUNK": blocks.DECODE.chunk,
+            "GROUP": blocks.DECODE.group,
+            "BLOCK_C": blocks.DECODE.block_c,
+            "BLOCK_N": blocks.DECODE.block_n,
+            **QKV,
+        },
+        narrow=6,
+        wide=6,
+        num_warps=blocks.DECODE.num_warps,
     ),
     "transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 32}),
     "sparse_wide": Spec(

@@ -241,8 +241,12 @@ def test_write_kv_equals_the_definition() -> None:
     assert torch.equal(pool, expected)
 
 
+BLOCK_FORMS = {"by_row": blocks.DECODE, "prompts": blocks.PROMPTS}
+
+
+@pytest.mark.parametrize("form", BLOCK_FORMS.values(), ids=BLOCK_FORMS)
 @pytest.mark.parametrize("num_rows", [1, 17, 63 if ON_GPU else 20])
-def test_blocks_equal_the_definition(num_rows: int) -> None:
+def test_blocks_equal_the_definition(num_rows: int, form: blocks.RowForm | lora.LoraForm) -> None:
     step, tables = step_of(num_rows, num_rows, slots=4), BlockTables(len(WIDTHS), 4, DEVICE)
     for linear, width in enumerate(WIDTHS):
         rows = torch.arange(1, width, 13 + linear, dtype=torch.int32)
@@ -258,7 +262,7 @@ def test_blocks_equal_the_definition(num_rows: int) -> None:
             tables.set(linear, slot, d.to(DEVICE), IN_FEATURES, width, **lists)
     expected, out = step.y.clone(), step.y.clone()
     term_reference.block_linear(expected, step.x, step.work, tables, MEMBERS, 0.3)
-    blocks.block_linear(out, step.x, step.work, tables, MEMBERS, 0.3)
+    blocks.block_linear(out, step.x, step.work, tables, MEMBERS, 0.3, form)
     close(out, expected, 3e-3)
 
 

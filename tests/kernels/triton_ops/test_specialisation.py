@@ -101,7 +101,8 @@ def step(num_rows: int, runs: list[tuple[int, int, Parts]], tables: Tables, dept
         vectors.lora_vector_linear(y, x, work, tables.lora, tables.vectors, MEMBERS, depth, form)
     for sparse_form in (sparse.DECODE, sparse.PROMPTS):
         sparse.sparse_linear(y, x, work, tables.sparse, MEMBERS, depth, sparse_form)
-    blocks.block_linear(y, x, work, tables.blocks, MEMBERS, depth)
+    for block_form in (blocks.DECODE, blocks.PROMPTS):
+        blocks.block_linear(y, x, work, tables.blocks, MEMBERS, depth, block_form)
     vectors.rms_norm(x, x[0], 1e-6, work, tables.norms, num_rows % 3, depth)
 
 
@@ -113,7 +114,7 @@ def test_adapter_operators_compile_once(binaries: set[tuple[str, str]]) -> None:
         {"shrink_rows", "expand_rows", "shrink", "expand", "fused"},
         {"sparse", "sparse_wide", "transpose"},
     )
-    others = {"shrink_blocks", "expand_blocks", "store_items", "rms_norm"}
+    others = {"blocks_by_row", "shrink_blocks", "expand_blocks", "store_items", "rms_norm"}
     assert {name for name, _ in warm} == {"build_tiles"} | low_rank | scattered | others
     draw = random.Random(0)
     for ranks, num_slots, linears in (([1, 5, 16, 64], 16, [0, 1, 2]), ([33], 7, [2]), ([8, 16], 2, [0, 2])):
