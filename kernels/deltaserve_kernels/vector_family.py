@@ -77,6 +77,8 @@ class VectorFamily:
         self.out_rotations = RotationTables(num_linears, num_slots, device)
         self.num_slots = num_slots
         self._used: set[int] = set()
+        # int32 [num_slots], 1 where a slot has anything: what kernels know rows with vectors by.
+        self.flags = torch.zeros(num_slots, dtype=torch.int32, device=device)
 
     @property
     def is_empty(self) -> bool:
@@ -96,11 +98,14 @@ class VectorFamily:
             if factors:
                 self._used.add(slot)
                 turns.set_all(slot, factors)
+        if slot in self._used:
+            self.flags[slot] = 1
 
     def clear(self, slot: int) -> None:
         """Empty a slot and let go of its tensors."""
         if slot in self._used:
             self._used.remove(slot)
+            self.flags[slot] = 0
             for tables in (self.outputs, self.inputs, self.norms, self.in_rotations, self.out_rotations):
                 if tables.has_slot(slot):
                     tables.clear(slot)

@@ -14,7 +14,7 @@ from deltaserve.engine.graph_capture import Pass
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
-from deltaserve_kernels import LoraTables, PaddedLayout, SparseTables
+from deltaserve_kernels import LoraTables, PaddedLayout, SparseTables, VectorEntries, VectorEntry, VectorFamily
 from deltatest.kernel_cases import csr
 
 NUM_SLOTS = 5
@@ -28,7 +28,8 @@ def rerun(run: Pass) -> Pass:
 
 
 class GraphRig:
-    """``capture`` defaults to running the same pass again. Slots: any of low-rank, sparse, both or nothing."""
+    """``capture`` defaults to running the same pass again. Slots: any of low-rank, sparse, both or nothing; with
+    ``has_vectors`` also scales, biases and norms ("vectors") and input scales of linears that share theirs ("fed")."""
 
     def __init__(
         self,
@@ -38,6 +39,7 @@ class GraphRig:
         capture_now: bool = True,
         seed: int = 0,
         max_seqs: int = 6,
+        has_vectors: bool = False,
         **options: Any,
     ) -> None:
         self.base = base
@@ -47,16 +49,25 @@ class GraphRig:
         device = base.device
         self.lora = LoraTables(len(base.linears), NUM_SLOTS, device)
         self.sparse = SparseTables(len(base.linears), NUM_SLOTS, device)
+        self.vectors = VectorFamily(len(base.linears), len(base.norms), NUM_SLOTS, device) if has_vectors else None
         self.num_blocks = max(40, LONGEST_TABLE * max(options.get("row_counts") or [max_seqs]))
         self.kv = KVCache(base.kv_layout, self.num_blocks, device, has_scratch=True)
         self.kv.pool.normal_(generator=torch.Generator(device).manual_seed(seed))
         self.graphs = DecodeGraphs(
-            base, self.kv, self.lora, self.sparse, max_seqs=max_seqs, max_blocks=8, capture=self._count, **options
+            base,
+            self.kv,
+            self.lora,
+            self.sparse,
+            vectors=self.vectors,
+            max_seqs=max_seqs,
+            max_blocks=8,
+            capture=self._count,
+            **options,
         )
         if capture_now:
             self.graphs.capture()
         self.eager_kv = KVCache(base.kv_layout, self.num_blocks, device)
-        self.eager = ModelRunner(base, self.eager_kv, self.lora, self.sparse)
+        self.eager = ModelRunner(base, self.eager_kv, self.lora, self.sparse, vectors=self.vectors)
 
     def _count(self, run: Pass) -> Pass:
         self.num_captures += 1
@@ -67,17 +78,56 @@ class GraphRig:
 
     def change_adapters(self) -> None:
         """Empty some slots and fill some, with terms of other kinds, ranks and targets than before."""
+        kinds: list[tuple[str, ...]] = [(), ("lora",), ("sparse",), ("lora", "sparse")]
+        if self.vectors is not None:
+            kinds += [("vectors",), ("vectors", "fed"), ("lora", "vectors"), ("lora", "sparse", "vectors", "fed")]
         for slot in range(NUM_SLOTS):
             if self.draw.random() < 0.4:
-                self.lora.clear(slot)
-                self.sparse.clear(slot)
-                self.fill(slot, self.draw.choice([(), ("lora",), ("sparse",), ("lora", "sparse")]))
+                self.clear(slot)
+                self.fill(slot, self.draw.choice(kinds))
+
+    def clear(self, slot: int) -> None:
+        self.lora.clear(slot)
+        self.sparse.clear(slot)
+        if self.vectors is not None:
+            self.vectors.clear(slot)
+
+    def fill_vectors(self, slot: int, targets: Sequence[int], *, fed: bool, share: float = 0.7) -> None:
+        """Scales and biases of some targets' outputs, differences of some norms, scales of some inputs; ``fed``: of
+        inputs that several linears share too."""
+        if self.vectors is None:
+            raise ValueError("a rig without has_vectors")
+        generator = torch.Generator().manual_seed(self.draw.randrange(1 << 30))
+
+        def vector(size: int, mean: float) -> torch.Tensor:
+            return (mean + 0.2 * torch.randn(size, generator=generator)).to(self.base.device)
+
+        def pair(size: int, mean: float, has_bias: bool = True) -> VectorEntry:
+            which = self.draw.choice([(1, 0), (0, 1), (1, 1)]) if has_bias else (1, 0)
+            return VectorEntry(vector(size, mean) if which[0] else None, vector(size, 0.0) if which[1] else None)
+
+        specs = [self.base.spec.linears[name] for name in self.base.linears]
+        alone = {group[0] for group in self.base.groups() if len(group) == 1}
+        outputs = [(i, pair(specs[i].out_features, 1.0)) for i in targets]
+        inputs = [
+            (i, pair(specs[i].in_features, 1.0, has_bias=False))
+            for i in targets
+            if (fed or self.base.linears[i] in alone) and self.draw.random() < share
+        ]
+        norms = [
+            (i, pair(self.base.norm(name)[0].numel(), 0.0, self.base.norm(name)[1] is not None))
+            for i, name in enumerate(self.base.norms)
+            if self.draw.random() < share
+        ]
+        self.vectors.set_all(slot, VectorEntries(tuple(outputs), tuple(inputs), tuple(norms)))
 
     def fill(self, slot: int, families: Sequence[str], rank: int | None = None, share: float = 0.7) -> None:
         """``rank`` None: a random one for each linear; ``share`` of the linears get terms."""
         generator = torch.Generator().manual_seed(self.draw.randrange(1 << 30))
         device, dtype = self.base.device, self.base.dtype
         targets = [i for i in range(len(self.base.linears)) if self.draw.random() < share]
+        if "vectors" in families:
+            self.fill_vectors(slot, targets, fed="fed" in families, share=share)
         for linear in targets:
             spec = self.base.spec.linears[self.base.linears[linear]]
             out_features, in_features = spec.out_features, spec.in_features

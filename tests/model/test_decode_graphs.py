@@ -19,7 +19,7 @@ from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.engine.static_step import StaticStep
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve.model.kv_cache import KVCache
-from deltaserve_kernels import LoraTables, use_backend
+from deltaserve_kernels import LoraTables, RotationFactor, VectorEntries, use_backend
 from deltatest.engine_fakes import request as make_request
 from deltatest.graph_rig import GraphRig, rerun
 from deltatest.real_engine import real_rig
@@ -48,6 +48,16 @@ def test_random_steps_equal_the_eager_runner_to_the_bit(base: BaseModel) -> None
         rig.change_adapters()
         rig.check(rig.random_batch(), f"step {step}")
     assert rig.num_captures == rig.graphs.num_graphs == len(rig.graphs.row_counts) * 4
+
+
+def test_random_steps_with_vectors_equal_the_eager_runner(base: BaseModel) -> None:
+    """Scales, biases, norms and inputs of every kind, in rows of several parts, of other strengths at other depths, and
+    in company; the eager runner finds its rows on the host and shares nothing but the tables."""
+    rig = GraphRig(base, has_vectors=True)
+    for step in range(15):
+        rig.change_adapters()
+        rig.check(rig.random_batch(), f"step {step}")
+    assert rig.num_captures == rig.graphs.num_graphs == len(rig.graphs.row_counts) * 6
 
 
 def low_rank_adapter(base: BaseModel, rank: int, seed: int) -> FoldedAdapter:
@@ -122,6 +132,36 @@ def test_a_step_takes_the_smallest_graph_that_has_its_rows_and_families(llama: B
     assert recorded.replayed == [(2, frozenset({"lora", "sparse"}))]
     with pytest.raises(ValueError, match="only \\['lora', 'sparse'\\] have tables"):
         DecodeGraphs(llama, narrow.kv, narrow.lora, narrow.sparse, keys=[["blocks"]], capture=rerun)
+
+
+def test_vectors_have_graphs_of_their_own_and_inputs_of_several_linears_the_largest(llama: BaseModel) -> None:
+    rig = GraphRig(llama, has_vectors=True)
+    recorded = Recorded(rig.graphs)
+    rig.fill(0, ("vectors",))
+    rig.fill(1, ("vectors", "fed"), share=1.0)
+    rig.fill(2, ("lora",))
+    everything = frozenset({"lora", "sparse", "vectors", "fed"})
+    for slots, families in (([0], {"vectors"}), ([1], everything), ([0, 2], everything), ([2], {"lora"})):
+        batch = rig.random_batch(2, max_parts=0)
+        batch[1].parts = tuple(ScheduledPart(slot, 0.5, 1.0) for slot in slots)
+        rig.check(batch)
+        assert recorded.replayed.pop() == (2, frozenset(families))
+    # At strength 0, and where nobody has such an adapter, the bits are the base's.
+    plain = [ScheduledSequence(0, [7], 3, [1]), ScheduledSequence(1, [9], 3, [2])]
+    wanted = rig.graphs.run(plain).clone()
+    for strengths in ((0.0, 0.0), (1.0, 1.0)):
+        plain[0].parts = (ScheduledPart(1, *strengths),)
+        found = rig.graphs.run(plain)
+        assert recorded.replayed.pop() == (2, everything)
+        assert torch.equal(found[1], wanted[1])
+        assert torch.equal(found[0], wanted[0]) == (strengths == (0.0, 0.0))
+    # Rotations are in no graph.
+    blocks = torch.randn(llama.spec.linears[llama.linears[0]].in_features // 4, 4, 4) * 0.1
+    rig.vectors.clear(0)
+    rig.vectors.set_all(0, VectorEntries(in_rotations=((0, (RotationFactor(blocks, None),)),)))
+    plain[0].parts = (ScheduledPart(0),)
+    assert rig.graphs.run(plain) is None
+    assert rig.eager.execute(plain) is not None
 
 
 def test_what_no_graph_serves_is_left_to_the_eager_runner(llama: BaseModel) -> None:

@@ -285,8 +285,9 @@ class ModelRunner:
 
     def _is_eager(self, batch: Sequence[ScheduledSequence]) -> bool:
         """Whether some row has terms that captured graphs do not know."""
-        families = (self.vectors, self.apart, self.vocabulary, self.blocks)
-        held = [family for family in families if family is not None and not family.is_empty]
+        families = {"vectors": self.vectors, "apart": self.apart, "vocabulary": self.vocabulary, "blocks": self.blocks}
+        known = () if self.graphs is None else self.graphs.families
+        held = [f for name, f in families.items() if name not in known and f is not None and not f.is_empty]
         return bool(held) and any(f.has_slot(part[0]) for seq in batch for part in seq.parts for f in held)
 
     def _regimes(self, batch: Sequence[ScheduledSequence], owner: Any) -> Tensor | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         BlockTables,
         LoraTables,
         SparseTables,
+        VectorRows,
         VectorStep,
         VocabularyStep,
         WorkList,
@@ -49,10 +50,10 @@ class ForwardContext(PassContext):
     ``positions`` int64 [T]; ``cu_seqlens_q`` int32 [S+1], row ranges of the sequences; ``kv_lens`` int32 [S], positions
     valid after this step; ``block_tables`` int32 [S, B]; ``kv_index`` int64 [T] = block * 16 + offset, where each row's
     K and V go. ``work`` groups rows by binding; None or empty means base only. ``is_decode``: every sequence has one
-    row, which spares a launch. Rows of ``work`` with further terms, each None when no row has any: ``vectors``;
-    ``apart``, dense differences and residual modules; ``vocabulary``, changes of embedding or head; ``blocks``, the
-    tables of row and column blocks. ``stream`` is what a fused layer returned last: a tensor of its own, which the next
-    layer may add onto in place.
+    row, which spares a launch. Rows of ``work`` with further terms, each None when no row has any: ``vectors``, in the
+    form of the device's operators; ``apart``, dense differences and residual modules; ``vocabulary``, changes of
+    embedding or head; ``blocks``, the tables of row and column blocks. ``stream`` is what a fused layer returned last:
+    a tensor of its own, which the next layer may add onto in place.
     """
 
     positions: Tensor
@@ -64,7 +65,7 @@ class ForwardContext(PassContext):
     work: WorkList | None = None
     lora: LoraTables | None = None
     sparse: SparseTables | None = None
-    vectors: VectorStep | None = None
+    vectors: VectorStep | VectorRows | None = None
     apart: ApartStep | None = None
     vocabulary: VocabularyStep | None = None
     blocks: BlockTables | None = None
