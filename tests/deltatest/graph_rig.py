@@ -14,8 +14,17 @@ from deltaserve.engine.graph_capture import Pass
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
-from deltaserve_kernels import LoraTables, PaddedLayout, SparseTables, VectorEntries, VectorEntry, VectorFamily
-from deltatest.kernel_cases import csr
+from deltaserve_kernels import (
+    BlockTables,
+    LoraTables,
+    PaddedLayout,
+    SparseTables,
+    VectorEntries,
+    VectorEntry,
+    VectorFamily,
+)
+from deltatest.block_cases import listed
+from deltatest.kernel_cases import csr, randn
 
 NUM_SLOTS = 5
 LONGEST_TABLE = 6  # blocks of a sequence; all sequences of the largest step have blocks of their own
@@ -29,7 +38,8 @@ def rerun(run: Pass) -> Pass:
 
 class GraphRig:
     """``capture`` defaults to running the same pass again. Slots: any of low-rank, sparse, both or nothing; with
-    ``has_vectors`` also scales, biases and norms ("vectors") and input scales of linears that share theirs ("fed")."""
+    ``has_vectors`` also scales, biases and norms ("vectors") and input scales of linears that share theirs ("fed");
+    with ``has_blocks`` row and column blocks ("blocks")."""
 
     def __init__(
         self,
@@ -40,6 +50,7 @@ class GraphRig:
         seed: int = 0,
         max_seqs: int = 6,
         has_vectors: bool = False,
+        has_blocks: bool = False,
         **options: Any,
     ) -> None:
         self.base = base
@@ -50,6 +61,7 @@ class GraphRig:
         self.lora = LoraTables(len(base.linears), NUM_SLOTS, device)
         self.sparse = SparseTables(len(base.linears), NUM_SLOTS, device)
         self.vectors = VectorFamily(len(base.linears), len(base.norms), NUM_SLOTS, device) if has_vectors else None
+        self.blocks = BlockTables(len(base.linears), NUM_SLOTS, device) if has_blocks else None
         self.num_blocks = max(40, LONGEST_TABLE * max(options.get("row_counts") or [max_seqs]))
         self.kv = KVCache(base.kv_layout, self.num_blocks, device, has_scratch=True)
         self.kv.pool.normal_(generator=torch.Generator(device).manual_seed(seed))
@@ -59,6 +71,7 @@ class GraphRig:
             self.lora,
             self.sparse,
             vectors=self.vectors,
+            blocks=self.blocks,
             max_seqs=max_seqs,
             max_blocks=8,
             capture=self._count,
@@ -67,7 +80,7 @@ class GraphRig:
         if capture_now:
             self.graphs.capture()
         self.eager_kv = KVCache(base.kv_layout, self.num_blocks, device)
-        self.eager = ModelRunner(base, self.eager_kv, self.lora, self.sparse, vectors=self.vectors)
+        self.eager = ModelRunner(base, self.eager_kv, self.lora, self.sparse, vectors=self.vectors, blocks=self.blocks)
 
     def _count(self, run: Pass) -> Pass:
         self.num_captures += 1
@@ -81,6 +94,8 @@ class GraphRig:
         kinds: list[tuple[str, ...]] = [(), ("lora",), ("sparse",), ("lora", "sparse")]
         if self.vectors is not None:
             kinds += [("vectors",), ("vectors", "fed"), ("lora", "vectors"), ("lora", "sparse", "vectors", "fed")]
+        if self.blocks is not None:
+            kinds += [("blocks",), ("lora", "blocks")]
         for slot in range(NUM_SLOTS):
             if self.draw.random() < 0.4:
                 self.clear(slot)
@@ -91,6 +106,24 @@ class GraphRig:
         self.sparse.clear(slot)
         if self.vectors is not None:
             self.vectors.clear(slot)
+        if self.blocks is not None:
+            self.blocks.clear(slot)
+
+    def fill_block(self, slot: int, linear: int) -> None:
+        """Listed rows, listed columns or both."""
+        if self.blocks is None:
+            raise ValueError("a rig without has_blocks")
+        spec = self.base.spec.linears[self.base.linears[linear]]
+        seed, which = self.draw.randrange(1 << 20), self.draw.choice(["rows", "columns", "both"])
+        rows = listed(spec.out_features, None if which == "columns" else self.draw.choice([1, 9]), seed)
+        cols = listed(spec.in_features, None if which == "rows" else self.draw.choice([1, 9]), seed + 1)
+        shape = (spec.out_features if rows is None else len(rows), spec.in_features if cols is None else len(cols))
+        d = randn(*shape, dtype=self.base.dtype, seed=seed, scale=0.2)
+        device = self.base.device
+        d, rows, cols = (
+            None if t is None else t.to(device) for t in (d.t().contiguous() if rows is None else d, rows, cols)
+        )
+        self.blocks.set(linear, slot, d, spec.in_features, spec.out_features, out_rows=rows, in_cols=cols)
 
     def fill_vectors(self, slot: int, targets: Sequence[int], *, fed: bool, share: float = 0.7) -> None:
         """Scales and biases of some targets' outputs, differences of some norms, scales of some inputs; ``fed``: of
@@ -131,6 +164,8 @@ class GraphRig:
         for linear in targets:
             spec = self.base.spec.linears[self.base.linears[linear]]
             out_features, in_features = spec.out_features, spec.in_features
+            if "blocks" in families:
+                self.fill_block(slot, linear)
             if "lora" in families:
                 r = rank or self.draw.choice([1, 2, 8, 17])
                 a = torch.randn(r, in_features, generator=generator) * 0.1

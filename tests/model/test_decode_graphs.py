@@ -60,6 +60,14 @@ def test_random_steps_with_vectors_equal_the_eager_runner(base: BaseModel) -> No
     assert rig.num_captures == rig.graphs.num_graphs == len(rig.graphs.row_counts) * 6
 
 
+def test_random_steps_with_blocks_equal_the_eager_runner(base: BaseModel) -> None:
+    rig = GraphRig(base, has_blocks=True, row_counts=[2, 5])
+    for step in range(8):
+        rig.change_adapters()
+        rig.check(rig.random_batch(), f"step {step}")
+    assert rig.num_captures == rig.graphs.num_graphs == 2 * 6
+
+
 def low_rank_adapter(base: BaseModel, rank: int, seed: int) -> FoldedAdapter:
     generator = torch.Generator().manual_seed(seed)
 

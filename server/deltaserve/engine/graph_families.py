@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from deltaserve.model.base import BaseModel
 from deltaserve.model.context import ForwardContext
-from deltaserve_kernels import LoraTables, SparseTables, VectorFamily, VectorRows
+from deltaserve_kernels import BlockTables, LoraTables, SparseTables, VectorFamily, VectorRows
 
 Family = str
 
@@ -51,6 +51,7 @@ def known_families(
     lora: LoraTables | None = None,
     sparse: SparseTables | None = None,
     vectors: VectorFamily | None = None,
+    blocks: BlockTables | None = None,
     max_rank: int,
 ) -> dict[Family, GraphFamily]:
     """The families of the tables that are given, by name, in the order that they are given to a pass."""
@@ -63,6 +64,8 @@ def known_families(
     if vectors is not None:
         known["vectors"] = _vectors(vectors)
         known["fed"] = _fed(vectors, base)
+    if blocks is not None:
+        known["blocks"] = _blocks(blocks)
     return known
 
 
@@ -94,6 +97,13 @@ def _low_rank(tables: LoraTables) -> GraphFamily:
 def _sparse(tables: SparseTables) -> GraphFamily:
     def give_tables(ctx: ForwardContext) -> None:
         ctx.sparse = tables
+
+    return GraphFamily(tables.has_slot, lambda: tables.num_slots, give_tables)
+
+
+def _blocks(tables: BlockTables) -> GraphFamily:
+    def give_tables(ctx: ForwardContext) -> None:
+        ctx.blocks = tables
 
     return GraphFamily(tables.has_slot, lambda: tables.num_slots, give_tables)
 

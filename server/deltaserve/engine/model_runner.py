@@ -111,6 +111,7 @@ class ModelRunner:
         empty = layout.work_list(torch.zeros(layout.size, dtype=torch.int32, device=self.base.device))
         # Planes as for one adapter a row; more would only take memory.
         ctx.work = replace(empty, num_planes=len(input_ids), has_prompts=len(input_ids) > len(batch))
+        ctx.blocks = self.blocks
         self._forward(ctx, input_ids, logit_rows)
 
     def warm_up(self, max_tokens: int = 2 * BLOCK_SIZE) -> None:

@@ -67,6 +67,15 @@ def test_replays_follow_adapters_ranks_counts_and_rows_to_the_bit(base):
     rig.check(batch, "rank 40")
 
 
+def test_replays_follow_blocks_to_the_bit(base):
+    rig = GraphRig(base, capture=Tape(), row_counts=[2], keys=[["lora", "blocks"]], has_blocks=True)
+    for step in range(2):
+        for slot in range(NUM_SLOTS):
+            rig.clear(slot)
+            rig.fill(slot, ("blocks",) if slot % 2 else ("lora", "blocks"))
+        rig.check(rig.random_batch(2, max_parts=2), f"step {step}")
+
+
 def test_an_operator_that_looks_cannot_be_captured(base):
     """So the plain PyTorch operators run without graphs; and the tape does see what would sync."""
     use_backend("reference")

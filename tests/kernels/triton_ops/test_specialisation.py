@@ -187,7 +187,8 @@ def loaded(architecture: str, dtype: torch.dtype, folder: Path) -> BaseModel:
 # Modules that look alike in a step of a base: norms, gated MLPs, rotary with the KV write. Else the write alone.
 FUSED = {"rms_norm_rows", "gated_rows", "rotate_and_store"}
 STEP = {"build_tiles", "shrink_rows", "expand_rows", "sparse", "decode", "combine"}
-PROMPT = {"shrink", "expand", "transpose", "sparse_wide", "prefill"}
+MATRICES = {"blocks_by_row"}
+PROMPT = {"shrink", "expand", "transpose", "sparse_wide", "prefill", "shrink_blocks", "expand_blocks"}
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -195,11 +196,11 @@ def test_no_architecture_looks_into_a_tensor_in_a_decode_pass(
     architecture: str, binaries: set[tuple[str, str]], as_on_a_gpu: None, tmp_path: Path
 ) -> None:
     """A look would be a sync in every step, and what it saw would be frozen in the graph. Kernels do not run here."""
-    rig = GraphRig(loaded(architecture, torch.float32, tmp_path), capture=watched, row_counts=[1, 3])
+    rig = GraphRig(loaded(architecture, torch.float32, tmp_path), capture=watched, row_counts=[1, 3], has_blocks=True)
     rig.change_adapters()
     assert rig.graphs.run(rig.random_batch(2)) is not None
     names = {name for name, _ in binaries}
-    assert names - FUSED - {"store_kv"} == STEP
+    assert names - FUSED - {"store_kv"} == STEP | MATRICES
     assert names & {"store_kv", "rotate_and_store"}
 
 
@@ -224,12 +225,12 @@ def test_serving_compiles_nothing_after_the_warm_up(
 ) -> None:
     """Warm-up meets an empty server; then adapters of any kind come, in steps of every shape."""
     base = loaded(architecture, torch.bfloat16, tmp_path)
-    rig = GraphRig(base, capture_now=False)
+    rig = GraphRig(base, capture_now=False, has_blocks=True)
     graphs = rig.graphs if has_graphs else None
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=graphs)
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, blocks=rig.blocks, graphs=graphs)
     runner.warm_up(max_tokens=256)
     warm = set(binaries)
-    assert {name for name, _ in warm} == {*STEP, *PROMPT, *fused}
+    assert {name for name, _ in warm} == {*STEP, *MATRICES, *PROMPT, *fused}
     for _ in range(12):
         rig.change_adapters()
         rig.fill(0, ("lora", "sparse"), rank=rig.draw.choice([1, 300]))
