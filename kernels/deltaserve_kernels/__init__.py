@@ -7,6 +7,15 @@ from __future__ import annotations
 
 from deltaserve_kernels.apart_family import ApartEntries, ApartFamily, ApartStep, split_apart
 from deltaserve_kernels.apart_reference import add_modules, dense_linear
+from deltaserve_kernels.apart_rows import (
+    ApartRows,
+    dense_rows,
+    module_rows,
+    put_rows_back,
+    set_rows_aside,
+    shares_points,
+    split_apart_rows,
+)
 from deltaserve_kernels.backend import BACKENDS, select, use_backend
 from deltaserve_kernels.block_tables import BlockEntry, BlockTables
 from deltaserve_kernels.checks import BLOCK_SIZE
@@ -65,6 +74,7 @@ __all__ = [
     "HEAD",
     "ApartEntries",
     "ApartFamily",
+    "ApartRows",
     "ApartStep",
     "BackendUnavailable",
     "BlockEntry",
@@ -110,13 +120,16 @@ __all__ = [
     "changed_embeddings",
     "changed_rms_norm",
     "dense_linear",
+    "dense_rows",
     "fan_out",
     "gather_members",
     "lora_linear",
     "lora_vector_linear",
+    "module_rows",
     "pack_bits",
     "paged_attention",
     "put_back",
+    "put_rows_back",
     "rms_norm",
     "rotate_and_write_kv",
     "rotate_blocks",
@@ -125,9 +138,12 @@ __all__ = [
     "scaled_input",
     "select",
     "set_aside",
+    "set_rows_aside",
+    "shares_points",
     "source_digest",
     "sparse_linear",
     "split_apart",
+    "split_apart_rows",
     "split_runs",
     "split_vectors",
     "split_vocabulary",

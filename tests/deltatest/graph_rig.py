@@ -15,6 +15,9 @@ from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
 from deltaserve_kernels import (
+    ACTIVATIONS,
+    ApartEntries,
+    ApartFamily,
     BlockTables,
     LoraTables,
     PaddedLayout,
@@ -23,6 +26,7 @@ from deltaserve_kernels import (
     VectorEntry,
     VectorFamily,
 )
+from deltatest.apart_cases import full, module, packed
 from deltatest.block_cases import listed
 from deltatest.kernel_cases import csr, randn
 
@@ -39,7 +43,8 @@ def rerun(run: Pass) -> Pass:
 class GraphRig:
     """``capture`` defaults to running the same pass again. Slots: any of low-rank, sparse, both or nothing; with
     ``has_vectors`` also scales, biases and norms ("vectors") and input scales of linears that share theirs ("fed");
-    with ``has_blocks`` row and column blocks ("blocks")."""
+    with ``has_blocks`` row and column blocks ("blocks"); with ``has_apart`` dense differences ("dense") and modules at
+    attach points ("modules"): slot 0 alone has modules, so that a binding has one at a point."""
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class GraphRig:
         max_seqs: int = 6,
         has_vectors: bool = False,
         has_blocks: bool = False,
+        has_apart: bool = False,
         **options: Any,
     ) -> None:
         self.base = base
@@ -62,6 +68,7 @@ class GraphRig:
         self.sparse = SparseTables(len(base.linears), NUM_SLOTS, device)
         self.vectors = VectorFamily(len(base.linears), len(base.norms), NUM_SLOTS, device) if has_vectors else None
         self.blocks = BlockTables(len(base.linears), NUM_SLOTS, device) if has_blocks else None
+        self.apart = ApartFamily(len(base.linears), len(base.points), NUM_SLOTS, device) if has_apart else None
         self.num_blocks = max(40, LONGEST_TABLE * max(options.get("row_counts") or [max_seqs]))
         self.kv = KVCache(base.kv_layout, self.num_blocks, device, has_scratch=True)
         self.kv.pool.normal_(generator=torch.Generator(device).manual_seed(seed))
@@ -72,6 +79,7 @@ class GraphRig:
             self.sparse,
             vectors=self.vectors,
             blocks=self.blocks,
+            apart=self.apart,
             max_seqs=max_seqs,
             max_blocks=8,
             capture=self._count,
@@ -80,7 +88,9 @@ class GraphRig:
         if capture_now:
             self.graphs.capture()
         self.eager_kv = KVCache(base.kv_layout, self.num_blocks, device)
-        self.eager = ModelRunner(base, self.eager_kv, self.lora, self.sparse, vectors=self.vectors, blocks=self.blocks)
+        self.eager = ModelRunner(
+            base, self.eager_kv, self.lora, self.sparse, vectors=self.vectors, blocks=self.blocks, apart=self.apart
+        )
 
     def _count(self, run: Pass) -> Pass:
         self.num_captures += 1
@@ -96,10 +106,13 @@ class GraphRig:
             kinds += [("vectors",), ("vectors", "fed"), ("lora", "vectors"), ("lora", "sparse", "vectors", "fed")]
         if self.blocks is not None:
             kinds += [("blocks",), ("lora", "blocks")]
+        if self.apart is not None:
+            kinds += [("dense",), ("lora", "dense")]
+        with_modules = [] if self.apart is None else [("modules",), ("dense", "modules"), ("lora", "modules")]
         for slot in range(NUM_SLOTS):
             if self.draw.random() < 0.4:
                 self.clear(slot)
-                self.fill(slot, self.draw.choice(kinds))
+                self.fill(slot, self.draw.choice(kinds if slot else kinds + 3 * with_modules))
 
     def clear(self, slot: int) -> None:
         self.lora.clear(slot)
@@ -108,6 +121,29 @@ class GraphRig:
             self.vectors.clear(slot)
         if self.blocks is not None:
             self.blocks.clear(slot)
+        if self.apart is not None:
+            self.apart.clear(slot)
+
+    def fill_apart(self, slot: int, families: Sequence[str], targets: Sequence[int], share: float = 0.7) -> None:
+        """Differences of some targets, full or packed, and modules at some points, some of them parallel."""
+        if self.apart is None:
+            raise ValueError("a rig without has_apart")
+        seed, dtype, size = self.draw.randrange(1 << 20), self.base.dtype, self.base.spec.hidden_size
+        dense, modules = [], []
+        for linear in targets if "dense" in families else ():
+            spec = self.base.spec.linears[self.base.linears[linear]]
+            shape = (spec.out_features, spec.in_features)
+            dense.append(
+                (linear, self.draw.choice([full(*shape, seed + linear, dtype), packed(*shape, seed + linear)]))
+            )
+        for point, name in enumerate(self.base.points) if "modules" in families else ():
+            if self.draw.random() < share and name in self.base.spec.points:
+                reads = point - 1 if name.endswith(("attn_out", "mlp_out")) and self.draw.random() < 0.5 else -1
+                phi, rank = self.draw.choice(list(ACTIVATIONS)), self.draw.choice([1, 4, 9])
+                has_biases = self.draw.random() < 0.5
+                options = {"has_biases": has_biases, "reads": reads, "dtype": dtype}
+                modules.append((point, module(size, rank, phi, seed + 7 * point, **options)))
+        self.apart.set_all(slot, ApartEntries(tuple(dense), tuple(modules)).to(self.base.device))
 
     def fill_block(self, slot: int, linear: int) -> None:
         """Listed rows, listed columns or both."""
@@ -161,6 +197,8 @@ class GraphRig:
         targets = [i for i in range(len(self.base.linears)) if self.draw.random() < share]
         if "vectors" in families:
             self.fill_vectors(slot, targets, fed="fed" in families, share=share)
+        if "dense" in families or "modules" in families:
+            self.fill_apart(slot, families, targets, share)
         for linear in targets:
             spec = self.base.spec.linears[self.base.linears[linear]]
             out_features, in_features = spec.out_features, spec.in_features

@@ -68,6 +68,27 @@ def test_random_steps_with_blocks_equal_the_eager_runner(base: BaseModel) -> Non
     assert rig.num_captures == rig.graphs.num_graphs == 2 * 6
 
 
+def test_random_steps_with_differences_and_modules_equal_the_eager_runner(base: BaseModel) -> None:
+    """The eager runner goes by items that it finds on the host, the graphs by tables and lists alone."""
+    rig = GraphRig(base, has_apart=True, row_counts=[2, 5])
+    for step in range(12):
+        rig.change_adapters()
+        rig.check(rig.random_batch(), f"step {step}")
+    assert rig.num_captures == rig.graphs.num_graphs == 2 * 6
+
+
+def test_two_adapters_with_modules_in_one_binding_are_in_no_graph(llama: BaseModel) -> None:
+    """One reads what the other added, which takes launches that follow the binding."""
+    rig = GraphRig(llama, has_apart=True, row_counts=[2])
+    for slot in (0, 1):
+        rig.fill(slot, ("modules",), share=1.0)
+    rig.fill(2, ("dense",), share=1.0)
+    batch = rig.random_batch(2, max_parts=0)
+    for slots, is_served in (([0, 2], True), ([0], True), ([0, 1], False)):
+        batch[1].parts = tuple(ScheduledPart(slot, 0.5, 1.0) for slot in slots)
+        assert (rig.graphs.run(batch) is not None) == is_served
+
+
 def low_rank_adapter(base: BaseModel, rank: int, seed: int) -> FoldedAdapter:
     generator = torch.Generator().manual_seed(seed)
 

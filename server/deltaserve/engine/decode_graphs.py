@@ -21,7 +21,7 @@ from deltaserve.engine.static_step import RowBinding, StaticStep
 from deltaserve.model.base import BaseModel
 from deltaserve.model.context import ForwardContext
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
-from deltaserve_kernels import BlockTables, LoraTables, PaddedLayout, SparseTables, VectorFamily
+from deltaserve_kernels import ApartFamily, BlockTables, LoraTables, PaddedLayout, SparseTables, VectorFamily
 
 MAX_RANK = 256
 """Ranks that graphs have room for. Adapters of a higher one are served without graphs."""
@@ -37,11 +37,10 @@ class DecodeGraphs:
     """Runs decode steps (one token a sequence, logits "last") of at most ``max_seqs`` sequences by replay.
 
     ``kv`` needs a scratch block. ``max_blocks``: longest block table (default: the base's whole context). ``max_rank``:
-    rank that low-rank terms have room for. ``keys``: the sets of families to capture (default: none, each alone, low
-    rank with sparse, all); a step takes the smallest one that covers its own, and launches it does not need cost little
-    and change nothing.
-    ``row_counts``: the buckets. ``capture``: CUDA graphs unless said otherwise; those need operators that look into no
-    tensor, which are the Triton ones.
+    rank that low-rank terms have room for. ``keys``: the sets of families to capture (default: see
+    ``default_keys``); a step takes the smallest one that covers its own, and launches it does not need cost little and
+    change nothing. ``row_counts``: the buckets. ``capture``: CUDA graphs unless said otherwise; those need operators
+    that look into no tensor, which are the Triton ones.
 
         graphs = DecodeGraphs(base, KVCache(layout, num_blocks, device, has_scratch=True), lora, sparse, max_seqs=64)
         graphs.capture()              # before traffic
@@ -59,6 +58,7 @@ class DecodeGraphs:
         *,
         vectors: VectorFamily | None = None,
         blocks: BlockTables | None = None,
+        apart: ApartFamily | None = None,
         max_seqs: int = 64,
         max_blocks: int | None = None,
         max_rank: int = MAX_RANK,
@@ -73,7 +73,7 @@ class DecodeGraphs:
             max_blocks = min(-(-base.max_context // BLOCK_SIZE), kv.num_blocks)
         self.step = StaticStep(kv, max_seqs=self.row_counts[-1], max_blocks=max_blocks, has_regimes=base.has_kv_regimes)
         self.families = known_families(
-            base, lora=lora, sparse=sparse, vectors=vectors, blocks=blocks, max_rank=max_rank
+            base, lora=lora, sparse=sparse, vectors=vectors, blocks=blocks, apart=apart, max_rank=max_rank
         )
         self._num_slots = {name: family.num_slots() for name, family in self.families.items()}
         self.keys = self._sorted_keys(keys)
@@ -131,9 +131,12 @@ class DecodeGraphs:
     def _families(self, bindings: list[RowBinding]) -> frozenset[Family] | None:
         """Families that some row's adapters have; None when an adapter or a table has outgrown the graphs."""
         slots = {slot for binding in set(bindings) for slot, _, _ in binding}
+        together = [[part[0] for part in binding] for binding in set(bindings) if len(binding) > 1]
         needed = []
         for name, family in self.families.items():
             if family.num_slots() != self._num_slots[name] or any(family.refuses(slot) for slot in slots):
+                return None
+            if any(map(family.refuses_together, together)):
                 return None
             if any(family.has_slot(slot) for slot in slots):
                 needed.append(name)

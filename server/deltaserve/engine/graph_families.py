@@ -17,12 +17,21 @@ built from ``ctx.work`` alone. Families are given in order, so one may build upo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from deltaserve.model.base import BaseModel
 from deltaserve.model.context import ForwardContext
-from deltaserve_kernels import BlockTables, LoraTables, SparseTables, VectorFamily, VectorRows
+from deltaserve_kernels import (
+    ApartFamily,
+    ApartRows,
+    BlockTables,
+    LoraTables,
+    SparseTables,
+    VectorFamily,
+    VectorRows,
+    shares_points,
+)
 
 Family = str
 
@@ -35,14 +44,18 @@ class GraphFamily:
     num_slots: slots of the tables now; graphs hold their addresses, so they end when this changes
     give:      what a pass with this family finds in its context
     refuses:   whether an adapter in a slot has outgrown what graphs have room for
+    refuses_together: whether the adapters of one binding, by their slots, are more than a captured pass can add up
     is_alone:  whether there is a graph for rows with this family alone; otherwise it joins the one with all
+    is_large:  it has launches enough that mixtures of others get a graph without it
     """
 
     has_slot: Callable[[int], bool]
     num_slots: Callable[[], int]
     give: Callable[[ForwardContext], None]
     refuses: Callable[[int], bool] = lambda slot: False
+    refuses_together: Callable[[Sequence[int]], bool] = lambda slots: False
     is_alone: bool = True
+    is_large: bool = False
 
 
 def known_families(
@@ -52,6 +65,7 @@ def known_families(
     sparse: SparseTables | None = None,
     vectors: VectorFamily | None = None,
     blocks: BlockTables | None = None,
+    apart: ApartFamily | None = None,
     max_rank: int,
 ) -> dict[Family, GraphFamily]:
     """The families of the tables that are given, by name, in the order that they are given to a pass."""
@@ -66,13 +80,17 @@ def known_families(
         known["fed"] = _fed(vectors, base)
     if blocks is not None:
         known["blocks"] = _blocks(blocks)
+    if apart is not None:
+        apart.modules.reserve_rank(max_rank)
+        known["apart"] = _apart(apart)
     return known
 
 
 def default_keys(known: Mapping[Family, GraphFamily]) -> list[set[Family]]:
-    """None, each alone, low rank with sparse, all."""
+    """None, each alone, low rank with sparse, all but the large ones, all."""
     alone = [{name} for name, family in known.items() if family.is_alone]
-    return [set(), *alone, {"lora", "sparse"} & set(known), set(known)]
+    light = {name for name, family in known.items() if not family.is_large}
+    return [set(), *alone, {"lora", "sparse"} & set(known), light, set(known)]
 
 
 def give(known: Mapping[Family, GraphFamily], key: Iterable[Family], ctx: ForwardContext) -> None:
@@ -106,6 +124,24 @@ def _blocks(tables: BlockTables) -> GraphFamily:
         ctx.blocks = tables
 
     return GraphFamily(tables.has_slot, lambda: tables.num_slots, give_tables)
+
+
+def _apart(family: ApartFamily) -> GraphFamily:
+    """Dense differences and residual modules."""
+    room = family.modules.rank_capacity
+
+    def give_rows(ctx: ForwardContext) -> None:
+        if ctx.work is not None:
+            ctx.apart = ApartRows(family, ctx.work)
+
+    return GraphFamily(
+        family.has_slot,
+        lambda: family.num_slots,
+        give_rows,
+        refuses=lambda slot: family.modules.largest_rank(slot) > room,
+        refuses_together=lambda slots: shares_points(family, slots),
+        is_large=True,
+    )
 
 
 def _vectors(family: VectorFamily) -> GraphFamily:

@@ -23,6 +23,7 @@ from deltaserve.model.context import ForwardContext
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
 from deltaserve_kernels import (
     ApartFamily,
+    ApartRows,
     ApartStep,
     BlockTables,
     LoraTables,
@@ -36,7 +37,7 @@ from deltaserve_kernels import (
     WorkList,
     build_work_list_runs,
     select,
-    split_apart,
+    split_apart_rows,
     split_runs,
     split_vocabulary,
     upload,
@@ -81,7 +82,7 @@ class ModelRunner:
         self._vector_slots: frozenset[int] = frozenset()
         self._vector_step: VectorStep | None = None
         self._apart_slots: frozenset[int] = frozenset()
-        self._apart_step: ApartStep | None = None
+        self._apart_step: ApartStep | ApartRows | None = None
 
     @torch.inference_mode()
     def execute(self, batch: Sequence[ScheduledSequence]) -> Tensor:
@@ -112,6 +113,8 @@ class ModelRunner:
         # Planes as for one adapter a row; more would only take memory.
         ctx.work = replace(empty, num_planes=len(input_ids), has_prompts=len(input_ids) > len(batch))
         ctx.blocks = self.blocks
+        if self.apart is not None:
+            ctx.apart = ApartRows(self.apart, ctx.work)
         self._forward(ctx, input_ids, logit_rows)
 
     def warm_up(self, max_tokens: int = 2 * BLOCK_SIZE) -> None:
@@ -265,7 +268,7 @@ class ModelRunner:
         if not apart or self.apart is None:
             self._apart_step = None
         elif not is_same or apart != self._apart_slots or self._apart_step is None:
-            self._apart_step = split_apart(runs, self.apart, self.base.device)
+            self._apart_step = split_apart_rows(runs, num_rows, self.apart, self.base.device)
             self._apart_slots = apart
         return self._work
 

@@ -17,6 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from deltaserve.model.kv_cache import KVCache
     from deltaserve_kernels import (
+        ApartRows,
         ApartStep,
         BlockTables,
         LoraTables,
@@ -66,11 +67,13 @@ class ForwardContext(PassContext):
     lora: LoraTables | None = None
     sparse: SparseTables | None = None
     vectors: VectorStep | VectorRows | None = None
-    apart: ApartStep | None = None
+    apart: ApartStep | ApartRows | None = None
     vocabulary: VocabularyStep | None = None
     blocks: BlockTables | None = None
     is_decode: bool = False
     stream: Tensor | None = None
+    # What sublayers were fed, by attach point: what parallel modules of ``ApartRows`` read.
+    inputs: dict[int, Tensor] = field(default_factory=dict)
     # Results of a projection group waiting for its other members: linear index -> (input rows, output slice).
     pending: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 

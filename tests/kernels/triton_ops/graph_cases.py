@@ -76,6 +76,25 @@ def test_replays_follow_blocks_to_the_bit(base):
         rig.check(rig.random_batch(2, max_parts=2), f"step {step}")
 
 
+def test_replays_follow_differences_and_modules_and_are_near_the_definition(base):
+    rig = GraphRig(base, capture=Tape(), row_counts=[2], keys=[["apart"]], has_apart=True)
+    for step in range(2):
+        for slot in range(2):
+            rig.clear(slot)
+            rig.fill(slot, ("dense",) if slot else ("dense", "modules"), share=1.0)
+        batch = rig.random_batch(2, max_parts=0)
+        batch[0].parts = (ScheduledPart(0, 0.5, 1.0), ScheduledPart(1)) if step else (ScheduledPart(0),)
+        rig.check(batch, f"step {step}")
+    found = rig.graphs.run(batch).clone()
+    use_backend("reference")
+    torch.testing.assert_close(found, rig.eager.execute(batch), rtol=0, atol=1e-4)
+    assert not torch.equal(found[0], rig.eager.execute([ScheduledSequence(0, *_plain(batch[0]))])[0])
+
+
+def _plain(seq):
+    return seq.token_ids, seq.start, seq.block_table
+
+
 def test_an_operator_that_looks_cannot_be_captured(base):
     """So the plain PyTorch operators run without graphs; and the tape does see what would sync."""
     use_backend("reference")

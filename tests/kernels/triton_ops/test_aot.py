@@ -25,10 +25,14 @@ from deltaserve_kernels.triton_ops import (
     block_kernels,
     block_rows,
     blocks,
+    dense,
+    dense_kernels,
     lora,
     lora_programs,
     lora_rows,
     members,
+    module_kernels,
+    modules,
     norm_kernels,
     pointwise,
     pointwise_kernels,
@@ -46,6 +50,7 @@ TYPES = {
     **dict.fromkeys(
         ("x", "x_t", "y", "q", "k", "v", "out", "both", "k_cache", "v_cache", "sinks", "weight", "cos", "sin"), BF16
     ),
+    **dict.fromkeys(("other", "kept"), BF16),
     **dict.fromkeys(("h", "part_scale", "part_acc", "part_max", "part_sum"), FP32),
     **dict.fromkeys(("pointers", "vectors", "kv_index"), "*i64"),
     **dict.fromkeys(
@@ -67,6 +72,7 @@ class Spec:
     shared: int = 48 * 1024
     types: dict[str, str] = field(default_factory=dict)
     num_warps: int = 4
+    num_stages: int = 3
 
 
 def of_kernel(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
@@ -115,6 +121,16 @@ def sparse_of(form: sparse.SparseForm, in_features: int) -> dict[str, Any]:
         "TILE_ROWS": form.tile_rows,
         "STAGE": form.stage(in_features),
         "STEP": form.step,
+        **QKV,
+    }
+
+
+def dense_of(form: dense.DenseForm, in_features: int) -> dict[str, Any]:
+    return {
+        "K": in_features,
+        "BLOCK_K": form.block_k,
+        "TILE_ROWS": form.tile_rows,
+        "BLOCK_N": form.block_n,
         **QKV,
     }
 
@@ -254,6 +270,28 @@ SPECS = {
         wide=6,
         num_warps=blocks.DECODE.num_warps,
     ),
+    "dense": Spec(
+        dense_kernels.dense,
+        dense_of(dense.DECODE, 14336),
+        num_warps=dense.DECODE.num_warps,
+        num_stages=dense.DECODE.num_stages,
+    ),
+    "dense_prompts": Spec(
+        dense_kernels.dense,
+        dense_of(dense.PROMPTS, 4096),
+        num_warps=dense.PROMPTS.num_warps,
+        num_stages=dense.PROMPTS.num_stages,
+    ),
+    "module_down": Spec(
+        module_kernels.module_down,
+        {"SIZE": 4096, "CHUNK": modules.FORM.chunk, "GROUP": modules.FORM.group},
+    ),
+    "module_up": Spec(
+        module_kernels.module_up,
+        {"SIZE": 4096, "RANK_TILE": modules.FORM.rank_tile, "BLOCK_N": modules.FORM.block_n},
+    ),
+    "set_aside": Spec(module_kernels.set_aside, {"SIZE": 4096, "BLOCK_N": 1024}),
+    "put_back": Spec(module_kernels.put_back, {"SIZE": 4096, "BLOCK_N": 1024}, wide=2),
     "transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 32}),
     "sparse_wide": Spec(
         sparse_wide.sparse_wide,
@@ -278,7 +316,7 @@ def compiled(name: str, arch: int) -> aot.Compiled:
             warnings.simplefilter("ignore")  # the compiler's notices about its own settings
             early = {"EARLY": arch >= 90} if "EARLY" in spec.kernel.arg_names else {}
             COMPILED[name, arch] = aot.compile_kernel(
-                spec.kernel, types, spec.constants | early, arch, num_warps=spec.num_warps
+                spec.kernel, types, spec.constants | early, arch, num_warps=spec.num_warps, num_stages=spec.num_stages
             )
     return COMPILED[name, arch]
 

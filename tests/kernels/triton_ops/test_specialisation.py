@@ -187,7 +187,7 @@ def loaded(architecture: str, dtype: torch.dtype, folder: Path) -> BaseModel:
 # Modules that look alike in a step of a base: norms, gated MLPs, rotary with the KV write. Else the write alone.
 FUSED = {"rms_norm_rows", "gated_rows", "rotate_and_store"}
 STEP = {"build_tiles", "shrink_rows", "expand_rows", "sparse", "decode", "combine"}
-MATRICES = {"blocks_by_row"}
+MATRICES = {"blocks_by_row", "dense", "module_down", "module_up", "set_aside", "put_back"}
 PROMPT = {"shrink", "expand", "transpose", "sparse_wide", "prefill", "shrink_blocks", "expand_blocks"}
 
 
@@ -196,7 +196,7 @@ def test_no_architecture_looks_into_a_tensor_in_a_decode_pass(
     architecture: str, binaries: set[tuple[str, str]], as_on_a_gpu: None, tmp_path: Path
 ) -> None:
     """A look would be a sync in every step, and what it saw would be frozen in the graph. Kernels do not run here."""
-    rig = GraphRig(loaded(architecture, torch.float32, tmp_path), capture=watched, row_counts=[1, 3], has_blocks=True)
+    rig = GraphRig(loaded(architecture, torch.float32, tmp_path), capture=watched, row_counts=[1, 3], has_blocks=True, has_apart=True)
     rig.change_adapters()
     assert rig.graphs.run(rig.random_batch(2)) is not None
     names = {name for name, _ in binaries}
@@ -225,9 +225,9 @@ def test_serving_compiles_nothing_after_the_warm_up(
 ) -> None:
     """Warm-up meets an empty server; then adapters of any kind come, in steps of every shape."""
     base = loaded(architecture, torch.bfloat16, tmp_path)
-    rig = GraphRig(base, capture_now=False, has_blocks=True)
+    rig = GraphRig(base, capture_now=False, has_blocks=True, has_apart=True)
     graphs = rig.graphs if has_graphs else None
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, blocks=rig.blocks, graphs=graphs)
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, blocks=rig.blocks, apart=rig.apart, graphs=graphs)
     runner.warm_up(max_tokens=256)
     warm = set(binaries)
     assert {name for name, _ in warm} == {*STEP, *MATRICES, *PROMPT, *fused}
