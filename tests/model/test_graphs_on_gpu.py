@@ -29,8 +29,12 @@ from deltaserve.model.base import BaseModel, load_base
 from deltaserve_kernels import use_backend
 from deltaserve_kernels.triton_ops import (
     attention_kernels,
+    block_kernels,
+    block_rows,
+    dense_kernels,
     guard,
     lora_programs,
+    module_kernels,
     pointwise_kernels,
     rotary,
     sparse_kernels,
@@ -48,7 +52,9 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "
 KERNELS = (
     lora_programs.shrink, lora_programs.expand, sparse_kernels.sparse, tile_kernels.build_tiles,
     attention_kernels.decode, attention_kernels.combine, attention_kernels.prefill, rotary.rotate_and_store,
-    pointwise_kernels.rms_norm_rows, pointwise_kernels.gated_rows,
+    pointwise_kernels.rms_norm_rows, pointwise_kernels.gated_rows, block_rows.blocks_by_row,
+    block_kernels.shrink_blocks, block_kernels.expand_blocks, dense_kernels.dense, module_kernels.module_down,
+    module_kernels.module_up,
 )  # fmt: skip
 
 
@@ -77,6 +83,7 @@ def rig_of(base: BaseModel, **options: object) -> GraphRig:
     capture = CudaCapture(base.device) if ON_GPU else Tape()
     if not ON_GPU:
         options = {"row_counts": [3], "keys": [["lora", "sparse"]], **options}
+    options = {"has_blocks": ON_GPU, "has_apart": ON_GPU, **options}
     return GraphRig(base, capture=capture, max_seqs=20 if ON_GPU else 3, **options)  # type: ignore[arg-type]
 
 
@@ -126,7 +133,7 @@ def test_replays_are_near_the_eager_runner(base: BaseModel) -> None:
 @pytest.mark.skipif(not ON_GPU, reason="the tape raises on what would sync, in graph_cases")
 def test_a_step_does_not_wait_and_sampling_waits_once(base: BaseModel) -> None:
     rig = rig_of(base, capture_now=False)
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=rig.graphs)
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, blocks=rig.blocks, apart=rig.apart, graphs=rig.graphs)
     runner.warm_up()
     rig.change_adapters()
     batch = rig.random_batch(7)
@@ -174,11 +181,11 @@ def sampling_sequences(count: int) -> list:  # type: ignore[type-arg]
 @pytest.mark.skipif(not ON_GPU, reason="no compiler and no device memory")
 def test_a_thousand_replays_take_no_memory_and_compile_nothing(base: BaseModel) -> None:
     rig = rig_of(base, capture_now=False)
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=rig.graphs)
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, blocks=rig.blocks, apart=rig.apart, graphs=rig.graphs)
     runner.warm_up(max_tokens=256)
     compiled = num_compiled()
     assert compiled >= len(KERNELS)
-    for slot, families in enumerate((("lora",), ("sparse",), ("lora", "sparse"))):
+    for slot, families in enumerate((("dense", "modules"), ("sparse",), ("lora", "blocks"))):
         rig.fill(slot, families, rank=20)
     batches = [rig.random_batch() for _ in range(20)]
     for batch in batches:

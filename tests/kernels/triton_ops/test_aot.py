@@ -273,22 +273,27 @@ SPECS = {
     "dense": Spec(
         dense_kernels.dense,
         dense_of(dense.DECODE, 14336),
+        wide=8,
         num_warps=dense.DECODE.num_warps,
         num_stages=dense.DECODE.num_stages,
     ),
     "dense_prompts": Spec(
         dense_kernels.dense,
         dense_of(dense.PROMPTS, 4096),
+        wide=8,
+        shared=64 * 1024,
         num_warps=dense.PROMPTS.num_warps,
         num_stages=dense.PROMPTS.num_stages,
     ),
     "module_down": Spec(
         module_kernels.module_down,
         {"SIZE": 4096, "CHUNK": modules.FORM.chunk, "GROUP": modules.FORM.group},
+        wide=4,
     ),
     "module_up": Spec(
         module_kernels.module_up,
         {"SIZE": 4096, "RANK_TILE": modules.FORM.rank_tile, "BLOCK_N": modules.FORM.block_n},
+        wide=2,
     ),
     "set_aside": Spec(module_kernels.set_aside, {"SIZE": 4096, "BLOCK_N": 1024}),
     "put_back": Spec(module_kernels.put_back, {"SIZE": 4096, "BLOCK_N": 1024}, wide=2),
@@ -332,14 +337,14 @@ def test_machine_code(name: str, arch: int) -> None:
     assert code.loads.get(128, 0) >= spec.wide, code
 
 
-@pytest.mark.parametrize("name", ["shrink", "expand", "fused", "decode", "prefill"])
+@pytest.mark.parametrize("name", ["shrink", "expand", "fused", "decode", "prefill", "dense"])
 def test_no_warpgroup_product_below_64_rows(name: str) -> None:
     """Their left operands come from registers, which ptxas before 13.3 may reuse under a warpgroup product."""
     assert "HGMMA" not in compiled(name, 90).instructions
     assert compiled(name, 90).instructions["HMMA"] > 0
 
 
-@pytest.mark.parametrize("name", ["prefill_shrink", "prefill_expand"])
+@pytest.mark.parametrize("name", ["prefill_shrink", "prefill_expand", "dense_prompts"])
 def test_warpgroup_products_take_both_operands_from_shared_memory(name: str) -> None:
     products = [line for line in compiled(name, 90).listing if "HGMMA" in line]
     assert products

@@ -20,18 +20,22 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed, and it compiles the kernels", allow_module_level=True)
 
 from deltaserve_kernels import (
+    ACTIVATIONS,
+    ApartFamily,
     BlockTables,
     LoraTables,
     NormTables,
     SparseTables,
     VectorTables,
     WorkList,
+    apart_rows_reference,
     build_work_list,
     reference,
     term_reference,
 )
 from deltaserve_kernels import pointwise as by_definition
-from deltaserve_kernels.triton_ops import attention, blocks, lora, pointwise, rotary, sparse, vectors
+from deltaserve_kernels.triton_ops import attention, blocks, dense, lora, modules, pointwise, rotary, sparse, vectors
+from deltatest.apart_cases import full, module, packed
 from deltatest.kernel_cases import PagedCase, Parts, csr, randn
 
 pytestmark = pytest.mark.gpu
@@ -264,6 +268,47 @@ def test_blocks_equal_the_definition(num_rows: int, form: blocks.RowForm | lora.
     term_reference.block_linear(expected, step.x, step.work, tables, MEMBERS, 0.3)
     blocks.block_linear(out, step.x, step.work, tables, MEMBERS, 0.3, form)
     close(out, expected, 3e-3)
+
+
+DENSE_FORMS = {"decode": dense.DECODE, "prompts": dense.PROMPTS}
+
+
+@pytest.mark.parametrize("form", DENSE_FORMS.values(), ids=DENSE_FORMS)
+@pytest.mark.parametrize("num_rows", [1, 17, 200 if ON_GPU else 20])
+def test_differences_equal_the_definition(num_rows: int, form: dense.DenseForm) -> None:
+    step, tables = step_of(num_rows, num_rows, slots=3), ApartFamily(len(WIDTHS), 0, 3, DEVICE).dense
+    for slot in range(2):
+        entries = [
+            (i, full(width, IN_FEATURES, i, DTYPE) if (slot + i) % 2 else packed(width, IN_FEATURES, i))
+            for i, width in enumerate(WIDTHS)
+        ]
+        tables.set_all(slot, [(linear, entry.to(DEVICE)) for linear, entry in entries])
+    expected, out = step.y.clone(), step.y.clone()
+    apart_rows_reference.dense_linear(expected, step.x, step.work, tables, MEMBERS, 0.3)
+    dense.dense_linear(out, step.x, step.work, tables, MEMBERS, 0.3, form)
+    close(out, expected, 3e-3)
+
+
+def test_modules_equal_the_definition() -> None:
+    slots = len(ACTIVATIONS)
+    tables = ApartFamily(0, 2, slots, DEVICE).modules
+    for slot, activation in enumerate(ACTIVATIONS):
+        options = {"dtype": DTYPE, "reads": slot % 2 - 1, "has_biases": slot % 3 > 0}
+        tables.set_all(slot, [(1, module(IN_FEATURES, (5, 64, 130)[slot % 3], activation, slot, **options).to(DEVICE))])
+    bindings: list[Parts] = [((row % slots, 1.0, -0.5),) if row % 5 else () for row in range(33 if ON_GPU else 9)]
+    work, shape = build_work_list(bindings, DEVICE), (len(bindings), IN_FEATURES)
+    y, other = (randn(*shape, dtype=DTYPE, seed=seed).to(DEVICE) for seed in (1, 2))
+    results = []
+    for operators in (apart_rows_reference, modules):
+        out = y.clone()
+        kept = operators.set_rows_aside(out, work, tables, 1)
+        assert not out[1].any()
+        operators.put_rows_back(out, kept, work, tables, 1)
+        assert torch.equal(out, y)
+        operators.add_modules(out, work, tables, 1, 0.3, {0: other})
+        results.append(out)
+    close(results[1], results[0], 2e-2)
+    assert torch.equal(results[1][::5], y[::5])
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
