@@ -366,9 +366,9 @@ def test_rotation_of_a_group_equals_the_definition(num_rows: int) -> None:
     cos, sin = (randn(num_rows, size, dtype=DTYPE, seed=seed).to(DEVICE) for seed in (2, 3))
     index = torch.randperm(len(pool) * 16)[:num_rows].to(DEVICE)
     results = []
-    for module in (by_definition, pointwise):
+    for operators in (by_definition, pointwise):
         rows, cache = qkv.clone(), pool.clone()
-        module.rotate_and_store(rows, cos, sin, cache[:, 0], cache[:, 1], index)
+        operators.rotate_and_store(rows, cos, sin, cache[:, 0], cache[:, 1], index)
         results.append((rows, cache))
     for got, expected in zip(results[1], results[0], strict=True):
         close(got, expected, 1e-5)
