@@ -187,6 +187,9 @@ def loaded(architecture: str, dtype: torch.dtype, folder: Path) -> BaseModel:
 FUSED = {"rms_norm_rows", "gated_rows", "rotate_and_store"}
 STEP = {"build_tiles", "shrink_rows", "expand_rows", "sparse", "decode", "combine"}
 PROMPT = {"shrink", "expand", "transpose", "sparse_wide", "prefill"}
+# Vector terms by row; where products add onto the stream two more, and norms by their kind.
+BY_ROW = {"store_items", "scale_rows", "feed_rows", "gather_rows"}
+STREAM = {"flag_rows", "set_rows_aside", "put_rows_back"}
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -194,22 +197,26 @@ def test_no_architecture_looks_into_a_tensor_in_a_decode_pass(
     architecture: str, binaries: set[tuple[str, str]], as_on_a_gpu: None, tmp_path: Path
 ) -> None:
     """A look would be a sync in every step, and what it saw would be frozen in the graph. Kernels do not run here."""
-    rig = GraphRig(loaded(architecture, torch.float32, tmp_path), capture=watched, row_counts=[1, 3])
+    base = loaded(architecture, torch.float32, tmp_path)
+    rig = GraphRig(base, capture=watched, row_counts=[1, 3], has_vectors=True)
     rig.change_adapters()
     assert rig.graphs.run(rig.random_batch(2)) is not None
     names = {name for name, _ in binaries}
-    assert names - FUSED - {"store_kv"} == STEP
+    shared = BY_ROW if any(len(group) > 1 for group in base.groups()) else BY_ROW - {"gather_rows"}
+    assert names - FUSED - STREAM - {"store_kv"} - {"changed_norm_rows", "change_norm_rows"} == STEP | shared
+    assert names & STREAM in (STREAM, set())
+    assert names & {"changed_norm_rows", "change_norm_rows"} or not base.norms
     assert names & {"store_kv", "rotate_and_store"}
 
 
 @pytest.mark.parametrize(
     ("architecture", "fused"),
     [
-        ("llama", FUSED),
-        ("gemma2", FUSED),
-        ("qwen3", {"rms_norm_rows", "gated_rows", "store_kv"}),
-        ("gpt2", {"store_kv"}),
-        ("phi3-longrope", {"rms_norm_rows", "store_kv"}),
+        ("llama", FUSED | STREAM | {"gather_rows", "changed_norm_rows"}),
+        ("gemma2", FUSED | {"gather_rows", "changed_norm_rows"}),
+        ("qwen3", {"rms_norm_rows", "gated_rows", "store_kv", "gather_rows", "changed_norm_rows"}),
+        ("gpt2", {"store_kv", "change_norm_rows"}),
+        ("phi3-longrope", {"rms_norm_rows", "store_kv", "changed_norm_rows"}),
     ],
 )
 @pytest.mark.parametrize("has_graphs", [True, False], ids=["graphs", "eager"])
@@ -223,12 +230,12 @@ def test_serving_compiles_nothing_after_the_warm_up(
 ) -> None:
     """Warm-up meets an empty server; then adapters of any kind come, in steps of every shape."""
     base = loaded(architecture, torch.bfloat16, tmp_path)
-    rig = GraphRig(base, capture_now=False)
+    rig = GraphRig(base, capture_now=False, has_vectors=True)
     graphs = rig.graphs if has_graphs else None
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=graphs)
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, vectors=rig.vectors, graphs=graphs)
     runner.warm_up(max_tokens=256)
     warm = set(binaries)
-    assert {name for name, _ in warm} == {*STEP, *PROMPT, *fused}
+    assert {name for name, _ in warm} == {*STEP, *PROMPT, *BY_ROW - {"gather_rows"}, *fused}
     for _ in range(12):
         rig.change_adapters()
         rig.fill(0, ("lora", "sparse"), rank=rig.draw.choice([1, 300]))
