@@ -88,12 +88,12 @@ def module_rows(y: Tensor, step: ApartRows, point: int, depth: float, read: Mapp
     _implementation(y.device).add_modules(y, step.work, step.family.modules, point, depth, read)
 
 
-def set_rows_aside(y: Tensor, step: ApartRows, point: int) -> Tensor:
+def set_module_rows_aside(y: Tensor, step: ApartRows, point: int) -> Tensor:
     """Make rows of ``y`` [T, H] with a module at ``point`` 0 and return them, [R, H] in the order of the list: what is
     added to ``y`` from here on is such a row's own. Other rows stay; what is returned for them means nothing."""
-    return _implementation(y.device).set_rows_aside(y, step.work, step.family.modules, point)
+    return _implementation(y.device).set_module_rows_aside(y, step.work, step.family.modules, point)
 
 
-def put_rows_back(y: Tensor, kept: Tensor, step: ApartRows, point: int) -> None:
-    """Add to rows of ``y`` what ``set_rows_aside`` kept of them, rounded once."""
-    _implementation(y.device).put_rows_back(y, kept, step.work, step.family.modules, point)
+def put_module_rows_back(y: Tensor, kept: Tensor, step: ApartRows, point: int) -> None:
+    """Add to rows of ``y`` what ``set_module_rows_aside`` kept of them, rounded once."""
+    _implementation(y.device).put_module_rows_back(y, kept, step.work, step.family.modules, point)

@@ -45,7 +45,7 @@ def add_modules(
             y[rows] = (before + scale * run_module(given, entry)).to(y.dtype)
 
 
-def set_rows_aside(y: Tensor, work: WorkList, tables: ModuleTables, point: int) -> Tensor:
+def set_module_rows_aside(y: Tensor, work: WorkList, tables: ModuleTables, point: int) -> Tensor:
     row_checks.check_rows(y, work, tables, (point,), y.shape[-1], name="y")
     kept = y[work.rows.long()]
     for _, rows, _, _ in _modules(work, tables, point):
@@ -53,7 +53,7 @@ def set_rows_aside(y: Tensor, work: WorkList, tables: ModuleTables, point: int) 
     return kept
 
 
-def put_rows_back(y: Tensor, kept: Tensor, work: WorkList, tables: ModuleTables, point: int) -> None:
+def put_module_rows_back(y: Tensor, kept: Tensor, work: WorkList, tables: ModuleTables, point: int) -> None:
     row_checks.check_rows(y, work, tables, (point,), y.shape[-1], name="y")
     for places, rows, _, _ in _modules(work, tables, point):
         y[rows] = kept[places] + y[rows]

@@ -224,6 +224,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
             kv,
             lora,
             sparse,
+            vectors=vectors,
             blocks=block_tables,
             apart=apart,
             max_seqs=limits.max_num_seqs,

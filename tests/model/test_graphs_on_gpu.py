@@ -11,6 +11,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -37,8 +38,10 @@ from deltaserve_kernels.triton_ops import (
     module_kernels,
     pointwise_kernels,
     rotary,
+    row_items,
     sparse_kernels,
     tile_kernels,
+    vector_row_kernels,
 )
 from deltatest.graph_rig import GraphRig
 from deltatest.tape import Tape
@@ -55,6 +58,9 @@ KERNELS = (
     pointwise_kernels.rms_norm_rows, pointwise_kernels.gated_rows, block_rows.blocks_by_row,
     block_kernels.shrink_blocks, block_kernels.expand_blocks, dense_kernels.dense, module_kernels.module_down,
     module_kernels.module_up,
+    row_items.store_items, row_items.flag_rows,
+    vector_row_kernels.scale_rows, vector_row_kernels.feed_rows, vector_row_kernels.gather_rows,
+    vector_row_kernels.set_rows_aside, vector_row_kernels.put_rows_back, vector_row_kernels.changed_norm_rows,
 )  # fmt: skip
 
 
@@ -82,9 +88,15 @@ def _triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def rig_of(base: BaseModel, **options: object) -> GraphRig:
     capture = CudaCapture(base.device) if ON_GPU else Tape()
     if not ON_GPU:
-        options = {"row_counts": [3], "keys": [["lora", "sparse"]], **options}
+        families = ["vectors", "fed"] if "has_vectors" in options else ["lora", "sparse"]
+        options = {"row_counts": [3], "keys": [families], **options}
     options = {"has_blocks": ON_GPU, "has_apart": ON_GPU, **options}
     return GraphRig(base, capture=capture, max_seqs=20 if ON_GPU else 3, **options)  # type: ignore[arg-type]
+
+
+def tables_of(rig: GraphRig) -> dict[str, Any]:
+    """What a runner is given beside low-rank and sparse tables."""
+    return {"vectors": rig.vectors, "blocks": rig.blocks, "apart": rig.apart}
 
 
 @torch.inference_mode()
@@ -116,9 +128,43 @@ def test_replays_equal_launches_and_follow_the_tables(base: BaseModel) -> None:
     assert rig.num_captures == rig.graphs.num_graphs
 
 
+def test_replays_with_vectors_equal_launches_and_follow_the_tables(base: BaseModel) -> None:
+    rig = rig_of(base, has_vectors=True)
+    for step in range(60 if ON_GPU else 1):
+        rig.change_adapters()
+        if not ON_GPU:
+            rig.lora.clear(0), rig.sparse.clear(0)
+            rig.fill(0, ("vectors", "fed"))
+        batch = rig.random_batch(max_parts=step % 3)
+        if not ON_GPU:
+            for seq in batch:
+                seq.parts = (ScheduledPart(0),)
+        check_against_launches(rig, batch, f"step {step}")
+    assert rig.num_captures == rig.graphs.num_graphs
+
+
+def test_a_row_s_bits_do_not_follow_the_vectors_of_others(base: BaseModel) -> None:
+    """Of one bucket: rows of the base, of low rank and of vectors at strength 0 beside rows with vectors."""
+    rig = rig_of(base, has_vectors=True)
+    families = ("vectors", "fed") if not ON_GPU else ("lora", "vectors", "fed")
+    rig.fill(0, families, share=1.0)
+    batch = rig.random_batch(3, max_parts=0)
+    batch[1].parts = (ScheduledPart(0, 0.0, 0.0),)
+
+    def replay(strength: float) -> torch.Tensor:
+        batch[2].parts = (ScheduledPart(0, strength, strength),)
+        found = rig.graphs.run(batch)
+        assert found is not None
+        return found.clone()
+
+    without, found = replay(0.0), replay(1.0)
+    assert torch.equal(found[:2], without[:2])
+    assert not torch.equal(found[2], without[2])
+
+
 def test_replays_are_near_the_eager_runner(base: BaseModel) -> None:
     """Whose steps are not padded: a library's products may differ in the last bits with the number of rows."""
-    rig = rig_of(base)
+    rig = rig_of(base, **({"has_vectors": True} if ON_GPU else {}))
     for _ in range(20 if ON_GPU else 1):
         rig.change_adapters()
         batch = rig.random_batch()
@@ -132,8 +178,8 @@ def test_replays_are_near_the_eager_runner(base: BaseModel) -> None:
 
 @pytest.mark.skipif(not ON_GPU, reason="the tape raises on what would sync, in graph_cases")
 def test_a_step_does_not_wait_and_sampling_waits_once(base: BaseModel) -> None:
-    rig = rig_of(base, capture_now=False)
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, blocks=rig.blocks, apart=rig.apart, graphs=rig.graphs)
+    rig = rig_of(base, capture_now=False, has_vectors=True)
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=rig.graphs, **tables_of(rig))
     runner.warm_up()
     rig.change_adapters()
     batch = rig.random_batch(7)
@@ -180,12 +226,14 @@ def sampling_sequences(count: int) -> list:  # type: ignore[type-arg]
 
 @pytest.mark.skipif(not ON_GPU, reason="no compiler and no device memory")
 def test_a_thousand_replays_take_no_memory_and_compile_nothing(base: BaseModel) -> None:
-    rig = rig_of(base, capture_now=False)
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, blocks=rig.blocks, apart=rig.apart, graphs=rig.graphs)
+    rig = rig_of(base, capture_now=False, has_vectors=True)
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=rig.graphs, **tables_of(rig))
     runner.warm_up(max_tokens=256)
     compiled = num_compiled()
     assert compiled >= len(KERNELS)
-    for slot, families in enumerate((("dense", "modules"), ("sparse",), ("lora", "blocks"))):
+    for slot, families in enumerate(
+        (("dense", "modules"), ("sparse", "vectors"), ("lora", "blocks", "vectors", "fed"))
+    ):
         rig.fill(slot, families, rank=20)
     batches = [rig.random_batch() for _ in range(20)]
     for batch in batches:

@@ -21,14 +21,16 @@ def may_look(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def check_linear(y: Tensor, x: Tensor, work: WorkList, tables: AnyTables, members: Sequence[Member]) -> None:
+def check_linear(
+    y: Tensor, x: Tensor, work: WorkList, tables: AnyTables, members: Sequence[Member], *, has_dtype: bool = True
+) -> None:
     """``checks.check_linear`` on the host; on a GPU all of it but the list's contents. Raises a KernelError."""
     if may_look(x):
-        checks.check_linear(y, x, work, tables, members)
+        checks.check_linear(y, x, work, tables, members, has_dtype=has_dtype)
         return
     if y.dim() != 2 or x.dim() != 2 or y.shape[0] != x.shape[0] or x.shape[0] != work.num_rows:
         raise ShapeMismatch(f"y {list(y.shape)} and x {list(x.shape)} must be [T, N] and [T, K], T = {work.num_rows}")
-    if x.dtype not in FLOAT_DTYPES or y.dtype != x.dtype or tables.dtype not in (None, x.dtype):
+    if x.dtype not in FLOAT_DTYPES or y.dtype != x.dtype or (has_dtype and tables.dtype not in (None, x.dtype)):
         raise DtypeMismatch(f"y is {y.dtype}, x {x.dtype}, the tables hold {tables.dtype}; one float dtype is needed")
     if y.stride(1) != 1 or x.stride(1) != 1:
         raise ShapeMismatch(f"rows of y {y.stride()} and x {x.stride()} must be contiguous")

@@ -131,7 +131,7 @@ def module_up(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def set_aside(
+def set_module_rows_aside(
     y, y_stride, kept, rows, records, part_slot, part_scale, pointers, num_slots, point,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -149,11 +149,11 @@ def set_aside(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def put_back(
+def put_module_rows_back(
     y, y_stride, kept, rows, records, part_slot, part_scale, pointers, num_slots, point,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, output tiles). What ``set_aside`` kept is added, rounded once."""
+    """Grid (tiles, output tiles). What ``set_module_rows_aside`` kept is added, rounded once."""
     wait_then_allow(EARLY)
     num_rows, first, part_begin, part_end, _slot, _plane, _distance = tile_of(records, tl.program_id(0))
     slot, _part = module_of(part_slot, part_scale, pointers, num_slots, point, part_begin, part_end)

@@ -65,20 +65,22 @@ def add_modules(
     )  # fmt: skip
 
 
-def set_rows_aside(y: Tensor, work: WorkList, tables: ModuleTables, point: int, form: ModuleForm = FORM) -> Tensor:
-    """See ``apart_rows.set_rows_aside``. Raises a KernelError."""
+def set_module_rows_aside(
+    y: Tensor, work: WorkList, tables: ModuleTables, point: int, form: ModuleForm = FORM
+) -> Tensor:
+    """See ``apart_rows.set_module_rows_aside``. Raises a KernelError."""
     row_checks.check_rows(y, work, tables, (point,), y.shape[-1], name="y")
     kept = torch.empty(work.rows.numel(), y.shape[1], dtype=y.dtype, device=y.device)
-    _move(module_kernels.set_aside, y, kept, work, tables, point, form)
+    _move(module_kernels.set_module_rows_aside, y, kept, work, tables, point, form)
     return kept
 
 
-def put_rows_back(
+def put_module_rows_back(
     y: Tensor, kept: Tensor, work: WorkList, tables: ModuleTables, point: int, form: ModuleForm = FORM
 ) -> None:
-    """See ``apart_rows.put_rows_back``. Raises a KernelError."""
+    """See ``apart_rows.put_module_rows_back``. Raises a KernelError."""
     row_checks.check_rows(y, work, tables, (point,), y.shape[-1], name="y")
-    _move(module_kernels.put_back, y, kept, work, tables, point, form)
+    _move(module_kernels.put_module_rows_back, y, kept, work, tables, point, form)
 
 
 def _move(

@@ -31,6 +31,7 @@ from deltaserve_kernels import (
     PrefixTables,
     SparseTables,
     VectorFamily,
+    VectorRows,
     VectorStep,
     VocabularyFamily,
     VocabularyStep,
@@ -38,10 +39,13 @@ from deltaserve_kernels import (
     build_work_list_runs,
     select,
     split_apart_rows,
-    split_runs,
+    split_vectors,
     split_vocabulary,
     upload,
 )
+
+# Rows of a rehearsal that enters products several times: what compiles for few rows has compiled for many.
+MOST_ROWS_FANNED_OUT = 64
 
 # (first row, number of rows, active parts as (slot, scale_first, scale_last))
 Run = tuple[int, int, tuple[tuple[int, float, float], ...]]
@@ -80,7 +84,7 @@ class ModelRunner:
         self._num_rows = -1
         self._work: WorkList | None = None
         self._vector_slots: frozenset[int] = frozenset()
-        self._vector_step: VectorStep | None = None
+        self._vector_step: VectorStep | VectorRows | None = None
         self._apart_slots: frozenset[int] = frozenset()
         self._apart_step: ApartStep | ApartRows | None = None
 
@@ -112,6 +116,8 @@ class ModelRunner:
         empty = layout.work_list(torch.zeros(layout.size, dtype=torch.int32, device=self.base.device))
         # Planes as for one adapter a row; more would only take memory.
         ctx.work = replace(empty, num_planes=len(input_ids), has_prompts=len(input_ids) > len(batch))
+        if self.vectors is not None:
+            ctx.vectors = VectorRows(self.vectors, ctx.work, fans_out=len(input_ids) <= MOST_ROWS_FANNED_OUT)
         ctx.blocks = self.blocks
         if self.apart is not None:
             ctx.apart = ApartRows(self.apart, ctx.work)
@@ -263,7 +269,7 @@ class ModelRunner:
         if not slots or self.vectors is None:
             self._vector_step = None
         elif not is_same or slots != self._vector_slots or self._vector_step is None:
-            self._vector_step = split_runs(runs, num_rows, self.vectors, self.base.device)
+            self._vector_step = split_vectors(runs, num_rows, self.vectors, self.base.device)
             self._vector_slots = slots
         if not apart or self.apart is None:
             self._apart_step = None

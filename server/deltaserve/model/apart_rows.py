@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from deltaserve_kernels import ApartRows, WorkList, dense_rows, module_rows, put_rows_back, set_rows_aside
+from deltaserve_kernels import ApartRows, WorkList, dense_rows, module_rows, put_module_rows_back, set_module_rows_aside
 
 if TYPE_CHECKING:
     from deltaserve.model.context import ForwardContext
@@ -32,14 +32,14 @@ def apply_apart_rows(
     for point in ends.reads:
         ctx.inputs[point] = rows
     has_module = ends.gives >= 0 and step.may_have_module(ends.gives)
-    kept = set_rows_aside(residual, step, ends.gives) if has_module and residual is not None else None
+    kept = set_module_rows_aside(residual, step, ends.gives) if has_module and residual is not None else None
     y = group.apply_terms(rows, work, ctx, residual)
     if step.may_differ(group.members):
         dense_rows(y, rows, step, group.members, depth)
     if has_module:
         module_rows(y, step, ends.gives, depth, ctx.inputs)
     if kept is not None:
-        put_rows_back(y, kept, step, ends.gives)
+        put_module_rows_back(y, kept, step, ends.gives)
     ctx.inputs.pop(ends.gives - 1, None)
     return y
 

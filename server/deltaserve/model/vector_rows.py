@@ -65,8 +65,8 @@ def _product(group: ProjectionGroup, rows: Tensor, step: VectorRows, residual: T
         if step.may_have(inputs, (linear,)):
             rows = scaled_input(rows, step, linear, group.depth)
         return group.weight.matmul(rows, group.bias, residual)
-    fed = [member for member in members if step.fans_out and step.may_have(inputs, (member.linear,))]
-    if not fed:
+    if not step.fans_out or not step.may_have(inputs, [member.linear for member in members]):
         return group.weight.matmul(rows, group.bias, residual)
-    y = gather_members(group.weight.matmul(fan_out(rows, step, fed, group.depth), group.bias), step, fed)
+    # All members, whoever wants an input of its own: a launch whose shape followed adapters would compile anew.
+    y = gather_members(group.weight.matmul(fan_out(rows, step, members, group.depth), group.bias), step, members)
     return y if residual is None else residual.add_(y)

@@ -77,8 +77,8 @@ def test_rows_without_a_module_keep_their_bits(num):
     bindings = [BINDINGS[num]] * 3
     out = run(family, bindings, y.clone(), y)
     work = build_work_list(bindings)
-    kept = modules.set_rows_aside(out, work, family.modules, 1)
-    modules.put_rows_back(out, kept, work, family.modules, 1)
+    kept = modules.set_module_rows_aside(out, work, family.modules, 1)
+    modules.put_module_rows_back(out, kept, work, family.modules, 1)
     assert torch.equal(out.view(torch.int32), y.view(torch.int32))
 
 
@@ -95,15 +95,15 @@ def test_rows_with_a_module_are_set_aside_and_come_back():
     family = filled()
     y, work = randn(7, SIZE), build_work_list(BINDINGS)
     found, wanted = y.clone(), y.clone()
-    kept = modules.set_rows_aside(found, work, family.modules, 1)
+    kept = modules.set_module_rows_aside(found, work, family.modules, 1)
     with_module = [1, 2, 3, 6]
     assert not found[with_module].any()
     assert torch.equal(found[[0, 4, 5]], y[[0, 4, 5]])
-    by_definition = apart_rows_reference.set_rows_aside(wanted, work, family.modules, 1)
+    by_definition = apart_rows_reference.set_module_rows_aside(wanted, work, family.modules, 1)
     assert torch.equal(found, wanted)
     for rows, of_them, module_ in ((found, kept, modules), (wanted, by_definition, apart_rows_reference)):
         rows += 1.5
-        module_.put_rows_back(rows, of_them, work, family.modules, 1)
+        module_.put_module_rows_back(rows, of_them, work, family.modules, 1)
     assert torch.equal(found, wanted)
     assert torch.equal(found, y + 1.5)
 
@@ -118,8 +118,8 @@ def test_a_padded_list_gives_the_same_bits(num_rows):
     buffer = np.zeros(layout.size, dtype=np.int32)
     layout.fill(buffer, bindings)
     work = layout.work_list(torch.from_numpy(buffer))
-    kept = modules.set_rows_aside(y, work, family.modules, 1)
-    modules.put_rows_back(y, kept, work, family.modules, 1)
+    kept = modules.set_module_rows_aside(y, work, family.modules, 1)
+    modules.put_module_rows_back(y, kept, work, family.modules, 1)
     modules.add_modules(y, work, family.modules, 1, 0.25, {0: read}, FORM)
     assert torch.equal(y, expected)
 

@@ -42,22 +42,28 @@ from deltaserve_kernels.triton_ops import (
     sparse_kernels,
     sparse_wide,
     tile_kernels,
+    vector_row_kernels,
+    vector_rows,
     vectors,
 )
 
 BF16, FP32 = "*bf16", "*fp32"
 TYPES = {
     **dict.fromkeys(
-        ("x", "x_t", "y", "q", "k", "v", "out", "both", "k_cache", "v_cache", "sinks", "weight", "cos", "sin"), BF16
+        ("x", "x_t", "y", "q", "k", "v", "out", "both", "kept", "k_cache", "v_cache", "sinks", "weight", "cos", "sin"),
+        BF16,
     ),
     **dict.fromkeys(("other", "kept"), BF16),
     **dict.fromkeys(("h", "part_scale", "part_acc", "part_max", "part_sum"), FP32),
+    **dict.fromkeys(("gain", "shift", "normalised"), FP32),
     **dict.fromkeys(("pointers", "vectors", "kv_index"), "*i64"),
     **dict.fromkeys(
         ("tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "part_slot", "records"), "*i32"
     ),
-    **dict.fromkeys(("ranks", "sizes", "row_item", "counters", "block_tables", "cu_seqlens_q", "kv_lens"), "*i32"),
-    **dict.fromkeys(("depth", "scale", "softcap", "eps", "offset"), "fp32"),
+    **dict.fromkeys(
+        ("ranks", "sizes", "row_item", "flags", "found", "counters", "block_tables", "cu_seqlens_q", "kv_lens"), "*i32"
+    ),
+    **dict.fromkeys(("depth", "scale", "softcap", "eps", "offset", "unit"), "fp32"),
 }
 
 
@@ -295,8 +301,8 @@ SPECS = {
         {"SIZE": 4096, "RANK_TILE": modules.FORM.rank_tile, "BLOCK_N": modules.FORM.block_n},
         wide=2,
     ),
-    "set_aside": Spec(module_kernels.set_aside, {"SIZE": 4096, "BLOCK_N": 1024}),
-    "put_back": Spec(module_kernels.put_back, {"SIZE": 4096, "BLOCK_N": 1024}, wide=2),
+    "set_module_rows_aside": Spec(module_kernels.set_module_rows_aside, {"SIZE": 4096, "BLOCK_N": 1024}),
+    "put_module_rows_back": Spec(module_kernels.put_module_rows_back, {"SIZE": 4096, "BLOCK_N": 1024}, wide=2),
     "transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 32}),
     "sparse_wide": Spec(
         sparse_wide.sparse_wide,
@@ -305,11 +311,48 @@ SPECS = {
         wide=4 * 4 + 4,
         num_warps=sparse.PROMPTS.num_warps,
     ),
+    # Vector terms by row: a thread has eight columns, of which a row is one load, and fp32 vectors two each.
+    "scale_rows": Spec(
+        vector_row_kernels.scale_rows,
+        {"HAS_GAIN": False, "HAS_SHIFT": False, "BLOCK_N": vector_rows.BLOCK, **QKV},
+        wide=1 + 2 * 2,
+    ),
+    "scale_rows_of_norms": Spec(
+        vector_row_kernels.scale_rows,
+        {
+            "HAS_GAIN": True,
+            "HAS_SHIFT": True,
+            "BLOCK_N": vector_rows.BLOCK,
+            **members.place_of([4096, 0, 0], [0, 0, 0]),
+        },
+        types={"y": FP32},
+        wide=5 * 2,
+    ),
+    "feed_rows": Spec(vector_row_kernels.feed_rows, {"K": 14336, "BLOCK_K": vector_rows.BLOCK}, wide=1 + 2),
+    "gather_rows": Spec(vector_row_kernels.gather_rows, {"BLOCK_N": vector_rows.BLOCK, **QKV}),
+    "set_rows_aside": Spec(vector_row_kernels.set_rows_aside, {"N": 4096, "BLOCK_N": vector_rows.BLOCK}),
+    "put_rows_back": Spec(vector_row_kernels.put_rows_back, {"N": 4096, "BLOCK_N": vector_rows.BLOCK}, wide=2),
+    "changed_norm_rows": Spec(
+        vector_row_kernels.changed_norm_rows,
+        {"SIZE": 4096, "BLOCK": 4096},
+        wide=2 * 2 + 3 * 4,
+        num_warps=pointwise.norm_warps(4096),
+    ),
+    "change_norm_rows": Spec(
+        vector_row_kernels.change_norm_rows,
+        {"HAS_SHIFT": True, "SIZE": 4096, "BLOCK": vector_rows.BLOCK},
+        wide=5 * 2,
+    ),
     # A few numbers an item: nothing to read wide.
+    "flag_rows": Spec(row_items.flag_rows, {"BLOCK": row_items.FLAG_ROWS}, wide=0),
     "store_items": Spec(row_items.store_items, {"TILE_ROWS": row_items.TILE_ROWS}, wide=0, num_warps=1),
     "build_tiles": Spec(tile_kernels.build_tiles, {"TILE_ROWS": 16}, wide=0),
 }
 
+BY_ROW = (
+    "scale_rows", "feed_rows", "gather_rows", "set_rows_aside", "put_rows_back", "changed_norm_rows",
+    "change_norm_rows",
+)  # fmt: skip
 COMPILED: dict[tuple[str, int], aot.Compiled] = {}
 
 
@@ -368,7 +411,7 @@ def test_one_launch_asks_for_b_and_y_before_it_waits(name: str, arch: int) -> No
 
 
 def test_y_is_stored_wide() -> None:
-    for name in ("expand", "fused", "prefill_expand", "prefill", "store_kv", "rms_norm_rows", "gated_rows"):
+    for name in ("expand", "fused", "prefill_expand", "prefill", "store_kv", "rms_norm_rows", "gated_rows", *BY_ROW):
         assert compiled(name, 90).stores.get(128, 0) >= 1, name
         assert compiled(name, 90).stores.get(16, 0) == 0, name
 

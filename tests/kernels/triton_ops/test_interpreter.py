@@ -53,5 +53,6 @@ def test_each_operator_has_cases() -> None:
         "rotary",
         "sparse",
         "vector",
+        "vector_rows",
     ]
     assert [path.stem for path in CASES] == [f"{name}_cases" for name in names]

@@ -301,9 +301,9 @@ def test_modules_equal_the_definition() -> None:
     results = []
     for operators in (apart_rows_reference, modules):
         out = y.clone()
-        kept = operators.set_rows_aside(out, work, tables, 1)
+        kept = operators.set_module_rows_aside(out, work, tables, 1)
         assert not out[1].any()
-        operators.put_rows_back(out, kept, work, tables, 1)
+        operators.put_module_rows_back(out, kept, work, tables, 1)
         assert torch.equal(out, y)
         operators.add_modules(out, work, tables, 1, 0.3, {0: other})
         results.append(out)

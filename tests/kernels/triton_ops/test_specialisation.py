@@ -189,8 +189,11 @@ FUSED = {"rms_norm_rows", "gated_rows", "rotate_and_store"}
 STEP = {"build_tiles", "shrink_rows", "expand_rows", "sparse", "decode", "combine"}
 MATRICES = {"blocks_by_row", "dense", "module_down", "module_up"}
 # Where products add onto the residual stream.
-ASIDE = {"set_aside", "put_back"}
+ASIDE = {"set_module_rows_aside", "put_module_rows_back"}
 PROMPT = {"shrink", "expand", "transpose", "sparse_wide", "prefill", "shrink_blocks", "expand_blocks"}
+# Vector terms by row; where products add onto the stream two more, and norms by their kind.
+BY_ROW = {"store_items", "scale_rows", "feed_rows", "gather_rows"}
+STREAM = {"flag_rows", "set_rows_aside", "put_rows_back"}
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -198,29 +201,28 @@ def test_no_architecture_looks_into_a_tensor_in_a_decode_pass(
     architecture: str, binaries: set[tuple[str, str]], as_on_a_gpu: None, tmp_path: Path
 ) -> None:
     """A look would be a sync in every step, and what it saw would be frozen in the graph. Kernels do not run here."""
-    rig = GraphRig(
-        loaded(architecture, torch.float32, tmp_path),
-        capture=watched,
-        row_counts=[1, 3],
-        has_blocks=True,
-        has_apart=True,
-    )
+    base = loaded(architecture, torch.float32, tmp_path)
+    rig = GraphRig(base, capture=watched, row_counts=[1, 3], has_vectors=True, has_blocks=True, has_apart=True)
     rig.change_adapters()
     assert rig.graphs.run(rig.random_batch(2)) is not None
     names = {name for name, _ in binaries}
-    assert names - FUSED - ASIDE - {"store_kv"} == STEP | MATRICES
-    assert architecture != "llama" or names >= ASIDE
+    shared = BY_ROW if any(len(group) > 1 for group in base.groups()) else BY_ROW - {"gather_rows"}
+    norms = {"changed_norm_rows", "change_norm_rows"}
+    assert names - FUSED - STREAM - ASIDE - {"store_kv"} - norms == STEP | MATRICES | shared
+    assert names & STREAM in (STREAM, set())
+    assert names & ASIDE == (ASIDE if names & STREAM else set())
+    assert names & norms or not base.norms
     assert names & {"store_kv", "rotate_and_store"}
 
 
 @pytest.mark.parametrize(
     ("architecture", "fused"),
     [
-        ("llama", FUSED | ASIDE),
-        ("gemma2", FUSED),
-        ("qwen3", {"rms_norm_rows", "gated_rows", "store_kv"}),
-        ("gpt2", {"store_kv"}),
-        ("phi3-longrope", {"rms_norm_rows", "store_kv"}),
+        ("llama", FUSED | STREAM | ASIDE | {"gather_rows", "changed_norm_rows"}),
+        ("gemma2", FUSED | {"gather_rows", "changed_norm_rows"}),
+        ("qwen3", {"rms_norm_rows", "gated_rows", "store_kv", "gather_rows", "changed_norm_rows"}),
+        ("gpt2", {"store_kv", "change_norm_rows"}),
+        ("phi3-longrope", {"rms_norm_rows", "store_kv", "changed_norm_rows"}),
     ],
 )
 @pytest.mark.parametrize("has_graphs", [True, False], ids=["graphs", "eager"])
@@ -234,12 +236,13 @@ def test_serving_compiles_nothing_after_the_warm_up(
 ) -> None:
     """Warm-up meets an empty server; then adapters of any kind come, in steps of every shape."""
     base = loaded(architecture, torch.bfloat16, tmp_path)
-    rig = GraphRig(base, capture_now=False, has_blocks=True, has_apart=True)
+    rig = GraphRig(base, capture_now=False, has_vectors=True, has_blocks=True, has_apart=True)
     graphs = rig.graphs if has_graphs else None
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, blocks=rig.blocks, apart=rig.apart, graphs=graphs)
+    tables = {"vectors": rig.vectors, "blocks": rig.blocks, "apart": rig.apart}
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=graphs, **tables)
     runner.warm_up(max_tokens=256)
     warm = set(binaries)
-    assert {name for name, _ in warm} == {*STEP, *MATRICES, *PROMPT, *fused}
+    assert {name for name, _ in warm} == {*STEP, *MATRICES, *PROMPT, *BY_ROW - {"gather_rows"}, *fused}
     for _ in range(12):
         rig.change_adapters()
         rig.fill(0, ("lora", "sparse"), rank=rig.draw.choice([1, 300]))
