@@ -7,7 +7,7 @@ A row's terms are found once a step, by its binding. Rows with vectors take a pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -160,6 +160,8 @@ def split_runs(
     sizes = [sum(run[1] for run in chosen if run[2] == binding) for binding in bindings]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     compact = build_work_list_runs(list(zip(starts, sizes, bindings, strict=True)), sum(sizes), device)
+    # What the step is, not how many rows share a binding: forms of operators go by it.
+    compact = replace(compact, has_prompts=work.has_prompts)
     return VectorStep(
         family=family,
         work=work,

@@ -37,6 +37,8 @@ from deltaserve_kernels.triton_ops import (
     pointwise,
     pointwise_kernels,
     rotary,
+    rotation_kernels,
+    rotations,
     row_items,
     sparse,
     sparse_kernels,
@@ -303,6 +305,9 @@ SPECS = {
     ),
     "set_module_rows_aside": Spec(module_kernels.set_module_rows_aside, {"SIZE": 4096, "BLOCK_N": 1024}),
     "put_module_rows_back": Spec(module_kernels.put_module_rows_back, {"SIZE": 4096, "BLOCK_N": 1024}, wide=2),
+    # Through lists, one number a thread.
+    "turn_rows": Spec(rotation_kernels.turn_rows, {"BLOCK_N": rotations.BLOCK_N}, narrow=32, wide=0),
+    "add_turned": Spec(rotation_kernels.add_turned, {"BLOCK_N": rotations.BLOCK_N}, narrow=1, wide=0),
     "transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 32}),
     "sparse_wide": Spec(
         sparse_wide.sparse_wide,

@@ -51,6 +51,7 @@ def test_each_operator_has_cases() -> None:
         "module",
         "pointwise",
         "rotary",
+        "rotation",
         "sparse",
         "vector",
         "vector_rows",

@@ -25,16 +25,20 @@ from deltaserve_kernels import (
     BlockTables,
     LoraTables,
     NormTables,
+    RotationFactor,
+    RotationTables,
     SparseTables,
     VectorTables,
     WorkList,
     apart_rows_reference,
     build_work_list,
     reference,
+    rotations,
     term_reference,
 )
 from deltaserve_kernels import pointwise as by_definition
 from deltaserve_kernels.triton_ops import attention, blocks, dense, lora, modules, pointwise, rotary, sparse, vectors
+from deltaserve_kernels.triton_ops import rotations as by_triton
 from deltatest.apart_cases import full, module, packed
 from deltatest.kernel_cases import PagedCase, Parts, csr, randn
 
@@ -309,6 +313,27 @@ def test_modules_equal_the_definition() -> None:
         results.append(out)
     close(results[1], results[0], 2e-2)
     assert torch.equal(results[1][::5], y[::5])
+
+
+@pytest.mark.parametrize("num_rows", [1, 33 if ON_GPU else 9])
+def test_rotations_equal_the_definition(num_rows: int) -> None:
+    """One factor, several on permuted rows, one block that all share."""
+    step, tables = step_of(num_rows, num_rows, slots=3), RotationTables(len(WIDTHS), 3, DEVICE)
+
+    def factor(width: int, size: int, seed: int, is_shuffled: bool = False, count: int = 0) -> RotationFactor:
+        order = torch.randperm(width, generator=torch.Generator().manual_seed(seed)).int() if is_shuffled else None
+        blocks = randn(count or width // size, size, size, dtype=DTYPE, seed=seed, scale=0.3 * size**-0.5)
+        return RotationFactor(blocks.to(DEVICE), None if order is None else order.to(DEVICE))
+
+    for linear, width in enumerate(WIDTHS):
+        tables.set_all(0, [(linear, (factor(width, 8, linear),))])
+        several = (factor(width, 16, linear, is_shuffled=True), factor(width, 4, linear + 9, is_shuffled=True))
+        tables.set_all(1, [(linear, several if linear else (factor(width, 2, 3, count=1),))])
+    x = step.y.flip(1).contiguous()
+    expected, out = step.y.clone(), step.y.clone()
+    rotations.rotate_blocks(expected, x, step.work, tables, MEMBERS, 0.3, backend="reference")
+    by_triton.rotate_blocks(out, x, step.work, tables, MEMBERS, 0.3)
+    close(out, expected, 5e-3)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
