@@ -77,6 +77,7 @@ class VectorFamily:
         self.out_rotations = RotationTables(num_linears, num_slots, device)
         self.num_slots = num_slots
         self._used: set[int] = set()
+        self.version = 0  # rises with every change: what was made of the tables before may be of another form
         # int32 [num_slots], 1 where a slot has anything: what kernels know rows with vectors by.
         self.flags = torch.zeros(num_slots, dtype=torch.int32, device=device)
 
@@ -90,6 +91,7 @@ class VectorFamily:
 
     def set_all(self, slot: int, entries: VectorEntries) -> None:
         """Point a slot at an adapter's vectors. Raises a KernelError; ``clear`` the slot then."""
+        self.version += 1
         for tables, given in zip((self.outputs, self.inputs, self.norms), entries[:3], strict=True):
             if given:
                 self._used.add(slot)
@@ -104,6 +106,7 @@ class VectorFamily:
     def clear(self, slot: int) -> None:
         """Empty a slot and let go of its tensors."""
         if slot in self._used:
+            self.version += 1
             self._used.remove(slot)
             self.flags[slot] = 0
             for tables in (self.outputs, self.inputs, self.norms, self.in_rotations, self.out_rotations):

@@ -7,10 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
+from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve.model.context import ForwardContext
-from deltaserve_kernels import ApartEntries, ApartFamily, ApartRows, build_work_list, split_apart, use_backend
+from deltaserve_kernels import (
+    ApartEntries,
+    ApartFamily,
+    ApartRows,
+    ApartStep,
+    apart_rows,
+    build_work_list,
+    split_apart,
+    use_backend,
+)
 from deltatest.apart_cases import full, module, packed
+from deltatest.graph_rig import GraphRig
 from deltatest.kernel_cases import Parts, randn
 from deltatest.tiny_models import build_tiny_model
 
@@ -76,3 +88,25 @@ def _context(work, step) -> ForwardContext:  # type: ignore[no-untyped-def]
         work=work,
         apart=step,
     )
+
+
+def test_a_slot_that_holds_another_adapter_is_met_anew(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two adapters with modules in one binding take the other form, also in a step that looks like the one before."""
+    monkeypatch.setattr(apart_rows, "select", lambda _: "triton")
+    before = use_backend("reference")
+    try:
+        rig = GraphRig(base, has_apart=True, row_counts=[2], capture_now=False)
+        rig.fill(0, ("modules",), share=1.0)
+        rig.fill(1, ("dense",), share=1.0)
+        batch = [ScheduledSequence(0, [7], 3, [1], (ScheduledPart(0), ScheduledPart(1)))]
+        first = rig.eager.execute(batch)
+        assert isinstance(rig.eager._apart_step, ApartRows)
+        rig.clear(1)
+        rig.fill(1, ("modules",), share=1.0)
+        found = rig.eager.execute(batch)
+        fresh = ModelRunner(base, rig.eager_kv, rig.lora, rig.sparse, apart=rig.apart)
+        assert torch.equal(found, fresh.execute(batch))
+        assert isinstance(rig.eager._apart_step, ApartStep)
+        assert not torch.equal(found, first)
+    finally:
+        use_backend(before)

@@ -51,6 +51,7 @@ MOST_ROWS_FANNED_OUT = 64
 
 # (first row, number of rows, active parts as (slot, scale_first, scale_last))
 Run = tuple[int, int, tuple[tuple[int, float, float], ...]]
+Held = tuple[frozenset[int], int] | None
 
 
 class ModelRunner:
@@ -85,9 +86,9 @@ class ModelRunner:
         self._runs: list[Run] = []
         self._num_rows = -1
         self._work: WorkList | None = None
-        self._vector_slots: frozenset[int] = frozenset()
+        self._vector_slots: Held = None
         self._vector_step: VectorStep | VectorRows | None = None
-        self._apart_slots: frozenset[int] = frozenset()
+        self._apart_slots: Held = None
         self._apart_step: ApartStep | ApartRows | None = None
 
     @torch.inference_mode()
@@ -271,12 +272,12 @@ class ModelRunner:
         if not is_same or self._work is None:
             self._work = build_work_list_runs(runs, num_rows, self.base.device)
             self._runs, self._num_rows = runs, num_rows
-        if not slots or self.vectors is None:
+        if slots is None or self.vectors is None:
             self._vector_step = None
         elif not is_same or slots != self._vector_slots or self._vector_step is None:
             self._vector_step = split_vectors(runs, num_rows, self.vectors, self.base.device)
             self._vector_slots = slots
-        if not apart or self.apart is None:
+        if apart is None or self.apart is None:
             self._apart_step = None
         elif not is_same or apart != self._apart_slots or self._apart_step is None:
             self._apart_step = split_apart_rows(runs, num_rows, self.apart, self.base.device)
@@ -314,11 +315,13 @@ class ModelRunner:
         return upload(torch.from_numpy(per_sequence[owner]), self.base.device)
 
 
-def _slots_in(family: VectorFamily | ApartFamily | None, runs: Iterable[Run]) -> frozenset[int]:
-    """Slots with terms of a family: one may hold another adapter than it did in an equal step before."""
+def _slots_in(family: VectorFamily | ApartFamily | None, runs: Iterable[Run]) -> Held:
+    """Slots with terms of a family, None for none, and the version of its tables: a slot may hold another adapter than
+    it did in an equal step before, of which a step is made in another form."""
     if family is None or family.is_empty:
-        return frozenset()
-    return frozenset(slot for _, _, parts in runs for slot, _, _ in parts if family.has_slot(slot))
+        return None
+    slots = frozenset(slot for _, _, parts in runs for slot, _, _ in parts if family.has_slot(slot))
+    return (slots, family.version) if slots else None
 
 
 def rehearsals(table: Sequence[int], longest: int) -> list[list[ScheduledSequence]]:
