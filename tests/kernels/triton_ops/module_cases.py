@@ -48,9 +48,8 @@ def run(family, bindings, y, read, form=FORM, depth=0.25) -> torch.Tensor:
     return y
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("size", [1, 77, 128])
-def test_modules_equal_float64(dtype, size):
+@pytest.mark.parametrize(("size", "dtype"), [(1, torch.float32), (77, torch.float32), (128, torch.float16)])
+def test_modules_equal_float64(size, dtype):
     family = filled(dtype, size)
     y, read = randn(7, size, dtype=dtype), randn(7, size, dtype=dtype, seed=1)
     expected = modules_expected(y, BINDINGS, family.modules, 1, 0.25, {0: read})
