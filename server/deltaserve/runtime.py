@@ -220,7 +220,14 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
     if has_graphs:
         max_blocks = -(-max_model_len // BLOCK_SIZE)
         graphs = DecodeGraphs(
-            base, kv, lora, sparse, vectors=vectors, max_seqs=limits.max_num_seqs, max_blocks=max_blocks
+            base,
+            kv,
+            lora,
+            sparse,
+            vectors=vectors,
+            vocabulary=vocabulary,
+            max_seqs=limits.max_num_seqs,
+            max_blocks=max_blocks,
         )
     runner = ModelRunner(
         base,

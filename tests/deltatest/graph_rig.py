@@ -14,7 +14,19 @@ from deltaserve.engine.graph_capture import Pass
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
-from deltaserve_kernels import LoraTables, PaddedLayout, SparseTables, VectorEntries, VectorEntry, VectorFamily
+from deltaserve_kernels import (
+    EMBEDDING,
+    HEAD,
+    LoraTables,
+    PaddedLayout,
+    RowsEntry,
+    SparseTables,
+    VectorEntries,
+    VectorEntry,
+    VectorFamily,
+    VocabularyEntries,
+    VocabularyFamily,
+)
 from deltatest.kernel_cases import csr
 
 NUM_SLOTS = 5
@@ -29,7 +41,8 @@ def rerun(run: Pass) -> Pass:
 
 class GraphRig:
     """``capture`` defaults to running the same pass again. Slots: any of low-rank, sparse, both or nothing; with
-    ``has_vectors`` also scales, biases and norms ("vectors") and input scales of linears that share theirs ("fed")."""
+    ``has_vectors`` also scales, biases and norms ("vectors") and input scales of linears that share theirs ("fed");
+    with ``has_vocabulary`` low rank and trained rows of embedding and head ("vocabulary")."""
 
     def __init__(
         self,
@@ -40,6 +53,7 @@ class GraphRig:
         seed: int = 0,
         max_seqs: int = 6,
         has_vectors: bool = False,
+        has_vocabulary: bool = False,
         **options: Any,
     ) -> None:
         self.base = base
@@ -50,6 +64,7 @@ class GraphRig:
         self.lora = LoraTables(len(base.linears), NUM_SLOTS, device)
         self.sparse = SparseTables(len(base.linears), NUM_SLOTS, device)
         self.vectors = VectorFamily(len(base.linears), len(base.norms), NUM_SLOTS, device) if has_vectors else None
+        self.vocabulary = VocabularyFamily(NUM_SLOTS, device) if has_vocabulary else None
         self.num_blocks = max(40, LONGEST_TABLE * max(options.get("row_counts") or [max_seqs]))
         self.kv = KVCache(base.kv_layout, self.num_blocks, device, has_scratch=True)
         self.kv.pool.normal_(generator=torch.Generator(device).manual_seed(seed))
@@ -59,6 +74,7 @@ class GraphRig:
             self.lora,
             self.sparse,
             vectors=self.vectors,
+            vocabulary=self.vocabulary,
             max_seqs=max_seqs,
             max_blocks=8,
             capture=self._count,
@@ -67,7 +83,12 @@ class GraphRig:
         if capture_now:
             self.graphs.capture()
         self.eager_kv = KVCache(base.kv_layout, self.num_blocks, device)
-        self.eager = ModelRunner(base, self.eager_kv, self.lora, self.sparse, vectors=self.vectors)
+        self.eager = self.new_runner()
+
+    def new_runner(self) -> ModelRunner:
+        """Over the same tables, without graphs, and the cache that is a copy."""
+        tables = {"vectors": self.vectors, "vocabulary": self.vocabulary}
+        return ModelRunner(self.base, self.eager_kv, self.lora, self.sparse, **tables)  # type: ignore[arg-type]
 
     def _count(self, run: Pass) -> Pass:
         self.num_captures += 1
@@ -81,6 +102,8 @@ class GraphRig:
         kinds: list[tuple[str, ...]] = [(), ("lora",), ("sparse",), ("lora", "sparse")]
         if self.vectors is not None:
             kinds += [("vectors",), ("vectors", "fed"), ("lora", "vectors"), ("lora", "sparse", "vectors", "fed")]
+        if self.vocabulary is not None:
+            kinds += [("vocabulary",), ("lora", "vocabulary"), tuple(self.graphs.families)]
         for slot in range(NUM_SLOTS):
             if self.draw.random() < 0.4:
                 self.clear(slot)
@@ -89,8 +112,9 @@ class GraphRig:
     def clear(self, slot: int) -> None:
         self.lora.clear(slot)
         self.sparse.clear(slot)
-        if self.vectors is not None:
-            self.vectors.clear(slot)
+        for tables in (self.vectors, self.vocabulary):
+            if tables is not None:
+                tables.clear(slot)
 
     def fill_vectors(self, slot: int, targets: Sequence[int], *, fed: bool, share: float = 0.7) -> None:
         """Scales and biases of some targets' outputs, differences of some norms, scales of some inputs; ``fed``: of
@@ -121,6 +145,25 @@ class GraphRig:
         ]
         self.vectors.set_all(slot, VectorEntries(tuple(outputs), tuple(inputs), tuple(norms)))
 
+    def fill_vocabulary(self, slot: int) -> None:
+        """Low rank and trained rows, each of the embedding, the head or both."""
+        if self.vocabulary is None:
+            raise ValueError("a rig without has_vocabulary")
+        generator = torch.Generator().manual_seed(self.draw.randrange(1 << 30))
+        vocab, width = self.base.vocab_size, self.base.hidden_size
+
+        def matrix(rows: int, columns: int) -> torch.Tensor:
+            return (0.1 * torch.randn(rows, columns, generator=generator)).to(self.base.device, self.base.dtype)
+
+        def rows() -> RowsEntry:
+            ids = torch.tensor(sorted(self.draw.sample(range(vocab), vocab // 2)), dtype=torch.int32)
+            return RowsEntry(ids.to(self.base.device), matrix(len(ids), width))
+
+        which = [self.draw.choice([(EMBEDDING,), (HEAD,), (EMBEDDING, HEAD)]) for _ in range(2)]
+        sizes = {EMBEDDING: (vocab, width), HEAD: (width, vocab)}
+        low_rank = tuple((m, matrix(3, sizes[m][0]), matrix(3, sizes[m][1])) for m in which[0])
+        self.vocabulary.set_all(slot, VocabularyEntries(low_rank, tuple((m, rows()) for m in which[1])))
+
     def fill(self, slot: int, families: Sequence[str], rank: int | None = None, share: float = 0.7) -> None:
         """``rank`` None: a random one for each linear; ``share`` of the linears get terms."""
         generator = torch.Generator().manual_seed(self.draw.randrange(1 << 30))
@@ -128,6 +171,8 @@ class GraphRig:
         targets = [i for i in range(len(self.base.linears)) if self.draw.random() < share]
         if "vectors" in families:
             self.fill_vectors(slot, targets, fed="fed" in families, share=share)
+        if "vocabulary" in families:
+            self.fill_vocabulary(slot)
         for linear in targets:
             spec = self.base.spec.linears[self.base.linears[linear]]
             out_features, in_features = spec.out_features, spec.in_features

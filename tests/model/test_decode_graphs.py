@@ -19,7 +19,7 @@ from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.engine.static_step import StaticStep
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve.model.kv_cache import KVCache
-from deltaserve_kernels import LoraTables, RotationFactor, VectorEntries, use_backend
+from deltaserve_kernels import EMBEDDING, LoraTables, RotationFactor, VectorEntries, VocabularyEntries, use_backend
 from deltatest.engine_fakes import request as make_request
 from deltatest.graph_rig import GraphRig, rerun
 from deltatest.real_engine import real_rig
@@ -50,14 +50,14 @@ def test_random_steps_equal_the_eager_runner_to_the_bit(base: BaseModel) -> None
     assert rig.num_captures == rig.graphs.num_graphs == len(rig.graphs.row_counts) * 4
 
 
-def test_random_steps_with_vectors_equal_the_eager_runner(base: BaseModel) -> None:
-    """Scales, biases, norms and inputs of every kind, in rows of several parts, of other strengths at other depths, and
+def test_random_steps_with_vectors_and_vocabularies_equal_the_eager_runner(base: BaseModel) -> None:
+    """Scales, biases, norms, inputs, embeddings and heads, in rows of several parts, at strengths that vary by depth,
     in company; the eager runner finds its rows on the host and shares nothing but the tables."""
-    rig = GraphRig(base, has_vectors=True)
+    rig = GraphRig(base, has_vectors=True, has_vocabulary=True)
     for step in range(15):
         rig.change_adapters()
         rig.check(rig.random_batch(), f"step {step}")
-    assert rig.num_captures == rig.graphs.num_graphs == len(rig.graphs.row_counts) * 6
+    assert rig.num_captures == rig.graphs.num_graphs == len(rig.graphs.row_counts) * 7
 
 
 def low_rank_adapter(base: BaseModel, rank: int, seed: int) -> FoldedAdapter:
@@ -155,6 +155,17 @@ def test_vectors_have_graphs_of_their_own_and_inputs_of_several_linears_the_larg
         assert recorded.replayed.pop() == (2, everything)
         assert torch.equal(found[1], wanted[1])
         assert torch.equal(found[0], wanted[0]) == (strengths == (0.0, 0.0))
+    # Embedding and head have a graph of theirs, as far as graphs have room.
+    tokens = GraphRig(llama, has_vocabulary=True, max_rank=32)
+    recorded_tokens = Recorded(tokens.graphs)
+    tokens.fill(0, ("vocabulary",))
+    plain[0].parts = (ScheduledPart(0),)
+    tokens.check(plain)
+    assert recorded_tokens.replayed == [(2, frozenset({"vocabulary"}))]
+    a, b_t = torch.zeros(33, llama.vocab_size), torch.zeros(33, llama.hidden_size)
+    tokens.vocabulary.set_all(1, VocabularyEntries(((EMBEDDING, a, b_t),)))
+    plain[0].parts = (ScheduledPart(1),)
+    assert tokens.graphs.run(plain) is None
     # Rotations are in no graph.
     blocks = torch.randn(llama.spec.linears[llama.linears[0]].in_features // 4, 4, 4) * 0.1
     rig.vectors.clear(0)

@@ -21,7 +21,7 @@ from deltaserve.engine.static_step import RowBinding, StaticStep
 from deltaserve.model.base import BaseModel
 from deltaserve.model.context import ForwardContext
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
-from deltaserve_kernels import LoraTables, PaddedLayout, SparseTables, VectorFamily
+from deltaserve_kernels import LoraTables, PaddedLayout, SparseTables, VectorFamily, VocabularyFamily
 
 MAX_RANK = 256
 """Ranks that graphs have room for. Adapters of a higher one are served without graphs."""
@@ -58,6 +58,7 @@ class DecodeGraphs:
         sparse: SparseTables | None = None,
         *,
         vectors: VectorFamily | None = None,
+        vocabulary: VocabularyFamily | None = None,
         max_seqs: int = 64,
         max_blocks: int | None = None,
         max_rank: int = MAX_RANK,
@@ -71,7 +72,9 @@ class DecodeGraphs:
         if max_blocks is None:
             max_blocks = min(-(-base.max_context // BLOCK_SIZE), kv.num_blocks)
         self.step = StaticStep(kv, max_seqs=self.row_counts[-1], max_blocks=max_blocks, has_regimes=base.has_kv_regimes)
-        self.families = known_families(base, lora=lora, sparse=sparse, vectors=vectors, max_rank=max_rank)
+        self.families = known_families(
+            base, lora=lora, sparse=sparse, vectors=vectors, vocabulary=vocabulary, max_rank=max_rank
+        )
         self._num_slots = {name: family.num_slots() for name, family in self.families.items()}
         self.keys = self._sorted_keys(keys)
         self._capture: Capture = capture or CudaCapture(kv.pool.device)

@@ -22,7 +22,14 @@ from dataclasses import dataclass, replace
 
 from deltaserve.model.base import BaseModel
 from deltaserve.model.context import ForwardContext
-from deltaserve_kernels import LoraTables, SparseTables, VectorFamily, VectorRows
+from deltaserve_kernels import (
+    LoraTables,
+    SparseTables,
+    VectorFamily,
+    VectorRows,
+    VocabularyFamily,
+    VocabularyStep,
+)
 
 Family = str
 
@@ -51,6 +58,7 @@ def known_families(
     lora: LoraTables | None = None,
     sparse: SparseTables | None = None,
     vectors: VectorFamily | None = None,
+    vocabulary: VocabularyFamily | None = None,
     max_rank: int,
 ) -> dict[Family, GraphFamily]:
     """The families of the tables that are given, by name, in the order that they are given to a pass."""
@@ -63,6 +71,9 @@ def known_families(
     if vectors is not None:
         known["vectors"] = _vectors(vectors)
         known["fed"] = _fed(vectors, base)
+    if vocabulary is not None:
+        vocabulary.lora.reserve_rank(max_rank)
+        known["vocabulary"] = _vocabulary(vocabulary)
     return known
 
 
@@ -123,3 +134,18 @@ def _fed(family: VectorFamily, base: BaseModel) -> GraphFamily:
             ctx.vectors = replace(ctx.vectors, fans_out=True)
 
     return GraphFamily(has_slot, lambda: family.num_slots, fan_out, is_alone=False)
+
+
+def _vocabulary(family: VocabularyFamily) -> GraphFamily:
+    """Low rank and trained rows of embedding and head; each row of a decode step gets logits."""
+    room = family.lora.rank_capacity
+
+    def give_lists(ctx: ForwardContext) -> None:
+        ctx.vocabulary = VocabularyStep(family, ctx.work, ctx.work)
+
+    return GraphFamily(
+        family.has_slot,
+        lambda: family.num_slots,
+        give_lists,
+        refuses=lambda slot: family.lora.largest_rank(slot) > room,
+    )

@@ -117,6 +117,12 @@ class ModelRunner:
         ctx.work = replace(empty, num_planes=len(input_ids), has_prompts=len(input_ids) > len(batch))
         if self.vectors is not None:
             ctx.vectors = VectorRows(self.vectors, ctx.work, fans_out=len(input_ids) <= MOST_ROWS_FANNED_OUT)
+        if self.vocabulary is not None:
+            count = len(input_ids) if logit_rows is None else len(logit_rows)
+            layout = PaddedLayout(count)
+            head = layout.work_list(torch.zeros(layout.size, dtype=torch.int32, device=self.base.device))
+            head = replace(head, num_planes=count, has_prompts=ctx.work.has_prompts)
+            ctx.vocabulary = VocabularyStep(self.vocabulary, ctx.work, head)
         self._forward(ctx, input_ids, logit_rows)
 
     def warm_up(self, max_tokens: int = 2 * BLOCK_SIZE) -> None:

@@ -42,4 +42,5 @@ def test_kernels_in_the_interpreter(path: Path) -> None:
 
 def test_each_operator_has_cases() -> None:
     names = ["attention", "block", "fuse", "graph", "lora", "pointwise", "rotary", "sparse", "vector", "vector_rows"]
+    names += ["vocabulary"]
     assert [path.stem for path in CASES] == [f"{name}_cases" for name in names]

@@ -190,6 +190,7 @@ PROMPT = {"shrink", "expand", "transpose", "sparse_wide", "prefill"}
 # Vector terms by row; where products add onto the stream two more, and norms by their kind.
 BY_ROW = {"store_items", "scale_rows", "feed_rows", "gather_rows"}
 STREAM = {"flag_rows", "set_rows_aside", "put_rows_back"}
+VOCABULARY = {"embedding_rows", "put_rows", "head_rows"}
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -198,12 +199,14 @@ def test_no_architecture_looks_into_a_tensor_in_a_decode_pass(
 ) -> None:
     """A look would be a sync in every step, and what it saw would be frozen in the graph. Kernels do not run here."""
     base = loaded(architecture, torch.float32, tmp_path)
-    rig = GraphRig(base, capture=watched, row_counts=[1, 3], has_vectors=True)
+    rig = GraphRig(base, capture=watched, row_counts=[1, 3], has_vectors=True, has_vocabulary=True)
     rig.change_adapters()
     assert rig.graphs.run(rig.random_batch(2)) is not None
     names = {name for name, _ in binaries}
     shared = BY_ROW if any(len(group) > 1 for group in base.groups()) else BY_ROW - {"gather_rows"}
-    assert names - FUSED - STREAM - {"store_kv"} - {"changed_norm_rows", "change_norm_rows"} == STEP | shared
+    assert (
+        names - FUSED - STREAM - {"store_kv"} - {"changed_norm_rows", "change_norm_rows"} == STEP | shared | VOCABULARY
+    )
     assert names & STREAM in (STREAM, set())
     assert names & {"changed_norm_rows", "change_norm_rows"} or not base.norms
     assert names & {"store_kv", "rotate_and_store"}
@@ -230,12 +233,13 @@ def test_serving_compiles_nothing_after_the_warm_up(
 ) -> None:
     """Warm-up meets an empty server; then adapters of any kind come, in steps of every shape."""
     base = loaded(architecture, torch.bfloat16, tmp_path)
-    rig = GraphRig(base, capture_now=False, has_vectors=True)
+    rig = GraphRig(base, capture_now=False, has_vectors=True, has_vocabulary=True)
     graphs = rig.graphs if has_graphs else None
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, vectors=rig.vectors, graphs=graphs)
+    tables = {"vectors": rig.vectors, "vocabulary": rig.vocabulary}
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, **tables, graphs=graphs)  # type: ignore[arg-type]
     runner.warm_up(max_tokens=256)
     warm = set(binaries)
-    assert {name for name, _ in warm} == {*STEP, *PROMPT, *BY_ROW - {"gather_rows"}, *fused}
+    assert {name for name, _ in warm} == {*STEP, *PROMPT, *BY_ROW - {"gather_rows"}, *VOCABULARY, *fused}
     for _ in range(12):
         rig.change_adapters()
         rig.fill(0, ("lora", "sparse"), rank=rig.draw.choice([1, 300]))
