@@ -60,10 +60,10 @@ from deltaserve_kernels.vocabulary import (
     VocabularyEntries,
     VocabularyFamily,
     VocabularyStep,
-    change_head,
     changed_embeddings,
     split_vocabulary,
 )
+from deltaserve_kernels.vocabulary_rows import change_embeddings, change_head
 from deltaserve_kernels.worklist import WorkList, build_work_list, build_work_list_runs
 
 __all__ = [
@@ -115,6 +115,7 @@ __all__ = [
     "block_linear",
     "build_work_list",
     "build_work_list_runs",
+    "change_embeddings",
     "change_head",
     "change_norm",
     "changed_embeddings",

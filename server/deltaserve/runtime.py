@@ -227,6 +227,7 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
             vectors=vectors,
             blocks=block_tables,
             apart=apart,
+            vocabulary=vocabulary,
             max_seqs=limits.max_num_seqs,
             max_blocks=max_blocks,
         )

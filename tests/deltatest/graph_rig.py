@@ -16,15 +16,20 @@ from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
 from deltaserve_kernels import (
     ACTIVATIONS,
+    EMBEDDING,
+    HEAD,
     ApartEntries,
     ApartFamily,
     BlockTables,
     LoraTables,
     PaddedLayout,
+    RowsEntry,
     SparseTables,
     VectorEntries,
     VectorEntry,
     VectorFamily,
+    VocabularyEntries,
+    VocabularyFamily,
 )
 from deltatest.apart_cases import full, module, packed
 from deltatest.block_cases import listed
@@ -44,7 +49,9 @@ class GraphRig:
     """``capture`` defaults to running the same pass again. Slots: any of low-rank, sparse, both or nothing; with
     ``has_vectors`` also scales, biases and norms ("vectors") and input scales of linears that share theirs ("fed");
     with ``has_blocks`` row and column blocks ("blocks"); with ``has_apart`` dense differences ("dense") and modules at
-    attach points ("modules"): slot 0 alone has modules, so that a binding has one at a point."""
+    attach points ("modules"): slot 0 alone has modules, so that a binding has one at a point; with ``has_vocabulary``
+    low rank and trained rows of embedding and head ("vocabulary"). ``tables``: what a runner is given beside low-rank
+    and sparse tables."""
 
     def __init__(
         self,
@@ -57,6 +64,7 @@ class GraphRig:
         has_vectors: bool = False,
         has_blocks: bool = False,
         has_apart: bool = False,
+        has_vocabulary: bool = False,
         **options: Any,
     ) -> None:
         self.base = base
@@ -69,6 +77,13 @@ class GraphRig:
         self.vectors = VectorFamily(len(base.linears), len(base.norms), NUM_SLOTS, device) if has_vectors else None
         self.blocks = BlockTables(len(base.linears), NUM_SLOTS, device) if has_blocks else None
         self.apart = ApartFamily(len(base.linears), len(base.points), NUM_SLOTS, device) if has_apart else None
+        self.vocabulary = VocabularyFamily(NUM_SLOTS, device) if has_vocabulary else None
+        self.tables: dict[str, Any] = {
+            "vectors": self.vectors,
+            "blocks": self.blocks,
+            "apart": self.apart,
+            "vocabulary": self.vocabulary,
+        }
         self.num_blocks = max(40, LONGEST_TABLE * max(options.get("row_counts") or [max_seqs]))
         self.kv = KVCache(base.kv_layout, self.num_blocks, device, has_scratch=True)
         self.kv.pool.normal_(generator=torch.Generator(device).manual_seed(seed))
@@ -77,9 +92,7 @@ class GraphRig:
             self.kv,
             self.lora,
             self.sparse,
-            vectors=self.vectors,
-            blocks=self.blocks,
-            apart=self.apart,
+            **self.tables,
             max_seqs=max_seqs,
             max_blocks=8,
             capture=self._count,
@@ -88,9 +101,11 @@ class GraphRig:
         if capture_now:
             self.graphs.capture()
         self.eager_kv = KVCache(base.kv_layout, self.num_blocks, device)
-        self.eager = ModelRunner(
-            base, self.eager_kv, self.lora, self.sparse, vectors=self.vectors, blocks=self.blocks, apart=self.apart
-        )
+        self.eager = self.new_runner()
+
+    def new_runner(self) -> ModelRunner:
+        """Over the same tables, without graphs, and the cache that is a copy."""
+        return ModelRunner(self.base, self.eager_kv, self.lora, self.sparse, **self.tables)
 
     def _count(self, run: Pass) -> Pass:
         self.num_captures += 1
@@ -108,6 +123,9 @@ class GraphRig:
             kinds += [("blocks",), ("lora", "blocks")]
         if self.apart is not None:
             kinds += [("dense",), ("lora", "dense")]
+        if self.vocabulary is not None:
+            everything = (*self.graphs.families, *(() if self.apart is None else ("dense",)))
+            kinds += [("vocabulary",), ("lora", "vocabulary"), everything]
         with_modules = [] if self.apart is None else [("modules",), ("dense", "modules"), ("lora", "modules")]
         for slot in range(NUM_SLOTS):
             if self.draw.random() < 0.4:
@@ -117,12 +135,9 @@ class GraphRig:
     def clear(self, slot: int) -> None:
         self.lora.clear(slot)
         self.sparse.clear(slot)
-        if self.vectors is not None:
-            self.vectors.clear(slot)
-        if self.blocks is not None:
-            self.blocks.clear(slot)
-        if self.apart is not None:
-            self.apart.clear(slot)
+        for tables in self.tables.values():
+            if tables is not None:
+                tables.clear(slot)
 
     def fill_apart(self, slot: int, families: Sequence[str], targets: Sequence[int], share: float = 0.7) -> None:
         """Differences of some targets, full or packed, and modules at some points, some of them parallel."""
@@ -190,6 +205,25 @@ class GraphRig:
         ]
         self.vectors.set_all(slot, VectorEntries(tuple(outputs), tuple(inputs), tuple(norms)))
 
+    def fill_vocabulary(self, slot: int) -> None:
+        """Low rank and trained rows, each of the embedding, the head or both."""
+        if self.vocabulary is None:
+            raise ValueError("a rig without has_vocabulary")
+        generator = torch.Generator().manual_seed(self.draw.randrange(1 << 30))
+        vocab, width = self.base.vocab_size, self.base.hidden_size
+
+        def matrix(rows: int, columns: int) -> torch.Tensor:
+            return (0.1 * torch.randn(rows, columns, generator=generator)).to(self.base.device, self.base.dtype)
+
+        def rows() -> RowsEntry:
+            ids = torch.tensor(sorted(self.draw.sample(range(vocab), vocab // 2)), dtype=torch.int32)
+            return RowsEntry(ids.to(self.base.device), matrix(len(ids), width))
+
+        which = [self.draw.choice([(EMBEDDING,), (HEAD,), (EMBEDDING, HEAD)]) for _ in range(2)]
+        sizes = {EMBEDDING: (vocab, width), HEAD: (width, vocab)}
+        low_rank = tuple((m, matrix(3, sizes[m][0]), matrix(3, sizes[m][1])) for m in which[0])
+        self.vocabulary.set_all(slot, VocabularyEntries(low_rank, tuple((m, rows()) for m in which[1])))
+
     def fill(self, slot: int, families: Sequence[str], rank: int | None = None, share: float = 0.7) -> None:
         """``rank`` None: a random one for each linear; ``share`` of the linears get terms."""
         generator = torch.Generator().manual_seed(self.draw.randrange(1 << 30))
@@ -199,6 +233,8 @@ class GraphRig:
             self.fill_vectors(slot, targets, fed="fed" in families, share=share)
         if "dense" in families or "modules" in families:
             self.fill_apart(slot, families, targets, share)
+        if "vocabulary" in families:
+            self.fill_vocabulary(slot)
         for linear in targets:
             spec = self.base.spec.linears[self.base.linears[linear]]
             out_features, in_features = spec.out_features, spec.in_features

@@ -11,7 +11,6 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -42,6 +41,7 @@ from deltaserve_kernels.triton_ops import (
     sparse_kernels,
     tile_kernels,
     vector_row_kernels,
+    vocabulary_kernels,
 )
 from deltatest.graph_rig import GraphRig
 from deltatest.tape import Tape
@@ -61,6 +61,7 @@ KERNELS = (
     row_items.store_items, row_items.flag_rows,
     vector_row_kernels.scale_rows, vector_row_kernels.feed_rows, vector_row_kernels.gather_rows,
     vector_row_kernels.set_rows_aside, vector_row_kernels.put_rows_back, vector_row_kernels.changed_norm_rows,
+    vocabulary_kernels.embedding_rows, vocabulary_kernels.put_rows, vocabulary_kernels.head_rows,
 )  # fmt: skip
 
 
@@ -94,11 +95,6 @@ def rig_of(base: BaseModel, **options: object) -> GraphRig:
     return GraphRig(base, capture=capture, max_seqs=20 if ON_GPU else 3, **options)  # type: ignore[arg-type]
 
 
-def tables_of(rig: GraphRig) -> dict[str, Any]:
-    """What a runner is given beside low-rank and sparse tables."""
-    return {"vectors": rig.vectors, "blocks": rig.blocks, "apart": rig.apart}
-
-
 @torch.inference_mode()
 def check_against_launches(rig: GraphRig, batch: list[ScheduledSequence], name: str) -> None:
     """Replay, then launch the very same padded step operator by operator: one set of bits."""
@@ -129,7 +125,7 @@ def test_replays_equal_launches_and_follow_the_tables(base: BaseModel) -> None:
 
 
 def test_replays_with_vectors_equal_launches_and_follow_the_tables(base: BaseModel) -> None:
-    rig = rig_of(base, has_vectors=True)
+    rig = rig_of(base, has_vectors=True, has_vocabulary=ON_GPU)
     for step in range(60 if ON_GPU else 1):
         rig.change_adapters()
         if not ON_GPU:
@@ -164,7 +160,7 @@ def test_a_row_s_bits_do_not_follow_the_vectors_of_others(base: BaseModel) -> No
 
 def test_replays_are_near_the_eager_runner(base: BaseModel) -> None:
     """Whose steps are not padded: a library's products may differ in the last bits with the number of rows."""
-    rig = rig_of(base, **({"has_vectors": True} if ON_GPU else {}))
+    rig = rig_of(base, **({"has_vectors": True, "has_vocabulary": True} if ON_GPU else {}))
     for _ in range(20 if ON_GPU else 1):
         rig.change_adapters()
         batch = rig.random_batch()
@@ -178,8 +174,8 @@ def test_replays_are_near_the_eager_runner(base: BaseModel) -> None:
 
 @pytest.mark.skipif(not ON_GPU, reason="the tape raises on what would sync, in graph_cases")
 def test_a_step_does_not_wait_and_sampling_waits_once(base: BaseModel) -> None:
-    rig = rig_of(base, capture_now=False, has_vectors=True)
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=rig.graphs, **tables_of(rig))
+    rig = rig_of(base, capture_now=False, has_vectors=True, has_vocabulary=True)
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=rig.graphs, **rig.tables)
     runner.warm_up()
     rig.change_adapters()
     batch = rig.random_batch(7)
@@ -226,14 +222,13 @@ def sampling_sequences(count: int) -> list:  # type: ignore[type-arg]
 
 @pytest.mark.skipif(not ON_GPU, reason="no compiler and no device memory")
 def test_a_thousand_replays_take_no_memory_and_compile_nothing(base: BaseModel) -> None:
-    rig = rig_of(base, capture_now=False, has_vectors=True)
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=rig.graphs, **tables_of(rig))
+    rig = rig_of(base, capture_now=False, has_vectors=True, has_vocabulary=True)
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=rig.graphs, **rig.tables)
     runner.warm_up(max_tokens=256)
     compiled = num_compiled()
     assert compiled >= len(KERNELS)
-    for slot, families in enumerate(
-        (("dense", "modules"), ("sparse", "vectors"), ("lora", "blocks", "vectors", "fed"))
-    ):
+    together = (("dense", "modules"), ("sparse", "vectors", "vocabulary"), ("lora", "blocks", "vectors", "fed"))
+    for slot, families in enumerate(together):
         rig.fill(slot, families, rank=20)
     batches = [rig.random_batch() for _ in range(20)]
     for batch in batches:

@@ -21,7 +21,15 @@ from deltaserve.engine.static_step import RowBinding, StaticStep
 from deltaserve.model.base import BaseModel
 from deltaserve.model.context import ForwardContext
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
-from deltaserve_kernels import ApartFamily, BlockTables, LoraTables, PaddedLayout, SparseTables, VectorFamily
+from deltaserve_kernels import (
+    ApartFamily,
+    BlockTables,
+    LoraTables,
+    PaddedLayout,
+    SparseTables,
+    VectorFamily,
+    VocabularyFamily,
+)
 
 MAX_RANK = 256
 """Ranks that graphs have room for. Adapters of a higher one are served without graphs."""
@@ -59,6 +67,7 @@ class DecodeGraphs:
         vectors: VectorFamily | None = None,
         blocks: BlockTables | None = None,
         apart: ApartFamily | None = None,
+        vocabulary: VocabularyFamily | None = None,
         max_seqs: int = 64,
         max_blocks: int | None = None,
         max_rank: int = MAX_RANK,
@@ -73,7 +82,14 @@ class DecodeGraphs:
             max_blocks = min(-(-base.max_context // BLOCK_SIZE), kv.num_blocks)
         self.step = StaticStep(kv, max_seqs=self.row_counts[-1], max_blocks=max_blocks, has_regimes=base.has_kv_regimes)
         self.families = known_families(
-            base, lora=lora, sparse=sparse, vectors=vectors, blocks=blocks, apart=apart, max_rank=max_rank
+            base,
+            lora=lora,
+            sparse=sparse,
+            vectors=vectors,
+            blocks=blocks,
+            apart=apart,
+            vocabulary=vocabulary,
+            max_rank=max_rank,
         )
         self._num_slots = {name: family.num_slots() for name, family in self.families.items()}
         self.keys = self._sorted_keys(keys)

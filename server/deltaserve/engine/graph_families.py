@@ -30,6 +30,8 @@ from deltaserve_kernels import (
     SparseTables,
     VectorFamily,
     VectorRows,
+    VocabularyFamily,
+    VocabularyStep,
     shares_points,
 )
 
@@ -45,8 +47,8 @@ class GraphFamily:
     give:      what a pass with this family finds in its context
     refuses:   whether an adapter in a slot has outgrown what graphs have room for
     refuses_together: whether the adapters of one binding, by their slots, are more than a captured pass can add up
-    is_alone:  whether there is a graph for rows with this family alone; otherwise it joins the one with all
-    is_large:  it has launches enough that mixtures of others get a graph without it
+    is_alone:  whether there is a graph for rows with this family alone; otherwise it joins the larger ones
+    is_large:  it costs enough, though no row has it, that mixtures of others get a graph without it
     """
 
     has_slot: Callable[[int], bool]
@@ -66,6 +68,7 @@ def known_families(
     vectors: VectorFamily | None = None,
     blocks: BlockTables | None = None,
     apart: ApartFamily | None = None,
+    vocabulary: VocabularyFamily | None = None,
     max_rank: int,
 ) -> dict[Family, GraphFamily]:
     """The families of the tables that are given, by name, in the order that they are given to a pass."""
@@ -83,11 +86,16 @@ def known_families(
     if apart is not None:
         apart.modules.reserve_rank(max_rank)
         known["apart"] = _apart(apart)
+    if vocabulary is not None:
+        vocabulary.lora.reserve_rank(max_rank)
+        known["vocabulary"] = _vocabulary(vocabulary)
     return known
 
 
 def default_keys(known: Mapping[Family, GraphFamily]) -> list[set[Family]]:
-    """None, each alone, low rank with sparse, all but the large ones, all."""
+    """None, the frequent ones and the largest alone, low rank with sparse, all but the large ones, all. Blocks and
+    vocabularies get none of their own: what they share one with is some empty launches, and each set is captured in
+    every bucket."""
     alone = [{name} for name, family in known.items() if family.is_alone]
     light = {name for name, family in known.items() if not family.is_large}
     return [set(), *alone, {"lora", "sparse"} & set(known), light, set(known)]
@@ -123,7 +131,7 @@ def _blocks(tables: BlockTables) -> GraphFamily:
     def give_tables(ctx: ForwardContext) -> None:
         ctx.blocks = tables
 
-    return GraphFamily(tables.has_slot, lambda: tables.num_slots, give_tables)
+    return GraphFamily(tables.has_slot, lambda: tables.num_slots, give_tables, is_alone=False)
 
 
 def _apart(family: ApartFamily) -> GraphFamily:
@@ -168,4 +176,20 @@ def _fed(family: VectorFamily, base: BaseModel) -> GraphFamily:
         if isinstance(ctx.vectors, VectorRows):
             ctx.vectors = replace(ctx.vectors, fans_out=True)
 
-    return GraphFamily(has_slot, lambda: family.num_slots, fan_out, is_alone=False)
+    return GraphFamily(has_slot, lambda: family.num_slots, fan_out, is_alone=False, is_large=True)
+
+
+def _vocabulary(family: VocabularyFamily) -> GraphFamily:
+    """Low rank and trained rows of embedding and head; each row of a decode step gets logits."""
+    room = family.lora.rank_capacity
+
+    def give_lists(ctx: ForwardContext) -> None:
+        ctx.vocabulary = VocabularyStep(family, ctx.work, ctx.work)
+
+    return GraphFamily(
+        family.has_slot,
+        lambda: family.num_slots,
+        give_lists,
+        refuses=lambda slot: family.lora.largest_rank(slot) > room,
+        is_alone=False,
+    )

@@ -127,6 +127,12 @@ class ModelRunner:
         ctx.blocks = self.blocks
         if self.apart is not None:
             ctx.apart = ApartRows(self.apart, ctx.work)
+        if self.vocabulary is not None:
+            count = len(input_ids) if logit_rows is None else len(logit_rows)
+            layout = PaddedLayout(count)
+            head = layout.work_list(torch.zeros(layout.size, dtype=torch.int32, device=self.base.device))
+            head = replace(head, num_planes=count, has_prompts=ctx.work.has_prompts)
+            ctx.vocabulary = VocabularyStep(self.vocabulary, ctx.work, head)
         self._forward(ctx, input_ids, logit_rows)
 
     def warm_up(self, max_tokens: int = 2 * BLOCK_SIZE) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltaserve.model.context import FoldedContext, ForwardContext, current_or_none, use
 from deltaserve.model.folded import copy_with
-from deltaserve_kernels import changed_embeddings
+from deltaserve_kernels import change_embeddings
 from deltaserve_store.spec import LinearSpec
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,7 @@ class TunableEmbedding:
         if isinstance(ctx, ForwardContext) and ctx.vocabulary is not None and ctx.vocabulary.embedding is not None:
             ids = kwargs["input"] if "input" in kwargs else args[0]
             flat = y.view(-1, y.shape[-1])
-            for rows, weights in changed_embeddings(ids.reshape(-1), self.weight, ctx.vocabulary):
-                flat[rows] = self.look_up(weights.to(self.weight.dtype))
+            change_embeddings(flat, ids.reshape(-1), self.weight, ctx.vocabulary, self.look_up)
         return y
 
     def _folded(self, change: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:

@@ -53,10 +53,11 @@ def fused(tmp_path_factory) -> BaseModel:
     return loaded
 
 
-def test_replays_follow_vectors_and_leave_everybody_else_s_bits(fused):
+def test_replays_follow_vectors_and_vocabularies_and_leave_everybody_else_s_bits(fused):
     """Held to the PyTorch definition, which finds its rows on the host, and once to eager launches to the bit."""
-    rig = GraphRig(fused, capture=Tape(), row_counts=[2], keys=[["lora", "vectors", "fed"]], has_vectors=True)
-    for slot, families in enumerate((("vectors", "fed"), ("lora", "vectors"))):
+    keys = [["lora", "vectors", "fed", "vocabulary"]]
+    rig = GraphRig(fused, capture=Tape(), row_counts=[2], keys=keys, has_vectors=True, has_vocabulary=True)
+    for slot, families in enumerate((("vectors", "fed"), ("lora", "vectors", "vocabulary"))):
         rig.fill(slot, families, share=1.0)
     batch = rig.random_batch(2, max_parts=0)
     base_alone = rig.graphs.run(batch).clone()
@@ -67,7 +68,7 @@ def test_replays_follow_vectors_and_leave_everybody_else_s_bits(fused):
         found = rig.graphs.run(batch).clone()
         rig.eager_kv.pool.copy_(rig.kv.pool[: rig.num_blocks])
         use_backend("reference")
-        wanted = ModelRunner(fused, rig.eager_kv, rig.lora, rig.sparse, vectors=rig.vectors).execute(batch)
+        wanted = rig.new_runner().execute(batch)
         use_backend("triton")
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
         return found
@@ -80,7 +81,7 @@ def test_replays_follow_vectors_and_leave_everybody_else_s_bits(fused):
     # Other adapters in the slots, and none.
     rig.clear(0)
     rig.clear(1)
-    rig.fill(1, ("vectors", "fed"), share=0.5)
+    rig.fill(1, ("vectors", "fed", "vocabulary"), share=0.5)
     found = replay((ScheduledPart(0),), (ScheduledPart(1),))
     assert torch.equal(found[0], base_alone[0])
     assert not torch.equal(found[1], base_alone[1])

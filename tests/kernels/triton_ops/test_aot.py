@@ -47,6 +47,8 @@ from deltaserve_kernels.triton_ops import (
     vector_row_kernels,
     vector_rows,
     vectors,
+    vocabulary,
+    vocabulary_kernels,
 )
 
 BF16, FP32 = "*bf16", "*fp32"
@@ -58,12 +60,25 @@ TYPES = {
     **dict.fromkeys(("other", "kept"), BF16),
     **dict.fromkeys(("h", "part_scale", "part_acc", "part_max", "part_sum"), FP32),
     **dict.fromkeys(("gain", "shift", "normalised"), FP32),
-    **dict.fromkeys(("pointers", "vectors", "kv_index"), "*i64"),
+    **dict.fromkeys(("pointers", "vectors", "kv_index", "low_rank", "ids"), "*i64"),
     **dict.fromkeys(
         ("tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "part_slot", "records"), "*i32"
     ),
     **dict.fromkeys(
-        ("ranks", "sizes", "row_item", "flags", "found", "counters", "block_tables", "cu_seqlens_q", "kv_lens"), "*i32"
+        (
+            "ranks",
+            "sizes",
+            "row_item",
+            "flags",
+            "found",
+            "counts",
+            "touched",
+            "counters",
+            "block_tables",
+            "cu_seqlens_q",
+            "kv_lens",
+        ),
+        "*i32",
     ),
     **dict.fromkeys(("depth", "scale", "softcap", "eps", "offset", "unit"), "fp32"),
 }
@@ -347,6 +362,18 @@ SPECS = {
         vector_row_kernels.change_norm_rows,
         {"HAS_SHIFT": True, "SIZE": 4096, "BLOCK": vector_rows.BLOCK},
         wide=5 * 2,
+    ),
+    # Narrow: the one factor of a token in A of a low-rank embedding; a head's logit.
+    "embedding_rows": Spec(
+        vocabulary_kernels.embedding_rows,
+        {"VOCAB": 128256, "WIDTH": 4096, "BLOCK": vector_rows.BLOCK},
+        types={"weight": BF16},
+        narrow=8,
+        wide=3,
+    ),
+    "put_rows": Spec(vocabulary_kernels.put_rows, {"WIDTH": 4096, "BLOCK": vector_rows.BLOCK}, types={"values": BF16}),
+    "head_rows": Spec(
+        vocabulary_kernels.head_rows, {"PROGRAMS": vocabulary.PROGRAMS, "WIDTH": 4096, "BLOCK": 4096}, narrow=2, wide=8
     ),
     # A few numbers an item: nothing to read wide.
     "flag_rows": Spec(row_items.flag_rows, {"BLOCK": row_items.FLAG_ROWS}, wide=0),

@@ -203,6 +203,8 @@ PROMPT = {"shrink", "expand", "transpose", "sparse_wide", "prefill", "shrink_blo
 # Vector terms by row; where products add onto the stream two more, and norms by their kind.
 BY_ROW = {"store_items", "scale_rows", "feed_rows", "gather_rows"}
 STREAM = {"flag_rows", "set_rows_aside", "put_rows_back"}
+VOCABULARY = {"embedding_rows", "put_rows", "head_rows"}
+EVERY_FAMILY = {"has_vectors": True, "has_blocks": True, "has_apart": True, "has_vocabulary": True}
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -211,13 +213,13 @@ def test_no_architecture_looks_into_a_tensor_in_a_decode_pass(
 ) -> None:
     """A look would be a sync in every step, and what it saw would be frozen in the graph. Kernels do not run here."""
     base = loaded(architecture, torch.float32, tmp_path)
-    rig = GraphRig(base, capture=watched, row_counts=[1, 3], has_vectors=True, has_blocks=True, has_apart=True)
+    rig = GraphRig(base, capture=watched, row_counts=[1, 3], **EVERY_FAMILY)
     rig.change_adapters()
     assert rig.graphs.run(rig.random_batch(2)) is not None
     names = {name for name, _ in binaries}
     shared = BY_ROW if any(len(group) > 1 for group in base.groups()) else BY_ROW - {"gather_rows"}
     norms = {"changed_norm_rows", "change_norm_rows"}
-    assert names - FUSED - STREAM - ASIDE - {"store_kv"} - norms == STEP | MATRICES | shared
+    assert names - FUSED - STREAM - ASIDE - {"store_kv"} - norms == STEP | MATRICES | shared | VOCABULARY
     assert names & STREAM in (STREAM, set())
     assert names & ASIDE == (ASIDE if names & STREAM else set())
     assert names & norms or not base.norms
@@ -245,13 +247,13 @@ def test_serving_compiles_nothing_after_the_warm_up(
 ) -> None:
     """Warm-up meets an empty server; then adapters of any kind come, in steps of every shape."""
     base = loaded(architecture, torch.bfloat16, tmp_path)
-    rig = GraphRig(base, capture_now=False, has_vectors=True, has_blocks=True, has_apart=True)
+    rig = GraphRig(base, capture_now=False, **EVERY_FAMILY)
     graphs = rig.graphs if has_graphs else None
-    tables = {"vectors": rig.vectors, "blocks": rig.blocks, "apart": rig.apart}
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=graphs, **tables)
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=graphs, **rig.tables)
     runner.warm_up(max_tokens=256)
     warm = set(binaries)
-    assert {name for name, _ in warm} == {*STEP, *MATRICES, *TURNS, *PROMPT, *BY_ROW - {"gather_rows"}, *fused}
+    served = {*STEP, *MATRICES, *TURNS, *PROMPT, *BY_ROW - {"gather_rows"}, *VOCABULARY}
+    assert {name for name, _ in warm} == {*served, *fused}
     for _ in range(12):
         rig.change_adapters()
         rig.fill(0, ("lora", "sparse"), rank=rig.draw.choice([1, 300]))

@@ -201,8 +201,7 @@ def test_rows_are_set_aside_and_put_back(step):
     assert torch.equal(found, y + added)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize(("dtype", "offset"), [(torch.float32, 0.0), (torch.float16, 1.0)])
 def test_an_rms_norm_has_its_rows_gains_in_the_launch_of_the_plain_one(step, dtype, offset):
     x, weight = rows_of(step, IN_FEATURES, dtype), randn(IN_FEATURES, dtype=dtype, seed=8)
     plain = triton_pointwise.rms_norm(x, weight, 1e-5, offset)
