@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "deltaserve.metrics": {"deltaserve.core"},
     "deltaserve.logs": EVERYWHERE,
     "deltaserve.openmp": set(),
-    "deltaserve.text": EVERYWHERE,
+    "deltaserve.text": EVERYWHERE | {"deltaserve_store.added_tokens"},
     "deltaserve.remote": EVERYWHERE,
     "deltaserve.api": EVERYWHERE
     | ENGINE_FACE

@@ -57,17 +57,18 @@ def test_the_committed_page_is_of_these_kinds_and_good() -> None:
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    """Three kinds, and one that is not what its judge says."""
+    """Four kinds, and one that is not what its judge says."""
     chosen = {entry.name: entry for entry in entries()}
     lora = chosen["lora"]
     wrong = replace(lora, variant="wrong judge", oracle=chosen["shira"].oracle, write=chosen["shira"].write)
     wrong = replace(wrong, oracle=lambda model, folder, ids: base_logits(model, ids) * 1.01)
-    return measure([lora, chosen["deltaserve-sparse"], chosen["ia3"], wrong])
+    activated = chosen["lora-activated-in-the-middle"]
+    return measure([lora, chosen["deltaserve-sparse"], chosen["ia3"], activated, wrong])
 
 
 def test_the_measure_finds_parity_and_its_absence(rows: list[Row]) -> None:
-    assert [row.is_good for row in rows] == [True, True, True, False]
-    assert [row.zero_bits for row in rows[:3]] == [True, True, True]
+    assert [row.is_good for row in rows] == [True, True, True, True, False]
+    assert [row.zero_bits for row in rows[:4]] == [True, True, True, True]
 
 
 def test_a_row_is_bad_by_each_of_its_parts(rows: list[Row]) -> None:

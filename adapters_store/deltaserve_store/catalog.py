@@ -211,4 +211,5 @@ def _record(row: sqlite3.Row) -> AdapterRecord:
         invocation_token_ids=manifest.invocation_token_ids,
         is_current=row["version"] == row["current"],
         num_prefix_tokens=manifest.num_prefix_tokens,
+        added_tokens=manifest.added_tokens,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 WORD_BITS = 32
@@ -34,3 +35,9 @@ class SignDelta:
     module: str
     signs: Tensor
     scale: Tensor
+
+    def dense(self, in_features: int) -> Tensor:
+        """float32 [out, in]."""
+        each = (self.signs[:, :, None] >> torch.arange(WORD_BITS, dtype=torch.int32)) & 1
+        signs = each.reshape(len(self.signs), -1)[:, :in_features]
+        return torch.where(signs == 1, 1.0, -1.0) * self.scale.float()[:, None]

@@ -10,13 +10,17 @@ MB = 1 << 20
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
+INITIAL_TENSORS = "initial_model.safetensors"
 SPARSE_CONFIG = "adapter.json"
 SPARSE_TENSORS = "adapter.safetensors"
 ADDED_TOKENS = "added_tokens.json"
+TOKENIZER = "tokenizer.json"
+TOKEN_LIST = "tokens.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 MAX_JSON_BYTES = 1 * MB
 MAX_TOKENIZER_JSON_BYTES = 8 * MB
+MAX_TOKENIZER_BYTES = 64 * MB
 MAX_TENSOR_FILE_BYTES = 2048 * MB
 
 
@@ -37,14 +41,20 @@ STORED_FILES: Mapping[str, int] = MappingProxyType(
     {
         PEFT_CONFIG: MAX_JSON_BYTES,
         PEFT_TENSORS: MAX_TENSOR_FILE_BYTES,
+        INITIAL_TENSORS: MAX_TENSOR_FILE_BYTES,
         SPARSE_CONFIG: MAX_JSON_BYTES,
         SPARSE_TENSORS: MAX_TENSOR_FILE_BYTES,
+        TOKEN_LIST: MAX_JSON_BYTES,
     }
 )
 """Name to cap in bytes."""
 
 CHECKED_FILES: Mapping[str, int] = MappingProxyType(
-    {ADDED_TOKENS: MAX_TOKENIZER_JSON_BYTES, TOKENIZER_CONFIG: MAX_TOKENIZER_JSON_BYTES}
+    {
+        ADDED_TOKENS: MAX_TOKENIZER_JSON_BYTES,
+        TOKENIZER: MAX_TOKENIZER_BYTES,
+        TOKENIZER_CONFIG: MAX_TOKENIZER_JSON_BYTES,
+    }
 )
 
 _SKIPPED = frozenset(
@@ -68,7 +78,6 @@ _SKIPPED = frozenset(
         "preprocessor_config.json",
         "processor_config.json",
         "special_tokens_map.json",
-        "tokenizer.json",
         "tokenizer.model",
         "train_results.json",
         "trainer_log.jsonl",

@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from deltaserve_store.added_tokens import AddedToken
 from deltaserve_store.errors import StoreCorrupt
 
 MANIFEST_NAME = "manifest.json"
@@ -55,10 +56,12 @@ class AdapterManifest:
     manifest_version: int = MANIFEST_VERSION
     num_prefix_tokens: int = 0
     invocation_token_ids: tuple[int, ...] = ()
+    added_tokens: tuple[AddedToken, ...] = ()
 
     def to_json(self) -> str:
         data = asdict(self)
-        for late in ("num_prefix_tokens", "invocation_token_ids"):  # manifests of other adapters stay what they were
+        # Manifests of other adapters stay what they were.
+        for late in ("num_prefix_tokens", "invocation_token_ids", "added_tokens"):
             if not data[late]:
                 del data[late]
         return json.dumps(data, sort_keys=True, indent=1) + "\n"
@@ -76,7 +79,15 @@ class AdapterManifest:
             files = tuple(StoredFile(**entry) for entry in data.pop("files"))
             kinds, stops = tuple(data.pop("kinds")), tuple(data.pop("stop_token_ids"))
             invocation = tuple(data.pop("invocation_token_ids", ()))  # stores of earlier programs have none
-            return cls(files=files, kinds=kinds, stop_token_ids=stops, invocation_token_ids=invocation, **data)
+            added = tuple(AddedToken(**entry) for entry in data.pop("added_tokens", ()))
+            return cls(
+                files=files,
+                kinds=kinds,
+                stop_token_ids=stops,
+                invocation_token_ids=invocation,
+                added_tokens=added,
+                **data,
+            )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise StoreCorrupt(f"a manifest cannot be read: {type(error).__name__}") from error
 
@@ -111,6 +122,7 @@ class AdapterRecord:
     invocation_token_ids: tuple[int, ...] = ()
     is_current: bool = True
     num_prefix_tokens: int = 0
+    added_tokens: tuple[AddedToken, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

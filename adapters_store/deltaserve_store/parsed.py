@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deltaserve_store.added_tokens import AddedToken
 from deltaserve_store.block_deltas import BlockDelta, RowsDelta
 from deltaserve_store.bottleneck_deltas import BottleneckDelta
 from deltaserve_store.dense_deltas import DenseDelta, MaskDelta, SignDelta
@@ -151,7 +152,8 @@ class ParsedAdapter:
     ``base_fingerprint`` what our own files carry. ``chat_template`` names a template of the operator's registry;
     template text is never taken from an adapter. ``invocation_token_ids``: the adapter acts from their last occurrence
     in a prompt on; empty for one that always acts. ``skipped`` lists files that are no part of the adapter. ``prefix``
-    stands before a sequence's own tokens.
+    stands before a sequence's own tokens. ``added_tokens``: by id, those that the base's tokenizer lacks. ``notes`` are
+    told to whoever uploads it.
     """
 
     kind: Kind
@@ -169,6 +171,8 @@ class ParsedAdapter:
     weight_deltas: tuple[BaseDelta, ...] = ()
     more_kinds: tuple[Kind, ...] = ()
     prefix: PrefixDelta | None = None
+    added_tokens: tuple[AddedToken, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -179,6 +183,11 @@ class ParsedAdapter:
     def num_prefix_tokens(self) -> int:
         """Positions that it takes before a sequence's own tokens."""
         return self.prefix.num_tokens if self.prefix is not None else 0
+
+    @property
+    def num_token_ids(self) -> int:
+        """Token ids that its sequences may hold, where these are more than the base's; else 0."""
+        return self.added_tokens[-1].id + 1 if self.added_tokens else 0
 
     @property
     def lossy_deltas(self) -> tuple[LoraDelta, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 _FIRST_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -54,6 +54,11 @@ class BaseSpec:
 
     ``embedding`` is a linear from token ids (``in_features`` the vocabulary) and ``head`` one to logits
     (``out_features`` the vocabulary); neither is among ``linears``. None where adapters cannot change them.
+
+    ``registered``: every linear of the model but the head, also those that are not among ``linears``, in the order in
+    which the model registers its modules. PEFT numbers modules by it. Empty where nobody asked the model.
+
+    ``num_added_tokens``: see ``with_added_tokens``; 0 for a base as it is.
     """
 
     fingerprint: str
@@ -71,6 +76,29 @@ class BaseSpec:
     head: LinearSpec | None = None
     kv_heads: int = 0
     head_dim: int = 0
+    registered: tuple[str, ...] = ()
+    num_added_tokens: int = 0
+
+    @property
+    def first_added_token(self) -> int:
+        """The id that a token added to the base's tokenizer gets first."""
+        return self.num_tokens or self.vocab_size
+
+    def with_added_tokens(self, count: int) -> BaseSpec:
+        """The base as an adapter with ``count`` more tokens has seen it: with a row for each of them in embedding and
+        head, where padding has left none."""
+        if not count:
+            return self
+        size = self.first_added_token + count
+        embedding, head = self.embedding, self.head
+        return replace(
+            self,
+            vocab_size=max(self.vocab_size, size),
+            num_tokens=size,
+            embedding=None if embedding is None else replace(embedding, in_features=max(embedding.in_features, size)),
+            head=None if head is None else replace(head, out_features=max(head.out_features, size)),
+            num_added_tokens=count,
+        )
 
     @property
     def vocabulary(self) -> dict[str, LinearSpec]:

@@ -12,7 +12,8 @@ class VectorDelta:
     """``y = out_scale * W (in_scale * x) + W in_bias + b + bias``; any of them may be missing.
 
     ``out_scale`` and ``bias`` [out], ``in_scale`` and ``in_bias`` [in]. ``scales_bias``: ``out_scale`` multiplies the
-    base's bias too. ``new_bias`` [out] stands in place of the base's bias.
+    base's bias too; ``bias_scale`` [out] multiplies it in its place. ``new_bias`` [out] stands in place of the base's
+    bias.
     """
 
     module: str
@@ -22,6 +23,7 @@ class VectorDelta:
     new_bias: Tensor | None = None
     scales_bias: bool = False
     in_bias: Tensor | None = None
+    bias_scale: Tensor | None = None
 
     @property
     def is_two_sided(self) -> bool:

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from deltaserve_store.digest import adapter_file_names, content_digest
+from deltaserve_store.digest import content_digest, stored_file_names
 from deltaserve_store.durable import CHUNK_BYTES, file_sha256, remove_tree, sync_file, sync_folder, write_durably
 from deltaserve_store.errors import InvalidName, Reason, StoreCorrupt
 from deltaserve_store.manifest import MANIFEST_NAME, AdapterManifest, StoredFile
@@ -52,13 +52,13 @@ class VersionFolders:
         return self.root / "derived" / check_version(version) / key
 
     def install(self, source: Path, parsed: ParsedAdapter, check_room: Callable[[int], None]) -> AdapterManifest:
-        """Puts the two files of ``source`` in place and returns their manifest. Files that are there already stay when
-        their bytes are what was admitted; damaged ones are replaced.
+        """Puts the adapter's files of ``source`` in place and returns their manifest. Files that are there already stay
+        when their bytes are what was admitted; damaged ones are replaced.
 
         Files in our own scratch area are linked, others copied (nobody outside may keep a name for our bytes).
         ``check_room`` is asked with the size of a version that is new. A failure leaves nothing behind.
         """
-        names = adapter_file_names(source)
+        names = stored_file_names(source)
         build = self.scratch / f"version-{secrets.token_hex(16)}"
         try:
             build.mkdir(mode=0o700)
@@ -179,7 +179,7 @@ class VersionFolders:
                 remove_tree(entry)
 
 
-def _describe(folder: Path, names: tuple[str, str], parsed: ParsedAdapter) -> AdapterManifest:
+def _describe(folder: Path, names: tuple[str, ...], parsed: ParsedAdapter) -> AdapterManifest:
     files = tuple(StoredFile(name, (folder / name).stat().st_size, file_sha256(folder / name)) for name in names)
     return AdapterManifest(
         version=content_digest(folder),
@@ -196,4 +196,5 @@ def _describe(folder: Path, names: tuple[str, str], parsed: ParsedAdapter) -> Ad
         invocation_token_ids=parsed.invocation_token_ids,
         files=files,
         num_prefix_tokens=parsed.num_prefix_tokens,
+        added_tokens=parsed.added_tokens,
     )

@@ -61,7 +61,10 @@ from deltaserve_kernels.vocabulary import (
     VocabularyFamily,
     VocabularyStep,
     changed_embeddings,
+    hide_added,
     split_vocabulary,
+    stored_rows,
+    widened,
 )
 from deltaserve_kernels.vocabulary_rows import change_embeddings, change_head
 from deltaserve_kernels.worklist import WorkList, build_work_list, build_work_list_runs
@@ -124,6 +127,7 @@ __all__ = [
     "dense_rows",
     "fan_out",
     "gather_members",
+    "hide_added",
     "lora_linear",
     "lora_vector_linear",
     "module_rows",
@@ -148,8 +152,10 @@ __all__ = [
     "split_runs",
     "split_vectors",
     "split_vocabulary",
+    "stored_rows",
     "unpack_bits",
     "upload",
     "use_backend",
+    "widened",
     "write_kv",
 ]

@@ -102,6 +102,7 @@ class VocabularyFamily:
         self.lora = LoraTables(2, num_slots, device)
         self.rows = RowsTables(2, num_slots, device)
         self.num_slots = num_slots
+        self._num_token_ids: dict[int, int] = {}
 
     @property
     def is_empty(self) -> bool:
@@ -118,22 +119,30 @@ class VocabularyFamily:
         """Point a slot at an adapter's terms. Raises a KernelError; ``clear`` the slot then."""
         self.lora.set_all(slot, entries.lora)
         self.rows.set_all(slot, entries.rows)
+        self._num_token_ids[slot] = max((int(entry.ids[-1]) + 1 for _, entry in entries.rows), default=0)
+
+    def num_token_ids(self, slot: int) -> int:
+        """One more than the largest token with a row in the slot, which may lie beyond the base's matrix; else 0."""
+        return self._num_token_ids.get(slot, 0)
 
     def clear(self, slot: int) -> None:
         """Empty a slot and let go of its tensors."""
         if self.has_slot(slot):
             self.lora.clear(slot)
             self.rows.clear(slot)
+        self._num_token_ids.pop(slot, None)
 
 
 @dataclass(frozen=True)
 class VocabularyStep:
     """Rows of a step whose bindings change the embedding, among its token rows, and the head, among the rows that get
-    logits; None where there are none."""
+    logits; None where there are none. ``num_token_ids``: the most token ids that one of them has, where adapters add
+    tokens to the base's."""
 
     family: VocabularyFamily
     embedding: WorkList | None
     head: WorkList | None
+    num_token_ids: int = 0
 
 
 def split_vocabulary(
@@ -161,6 +170,7 @@ def split_vocabulary(
         family,
         build_work_list_runs(embedding, num_rows, device) if embedding else None,
         build_work_list_runs(head, num_logits, device) if head else None,
+        max((family.num_token_ids(slot) for run in (*embedding, *head) for slot, _, _ in run[2]), default=0),
     )
 
 
@@ -176,7 +186,8 @@ def changed_embeddings(ids: Tensor, weight: Tensor, step: VocabularyStep) -> Ite
             low_rank, trained = step.family.lora.get(EMBEDDING, slot), step.family.rows.get(EMBEDDING, slot)
             if scale and low_rank is not None:
                 a, b_t = low_rank
-                shrunk = a[:, tokens].float() * scale
+                # Of tokens that another adapter of the binding adds, low rank knows nothing.
+                shrunk = stored_rows(a.t(), tokens).t().float() * scale
                 for factors, row in zip(shrunk, b_t.float(), strict=True):
                     total += factors[:, None] * row
                 touched[:] = True
@@ -187,18 +198,47 @@ def changed_embeddings(ids: Tensor, weight: Tensor, step: VocabularyStep) -> Ite
                 total += values[places].float().masked_fill(~hits[:, None], 0.0) * scale
                 touched |= hits
         if bool(touched.any()):
-            yield index[touched], (weight[tokens].float() + total)[touched]
+            stored = stored_rows(weight, tokens).float()
+            yield index[touched], (stored + total)[touched]
 
 
-def change_head(y: Tensor, x: Tensor, step: VocabularyStep) -> None:
-    """Add the terms of the head in place: ``y`` [R, vocab] are the base's logits of ``x`` [R, width]. Low rank, then
-    trained rows, each rounded."""
+def stored_rows(weight: Tensor, tokens: Tensor) -> Tensor:
+    """Rows of a matrix [vocab, width] by token, int64 [n]; zeros for tokens that it has no row for."""
+    count = len(weight)
+    if not bool((tokens >= count).any()):
+        return weight[tokens]
+    return weight[tokens.clamp(max=count - 1)].masked_fill((tokens >= count)[:, None], 0.0)
+
+
+def widened(y: Tensor, step: VocabularyStep) -> Tensor:
+    """Logits [R, vocab] with columns for the tokens that adapters of the step add, 0 so far."""
+    num_more = step.num_token_ids - y.shape[1] if step.head is not None else 0
+    return y if num_more <= 0 else torch.nn.functional.pad(y, (0, num_more))
+
+
+def hide_added(logits: Tensor, step: VocabularyStep, vocab_size: int) -> None:
+    """In a step with ``widened`` logits [R, W], set to minus infinity what a row's own adapters have no token for."""
+    if logits.shape[1] <= vocab_size or step.head is None:
+        return
+    own = [vocab_size] * len(logits)
+    for rows, parts in items_of(step.head):
+        count = max([vocab_size, *(step.family.num_token_ids(slot) for slot, _, scale in parts if scale)])
+        for row in rows:
+            own[row] = count
+    columns = torch.arange(vocab_size, logits.shape[1], device=logits.device)
+    foreign = columns >= torch.tensor(own, device=logits.device)[:, None]
+    logits[:, vocab_size:].masked_fill_(foreign, float("-inf"))
+
+
+def change_head(y: Tensor, x: Tensor, step: VocabularyStep, vocab_size: int) -> None:
+    """Add the terms of the head in place: ``y`` [R, W >= vocab_size] are the base's logits of ``x`` [R, width]. Low
+    rank, then trained rows, each rounded."""
     work, family = step.head, step.family
     if work is None:
         return
     if family.lora.has_any(HEAD):
         backend = None if y.device.type == "cpu" else "reference"
-        lora_linear(y, x, work, family.lora, ((HEAD, 0, y.shape[1]),), 1.0, backend=backend)
+        lora_linear(y, x, work, family.lora, ((HEAD, 0, vocab_size),), 1.0, backend=backend)
     for rows, parts in items_of(work) if family.rows.has_any(HEAD) else ():
         for row in rows:
             for slot, _, scale in parts:

@@ -34,18 +34,22 @@ def change_embeddings(
     vocabulary.put_rows(y, look_up(weights), touched, work)
 
 
-def change_head(y: Tensor, x: Tensor, step: VocabularyStep) -> None:
-    """Add the terms of the head in place: ``y`` [R, vocab] are the base's logits of ``x`` [R, width]; low rank, then
-    trained rows, each rounded. Raises a KernelError."""
+def change_head(y: Tensor, x: Tensor, step: VocabularyStep, vocab_size: int) -> None:
+    """Add the terms of the head in place: ``y`` [R, W >= vocab_size] are the base's logits of ``x`` [R, width]; low
+    rank of the first ``vocab_size`` columns, then trained rows, each rounded. Raises a KernelError."""
     work, family = step.head, step.family
     if work is None:
         return
     if select(y.device) != "triton":
-        change_head_by_definition(y, x, step)
+        change_head_by_definition(y, x, step, vocab_size)
         return
     from deltaserve_kernels.triton_ops import vocabulary
 
     if work.is_padded or family.lora.has_any(HEAD):
-        lora_linear(y, x, work, family.lora, ((HEAD, 0, y.shape[1]),), 1.0)
+        # Rows as far apart as in any step: kernels are compiled by that, and not in live traffic.
+        known = y if y.shape[1] == vocab_size else y[:, :vocab_size].contiguous()
+        lora_linear(known, x, work, family.lora, ((HEAD, 0, vocab_size),), 1.0)
+        if known is not y:
+            y[:, :vocab_size] = known
     if work.is_padded or family.rows.has_any(HEAD):
         vocabulary.head_rows(y, x, work, family.rows)

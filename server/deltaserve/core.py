@@ -40,7 +40,8 @@ class BindingPart:
     Terms are stored at scale 1; the scale is data of the binding and runs linearly over depth from ``scale_first``
     (first decoder layer) to ``scale_last`` (last one). ``start_position`` is the first position whose row is adapted.
     ``num_prefix_tokens``: positions that the version puts before the sequence's own, as far as whoever binds it knows;
-    it follows from the version and tells no two parts apart.
+    it follows from the version and tells no two parts apart. So does ``num_token_ids``: the token ids of an adapter
+    that adds tokens to the base's, else 0.
     """
 
     version: str
@@ -48,6 +49,7 @@ class BindingPart:
     scale_last: float = 1.0
     start_position: int = 0
     num_prefix_tokens: int = field(default=0, compare=False)
+    num_token_ids: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,38 @@ class Binding:
         """Positions before the sequence's own; a part at strength 0 has none."""
         return sum(part.num_prefix_tokens for part in self.parts if part.scale_first or part.scale_last)
 
+    @property
+    def num_token_ids(self) -> int:
+        """Token ids that its sequences may hold, where a part adds some to the base's; at strength 0 none does."""
+        return max((part.num_token_ids for part in self.parts if part.scale_first and part.scale_last), default=0)
+
 
 BASE_BINDING = Binding()
+
+
+class Mix(StrEnum):
+    """What the members of an ensemble are mixed by, see ``engine/mixing.py``."""
+
+    LOGITS = "logits"
+    PROBABILITIES = "probabilities"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One model of an ensemble: the base with a binding, and how much it counts. ``weight``: finite and not 0; a mix of
+    probabilities takes positive ones only."""
+
+    binding: Binding
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ensemble:
+    """Models that answer as one: each member computes logits from the same tokens, one token is drawn from the mix, and
+    every member goes on from it. A member costs a row of its own."""
+
+    members: tuple[Member, ...]
+    mix: Mix = Mix.LOGITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +137,8 @@ class GenerationRequest:
 
     ``cache_salt`` and ``tenant`` enter the prefix-cache key. ``eos_token_ids`` end a sequence unless ``ignore_eos``.
     ``deadline_seconds`` is the time from submission after which the request is aborted with an error. With
-    ``is_streamed`` false nothing is told before the end: one output then has all.
+    ``is_streamed`` false nothing is told before the end: one output then has all. With an ``ensemble`` its members have
+    the bindings, and ``binding`` is not looked at.
     """
 
     request_id: str
@@ -118,6 +151,22 @@ class GenerationRequest:
     cache_salt: str = ""
     deadline_seconds: float | None = None
     is_streamed: bool = True
+    ensemble: Ensemble | None = None
+
+    @property
+    def bindings(self) -> tuple[Binding, ...]:
+        """One for each row that a choice costs."""
+        return (self.binding,) if self.ensemble is None else tuple(member.binding for member in self.ensemble.members)
+
+    @property
+    def num_token_ids(self) -> int:
+        """Token ids that all its rows know, where adapters add some to the base's."""
+        return min((binding.num_token_ids for binding in self.bindings), default=0)
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """Of all bindings, each once, as they first occur."""
+        return tuple(dict.fromkeys(version for binding in self.bindings for version in binding.versions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +235,10 @@ class StepStats:
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
-    """One finished request; fed to metrics. ``ttft_seconds``: arrival to first sampled token, None without one."""
+    """One finished request; fed to metrics. ``ttft_seconds``: arrival to first sampled token, None without one.
+
+    Tokens of an ensemble are counted once, however many members compute them.
+    """
 
     outcome: FinishReason
     versions: tuple[str, ...]
@@ -198,6 +250,7 @@ class RequestStats:
     ttft_seconds: float | None
     itl_seconds: tuple[float, ...]
     e2e_seconds: float
+    is_ensemble: bool = False
 
 
 @dataclass(frozen=True, slots=True)

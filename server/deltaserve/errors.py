@@ -74,6 +74,12 @@ class CompositionRefused(InvalidRequest):
     code = "composition_refused"
 
 
+class EnsembleRefused(InvalidRequest):
+    """The members of a request cannot be decoded together: too many, or too much for slots or blocks."""
+
+    code = "ensemble_refused"
+
+
 class AuthenticationFailed(DeltaserveError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
 

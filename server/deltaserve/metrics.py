@@ -109,8 +109,8 @@ class Metrics:
         self._oldest_wait_seconds = stats.oldest_wait_seconds
 
     def on_request(self, stats: RequestStats, adapter_labels: tuple[str, ...], kind: str) -> None:
-        """``kind`` is ``base``, ``adapter`` or ``composition``; ``adapter_labels`` the names of the adapters: each of
-        them is counted as used."""
+        """``kind`` is ``base``, ``adapter``, ``composition`` or ``ensemble``; ``adapter_labels`` the names of the
+        adapters: each of them is counted as used."""
         amounts = (stats.num_prompt_tokens, stats.num_cached_tokens, stats.num_completion_tokens)
         by_kind = dict(zip(_TOKEN_KINDS, amounts, strict=True))
         for token_kind, amount in by_kind.items():

@@ -119,6 +119,7 @@ class Runtime:
             chat_templates=tuple(templates),
             conversion_limits=ConversionLimits(rank=config.conversion_rank),
             conversion_error=config.conversion_error,
+            tokenizer_conflicts=tokenizer.conflicts,
         )
         engine.on_prepare = admission.prepare
         return cls(config, base, names, tokenizer, store, engine, admission, metrics)

@@ -101,7 +101,8 @@ def test_table(name: str) -> None:
 
 
 def test_file_names_in_the_text_have_the_role_it_gives() -> None:
-    assert role_of("README.md") is role_of("tokenizer.json") is FileRole.SKIPPED
+    assert role_of("README.md") is role_of("vocab.json") is FileRole.SKIPPED
+    assert role_of("tokenizer.json") is FileRole.CHECKED
     assert role_of("adapter_model.bin") is role_of("training_args.bin") is FileRole.PICKLE
     assert role_of("model.safetensors") is FileRole.UNKNOWN
 

@@ -90,8 +90,8 @@ def test_files_arrive_in_pieces(upload: StagedUpload, files: dict[str, bytes]) -
 
 def test_harmless_files_are_named_and_dropped(upload: StagedUpload) -> None:
     upload.write("README.md", [b"# hello"])
-    upload.write("tokenizer.json", [b"{}" * 1000])
-    assert upload.skipped == ["README.md", "tokenizer.json"]
+    upload.write("vocab.json", [b"{}" * 1000])
+    assert upload.skipped == ["README.md", "vocab.json"]
     assert list(upload.folder.iterdir()) == []
 
 

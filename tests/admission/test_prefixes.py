@@ -61,7 +61,8 @@ def test_every_kind_lives_through_upload_serving_eviction_and_reload(
             page = base.kv_layout.block_bytes
             for name in CASES:
                 status = held[versions[name]]
-                assert status.host_bytes + status.device_bytes == -(-num_tokens(name) // 16) * page
+                kept = 0 if name.startswith(("prefix", "cartridge")) else num_tokens(name) * base.hidden_size * 4
+                assert status.host_bytes + status.device_bytes == -(-num_tokens(name) // 16) * page + kept
         async with open_runtime(base, tmp_path / "store") as runtime:
             assert await ask_all(runtime) == first
             again = await runtime.admit(folders["prompt"], "prompt")
@@ -160,7 +161,7 @@ def test_requests_are_refused_at_the_door_and_by_the_engine(
                 sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
                 return GenerationRequest(f"r{runtime.num_requests}", PROMPT, sampling, Binding((part,)))
 
-            with pytest.raises(ContextLengthExceeded, match="the adapter's prefix takes 37"):
+            with pytest.raises(ContextLengthExceeded, match="virtual tokens take 37"):
                 runtime.engine.submit(make(256 - 37 - len(PROMPT) + 1))
             with pytest.raises(InvalidRequest, match="no other strengths"):
                 runtime.engine.submit(make(4, scale=0.5))

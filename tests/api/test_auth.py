@@ -145,6 +145,15 @@ def test_other_tenants_are_invisible(outside: TestClient, ring: KeyRing, engine:
     assert outside.post("/v1/completions", json=body, headers=theirs).status_code == 200
     assert engine.requests[0].tenant == "other"
     assert engine.requests[0].binding.versions == (SECRET,)
+    # Of a composition every part: who may not see one, learns no more than that it is not there.
+    for name in ("secret", "absent"):
+        composed = {"model": BASE, "prompt": "user", "adapters": [{"id": "tone"}, {"id": name}]}
+        error = outside.post("/v1/completions", json=composed, headers=mine).json()["error"]
+        assert (error["code"], error["param"]) == ("model_not_found", "adapters[1].id")
+        assert error["message"].replace(name, "") == (
+            "adapters[1].id: the model '' does not exist; see GET /v1/models for what is served"
+        )
+    assert len(engine.requests) == 1
     alias = outside.put("/v1/aliases/x", json={"target": "secret"}, headers=mine)
     assert alias.status_code == 404
 

@@ -128,13 +128,26 @@ def test_one_version_twice_is_refused_under_whatever_names(http: TestClient) -> 
             ([{"id": "code"}, {"id": "tone", "scale": scale}], "adapters[1].scale")
             for scale in ("1", True, [], [1], [1, 2, 3], [1, "2"], [True, 1], {"first": 1}, [[1, 1], [1, 1]])
         ],
-        ([{"id": "code", "scale": 1e39}], "adapters"),
+        ([{"id": "code"}, {"id": "tone", "scale": 1e39}], "adapters[1].scale"),
+        ([{"id": "code", "scale": [0, -1.1e38]}], "adapters[0].scale"),
+        ([None], "adapters[0]"),
         ([{"id": f"a{i}"} for i in range(257)], "adapters"),
     ],
 )
 def test_malformed_lists_name_the_field(http: TestClient, engine: FakeEngine, adapters: Any, param: str) -> None:
     assert error_of(ask(http, adapters), 400)["param"] == param
     assert not engine.requests
+
+
+def test_an_entry_that_is_no_object_is_told_so_in_words_of_json(http: TestClient) -> None:
+    assert error_of(ask(http, ["code"]), 400)["message"] == "adapters[0]: Input should be an object"
+
+
+def test_minus_zero_is_zero(http: TestClient) -> None:
+    answers = [ask(http, [{"id": "code", "scale": scale}]).json() for scale in (0, -0.0, [0.0, -0.0])]
+    assert len({answer["system_fingerprint"] for answer in answers}) == 1
+    assert {json.dumps(answer["adapters"]) for answer in answers} == {json.dumps(answers[0]["adapters"])}
+    assert "-" not in json.dumps(answers[1]["adapters"])
 
 
 def test_numbers_beyond_a_double_are_refused(http: TestClient) -> None:
@@ -202,6 +215,22 @@ def test_an_activated_part_begins_at_its_invocation_in_each_prompt(
     assert [each.binding.parts for each in engine.requests] == [
         (BindingPart(TONE_V2, 0.5, 0.5, start), BindingPart(CODE_V1)) for start in (4, NEVER, 0)
     ]
+
+
+def test_virtual_tokens_move_the_place_where_a_part_begins(
+    http: TestClient, engine: FakeEngine, change: Callable[..., None]
+) -> None:
+    """Token i stands at position p + i, and a part begins at a position; at strength 0 there are no virtual tokens."""
+    change(tone={"invocation_token_ids": (7, 9)}, code={"num_prefix_tokens": 20})
+    ids = [[1, 7, 9, 2], [1, 2, 3], [7, 9]]
+    for scale, skipped in ((1, 20), (0, 0)):
+        engine.requests.clear()
+        adapters = [{"id": "code", "scale": scale}, {"id": "tone"}]
+        assert ask(http, adapters, prompt=ids).status_code == 200
+        assert [[part.start_position for part in each.binding.parts] for each in engine.requests] == [
+            [0, start] for start in (skipped + 1, NEVER, skipped)
+        ]
+        assert {each.binding.num_prefix_tokens for each in engine.requests} == {skipped}
 
 
 def test_chat_templates_must_agree(http: TestClient, change: Callable[..., None]) -> None:

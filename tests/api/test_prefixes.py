@@ -13,10 +13,13 @@ from starlette.testclient import TestClient
 from transformers import AutoModelForCausalLM
 
 from deltaserve.config import MIB, EngineConfig, ServeConfig
+from deltaserve.model.base import load_base
 from deltaserve.remote import RemoteServer
 from deltaserve_store.names import NameEntry, NameMap
+from deltatest.composed_judge import ComposedJudge
 from deltatest.fake_engine import CODE_V1, FakeEngine, record
 from deltatest.live_runtime import serve_runtime
+from deltatest.peft_adapters import make_peft_lora
 from deltatest.prefix_adapters import Oracle, make_prefix
 from deltatest.tiny_models import save_random, tiny_config
 from deltatest.tokenizers import byte_level
@@ -53,7 +56,7 @@ def test_a_prompt_that_only_the_prefix_makes_too_long(http: TestClient, engine: 
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
-    assert "prefix takes 37" in error["message"]
+    assert "virtual tokens take 37" in error["message"]
     messages = [{"role": "user", "content": "x" * (engine.max_model_len - 40)}]
     assert http.post("/v1/chat/completions", json={"model": "code", "messages": messages}).status_code == 400
 
@@ -99,3 +102,28 @@ def test_from_upload_to_answer(tmp_path: Path) -> None:
                 assert found["choices"][0]["token_ids"] == wanted
                 assert found["usage"]["prompt_tokens"] == len(prompt)
                 assert found["usage"]["completion_tokens"] == max_tokens
+        # The same virtual tokens under another adapter, and behind those of a third.
+        others = {"lora": make_peft_lora(model, tmp_path / "lora", std=0.2), "given": tmp_path / "given"}
+        make_prefix(model, others["given"], "prefix")
+        for name, path in others.items():
+            RemoteServer(server.url).upload(path, name)
+        named = {"soft": folder, **others}
+        parts = ("given", "lora", "soft")
+        composed = {"model": config.base_names[0], "adapters": [{"id": name} for name in parts], "max_tokens": 8}
+        answer = http.post("/v1/completions", json={**body, **composed, "ignore_eos": True})
+        assert answer.status_code == 200, answer.text
+        spec = load_base(base, dtype=torch.float32, cache_dir=tmp_path / "digests")
+        judge = ComposedJudge(model, spec, named, tuple((name, 1.0) for name in parts))
+        said = answer.json()["choices"][0]["token_ids"]
+        assert said == judge.choices(prompt, said)
+        assert answer.json()["usage"]["prompt_tokens"] == len(prompt)
+        for max_tokens, status in ((71 - len(prompt), 200), (72 - len(prompt), 400)):
+            answer = http.post("/v1/completions", json={**body, **composed, "max_tokens": max_tokens})
+            assert answer.status_code == status
+        assert "of which virtual tokens take 25" in answer.json()["error"]["message"]
+        composed["adapters"] = [{"id": "soft", "scale": 0.5}, {"id": "lora"}]
+        error = http.post("/v1/completions", json={**body, **composed}).json()["error"]
+        assert (error["param"], "no other strengths than 0 and 1" in error["message"]) == (
+            "adapters[0].scale",
+            True,
+        )

@@ -124,6 +124,33 @@ def test_a_composition_is_peft_s_weighted_sum(client: openai.OpenAI, folders: di
     assert caught.value.param == "adapters[1].id"
 
 
+def test_an_ensemble_is_the_mean_of_peft_s_logits(client: openai.OpenAI, folders: dict[str, Path]) -> None:
+    members = [{"model": "tone", "weight": 0.7}, {"adapters": [{"id": "code"}], "weight": 0.5}, {"model": BASE}]
+    ensemble = {"members": [*members[:2], {**members[2], "weight": -0.2}]}
+    fields: Any = {**GREEDY, "extra_body": {**GREEDY["extra_body"], "ensemble": ensemble}}
+    answer: Any = client.completions.create(model=BASE, prompt=PROMPT, **fields)
+    ids, said = byte_level().encode(PROMPT), answer.choices[0].token_ids
+    mean: Any = 0.0
+    for name, weight in (("tone", 0.7), ("code", 0.5), (None, -0.2)):
+        model: Any = AutoModelForCausalLM.from_pretrained(folders["base"], dtype=torch.float32)
+        model = model if name is None else PeftModel.from_pretrained(model, str(folders[name]))
+        with torch.no_grad():
+            mean = mean + weight * model(torch.tensor([[*ids, *said]])).logits[0, len(ids) - 1 : -1]
+    assert said == mean.argmax(-1).tolist()
+    assert said not in [greedy_ids(client, name) for name in (BASE, "tone", "code")]
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), GREEDY["max_tokens"])
+    stream = client.completions.create(model=BASE, prompt=PROMPT, stream=True, **fields)
+    assert "".join(chunk.choices[0].text for chunk in stream) == answer.choices[0].text
+    assert [member["weight"] for member in answer.ensemble["members"]] == [0.7, 0.5, -0.2]
+    alone: Any = {**fields, "extra_body": {**GREEDY["extra_body"], "ensemble": {"members": [{"model": "tone"}]}}}
+    one: Any = client.completions.create(model=BASE, prompt=PROMPT, **alone)
+    assert one.choices[0].token_ids == greedy_ids(client, "tone")
+    many: Any = {**fields, "extra_body": {"ensemble": {"members": [{"model": "tone"}] * 17}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=BASE, prompt=PROMPT, **many)
+    assert (caught.value.code, caught.value.param) == ("ensemble_refused", "ensemble.members")
+
+
 def test_an_activated_lora_acts_from_its_invocation_on(client: openai.OpenAI, folders: dict[str, Path]) -> None:
     assert greedy_ids(client, "called") == greedy_ids(client, BASE)
     prompt = f"{8 * PROMPT}{CALL} over"

@@ -18,6 +18,7 @@ DORA = Traits(("lora", "vector"), output_scales=frozenset({UP, DOWN}))
 IA3 = Traits(("vector",), input_scales=frozenset({DOWN}), output_scales=frozenset({UP}))
 GATES = Traits(("vector",), input_scales=frozenset({UP, DOWN}))
 NORMS = Traits(("vector",))
+PREFIX = Traits(("prefix",))
 STRANGE = Traits(("something-new",))
 
 
@@ -44,6 +45,8 @@ def refused(*traits: Traits, scales: tuple[tuple[float, float], ...] = ()) -> li
         (DORA, DORA, LORA),  # scales of one side stack
         (IA3, IA3, SPARSE),
         (GATES, GATES),
+        (PREFIX, PREFIX, LORA),
+        (DORA, PREFIX),
         (STRANGE,),
     ],
 )
@@ -63,6 +66,9 @@ def test_scales_of_both_sides_of_a_linear_have_no_sum() -> None:
     with pytest.raises(CompositionRefused) as caught:
         check_composition(binding(2), [GATES, DORA])
     assert (caught.value.status, caught.value.param) == (400, "adapters")
+    # What is at strength 0 does not take part.
+    assert not refused(DORA, IA3, LORA, scales=((1.0, 1.0), (0.0, 0.0)))
+    assert refused(DORA, IA3, LORA, scales=((1.0, 1.0), (0.0, 0.1))) == [("mixed_sides", "adapters[1]")]
     # Each on a linear of its own is no mixture.
     assert not refused(Traits(input_scales=frozenset({UP})), Traits(output_scales=frozenset({DOWN})))
 
@@ -72,6 +78,12 @@ def test_a_kind_that_no_rule_knows_is_served_alone_and_whole() -> None:
     assert refused(STRANGE, scales=((0.5, 0.5),)) == [("strength_not_linear", "adapters[0]")]
     assert refused(STRANGE, scales=((0.0, 1.0),)) == [("strength_not_linear", "adapters[0]")]
     assert not refused(STRANGE, scales=((0.0, 0.0),))
+
+
+def test_a_prefix_is_there_or_not() -> None:
+    assert not refused(PREFIX, LORA, PREFIX, scales=((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)))
+    for scale in ((0.5, 0.5), (0.0, 1.0), (-1.0, -1.0)):
+        assert refused(LORA, PREFIX, scales=((1.0, 1.0), scale)) == [("strength_not_linear", "adapters[1]")]
 
 
 def test_rules_are_read_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:

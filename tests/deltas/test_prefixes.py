@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from deltaserve.deltas.folded import FoldedAdapter, FoldedFileInvalid
-from deltaserve.deltas.prefixes import fold_prefix, plain_prefix
+from deltaserve.deltas.prefixes import PrefixTerm, fold_prefix, plain_prefix
 from deltaserve.errors import AdapterRefused
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve.model.prefix import prefixed_logits
@@ -61,7 +61,10 @@ def test_the_pages_hold_what_peft_caches(name: str, base: BaseModel, shelf: dict
     assert prefix is not None
     assert prefix.num_tokens == count
     assert prefix.pages.shape == (1, -(-count // 16), base.spec.num_layers, 2, 2, 16, 16)
-    assert folded.nbytes == prefix.pages.numel() * 4
+    is_given = isinstance(read_adapter(folder, base.spec).prefix, KeyValuePrefix)
+    assert (prefix.embeddings is None) == is_given
+    size = 0 if prefix.embeddings is None else count * base.spec.hidden_size
+    assert folded.nbytes == 4 * (prefix.pages.numel() + size)
     flat = prefix.pages[0].permute(1, 2, 3, 0, 4, 5).flatten(3, 4)  # [layers, 2, heads, positions, size]
     assert not flat[:, :, :, count:].any()
     for layer, (keys, values) in enumerate(cached(oracle, count)):
@@ -98,6 +101,10 @@ def test_a_folded_file_keeps_every_bit(base: BaseModel, shelf: dict[str, tuple[P
         assert loaded.prefix is not None
         assert torch.equal(loaded.prefix.pages, folded.prefix.pages)
         assert (loaded.prefix.num_tokens, loaded.kinds) == (folded.prefix.num_tokens, ("prefix",))
+        if name == "cartridge":
+            assert loaded.prefix.embeddings is None
+        else:
+            assert torch.equal(loaded.prefix.embeddings, folded.prefix.embeddings)  # type: ignore[arg-type]
 
 
 def _shorter(folded: FoldedAdapter) -> Any:
@@ -112,7 +119,22 @@ def _cut(folded: FoldedAdapter) -> Any:
     return replace(folded.prefix, pages=folded.prefix.pages[..., :8].contiguous())  # type: ignore[type-var, union-attr]
 
 
-@pytest.mark.parametrize("spoil", [_shorter, _narrower, _cut])
+def _strange(folded: FoldedAdapter) -> Any:
+    return replace(folded.prefix, embeddings=torch.zeros(36, 64))  # type: ignore[type-var]
+
+
+def test_a_folded_file_that_does_not_say_what_it_is_made_of_is_folded_again(
+    base: BaseModel, shelf: dict[str, tuple[Path, Oracle]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken for given K and V, those of embeddings would be wrong in a composition."""
+    told = PrefixTerm.tensors
+    monkeypatch.setattr(PrefixTerm, "tensors", lambda term: {k: v for k, v in told(term).items() if k != "embeddings"})
+    fold_folder(shelf["prompt"][0], base).save(tmp_path / "old")
+    with pytest.raises(FoldedFileInvalid, match="the prefix is incomplete"):
+        FoldedAdapter.load(tmp_path / "old", base.spec, torch.float32)
+
+
+@pytest.mark.parametrize("spoil", [_shorter, _narrower, _cut, _strange])
 def test_a_folded_file_that_does_not_fit_is_refused(
     spoil: Callable[[FoldedAdapter], Any], base: BaseModel, shelf: dict[str, tuple[Path, Oracle]], tmp_path: Path
 ) -> None:

@@ -41,6 +41,7 @@ def spec_of(model: torch.nn.Module, *, fingerprint: str = FINGERPRINT) -> BaseSp
         hidden_size=config.hidden_size,  # type: ignore[union-attr]
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,  # type: ignore[union-attr]
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,  # type: ignore
+        registered=tuple(linears),
     )
 
 

@@ -154,7 +154,7 @@ class Rig:
     def run(self, *requests: GenerationRequest, max_steps: int = 5000, check: bool = True) -> Tokens:
         """Add the requests, step until all are done; tokens by request id and sequence index."""
         for request in requests:
-            self.engine.limits.check(request)
+            self.engine.check(request)
             self.engine.add(request, self.engine.clock())
         return self.finish({r.request_id: r.n for r in requests}, max_steps=max_steps, check=check)
 

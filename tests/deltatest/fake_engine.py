@@ -103,6 +103,10 @@ class FakeEngine:
             vocab_size=self.tokenizer.vocab_size,
         )
 
+    def max_row_len(self, num_rows: int) -> int:
+        """As of a KV cache with room for two rows of the longest length."""
+        return min(self.max_model_len, 2 * self.max_model_len // num_rows)
+
     def resolve(self, tenant: str, model: str) -> Resolved:
         return self.names.resolve(tenant, model)
 

@@ -205,8 +205,9 @@ class GraphRig:
         ]
         self.vectors.set_all(slot, VectorEntries(tuple(outputs), tuple(inputs), tuple(norms)))
 
-    def fill_vocabulary(self, slot: int) -> None:
-        """Low rank and trained rows, each of the embedding, the head or both."""
+    def fill_vocabulary(self, slot: int, num_added: int = 0) -> None:
+        """Low rank and trained rows, each of the embedding, the head or both; with tokens beyond the base's rows of
+        both."""
         if self.vocabulary is None:
             raise ValueError("a rig without has_vocabulary")
         generator = torch.Generator().manual_seed(self.draw.randrange(1 << 30))
@@ -216,10 +217,13 @@ class GraphRig:
             return (0.1 * torch.randn(rows, columns, generator=generator)).to(self.base.device, self.base.dtype)
 
         def rows() -> RowsEntry:
-            ids = torch.tensor(sorted(self.draw.sample(range(vocab), vocab // 2)), dtype=torch.int32)
+            known = sorted(self.draw.sample(range(vocab), vocab // 2))
+            ids = torch.tensor([*known, *range(vocab, vocab + num_added)], dtype=torch.int32)
             return RowsEntry(ids.to(self.base.device), matrix(len(ids), width))
 
         which = [self.draw.choice([(EMBEDDING,), (HEAD,), (EMBEDDING, HEAD)]) for _ in range(2)]
+        if num_added:
+            which[1] = (EMBEDDING, HEAD)
         sizes = {EMBEDDING: (vocab, width), HEAD: (width, vocab)}
         low_rank = tuple((m, matrix(3, sizes[m][0]), matrix(3, sizes[m][1])) for m in which[0])
         self.vocabulary.set_all(slot, VocabularyEntries(low_rank, tuple((m, rows()) for m in which[1])))

@@ -63,6 +63,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "road": {"variant": "road_1", "group_size": 4},
     "boft": {"boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 2},
     "beft": {},
+    "pvera": {"r": 4, "projection_prng_key": 3, "save_projection": True},
+    "psoft": {
+        "r": 3,
+        "psoft_orth": True,
+        "psoft_mag_a": True,
+        "psoft_mag_b": True,
+        "ab_svd_init": "psoft_init",
+        "use_cayley_neumann": False,
+        "num_cayley_neumann_terms": 5,
+    },
+    "glora": {"r": 2, "config_A_B": "lora", "config_C": "none", "config_D_E": "none"},
+    "frod": {"sparse_rate": 0.05},
 }
 
 
@@ -87,6 +99,10 @@ def write_good_kind(folder: Path, kind: str) -> Path:
     for name in tensors:  # a copy that PEFT keeps beside a linear
         shared = f"base_model.{name.rpartition('.')[2]}"
         tensors[name] = tensors.get(shared, tensors[name]).clone()
+        if name.endswith(".zeros"):
+            tensors[name] = torch.zeros_like(tensors[name])
+        if "frod_s_" in name:  # all linears here have 16 inputs
+            tensors[name] = tensors[name] % 16 if "indices" in name else torch.full_like(tensors[name], 16)
     save_file(tensors, folder / TENSORS)
     (folder / CONFIG).write_text(json.dumps(config))
     return folder
@@ -327,17 +343,38 @@ _SPREAD = (
         "vblora", "vectors that do not fit", edit_config(vector_length=5), ("invalid_value", f"{CONFIG}:vector_length")
     ),
     _reasons("vblora", "another bank", edit_config(num_vectors=7), ("shape_mismatch", "base_model.vblora_vector_bank")),
-    _config("unilora", "save_indices", False, "seed_not_usable"),
-    _config("unilora", "save_indices", ..., "missing_field"),
+    _reasons(
+        "unilora",
+        "indices that the config says are not there",
+        edit_config(save_indices=False),
+        ("unexpected_tensor", f"{V0_TENSOR}.unilora_indices_A"),
+    ),
+    _reasons(
+        "unilora", "another length", edit_config(theta_d_length=41), ("shape_mismatch", "base_model.unilora_theta_d")
+    ),
+    _config("unilora", "save_indices", "yes", "invalid_value"),
+    _config("unilora", "proj_seed", -1, "invalid_value"),
+    _config("unilora", "proj_seed", None, "invalid_value"),
     BadAdapter(
         "an index beyond theta", "unilora", edit_tensors({_INDICES: _raise(1000)}), (("index_out_of_range", _INDICES),)
     ),
     BadAdapter(
         "an index below 0", "unilora", edit_tensors({_INDICES: _raise(-1000)}), (("index_out_of_range", _INDICES),)
     ),
-    _config("tinylora", "weight_tying", 0.0, "unsupported_feature"),
-    _config("tinylora", "weight_tying", ..., "missing_field"),
-    _config("tinylora", "save_projection", False, "seed_not_usable"),
+    _config("tinylora", "weight_tying", 1.5, "invalid_value"),
+    _config("tinylora", "projection_seed", 0.5, "invalid_value"),
+    _reasons(
+        "tinylora",
+        "vectors of groups that are not there",
+        edit_config(weight_tying=0.5),
+        ("missing_tensor", "base_model.tinylora_v.1"),
+    ),
+    _reasons(
+        "tinylora",
+        "projections that the config says are not there",
+        edit_config(save_projection=False),
+        ("unexpected_tensor", f"{V0_TENSOR}.tinylora_P"),
+    ),
     _reasons("tinylora", "another u", edit_config(u=4), ("shape_mismatch", f"{V0_TENSOR}.tinylora_P")),
     BadAdapter(
         "vectors of more groups",
@@ -452,6 +489,74 @@ _SPECTRA = (
     _reasons("hira", "another r", edit_config(r=3), ("shape_mismatch", f"{V0_TENSOR}.hira_A")),
 )
 
+_ROLE = "self_attn_v_proj"
+_BASE_OF = (
+    _config("pvera", "sample_at_inference", True, "unsupported_feature"),
+    _config("pvera", "projection_prng_key", None, "invalid_value"),
+    _reasons("pvera", "another r", edit_config(r=3), ("shape_mismatch", "base_model.pvera_A")),
+    BadAdapter(
+        "projections that the config says are not there",
+        "pvera",
+        edit_config(save_projection=False),
+        (("unexpected_tensor", "base_model.pvera_A"), ("unexpected_tensor", "base_model.pvera_B")),
+    ),
+    _config("psoft", "psoft_svd", "lowrank", "unsupported_feature"),
+    _config("psoft", "ab_svd_init", "svd", "invalid_value"),
+    _config("psoft", "psoft_orth", ..., "missing_field"),
+    _config("psoft", "cayley_neumann_eps", 1.0, "invalid_value"),
+    _config("psoft", "num_cayley_neumann_terms", 65, "invalid_value"),
+    _reasons("psoft", "more directions than the weight has", edit_config(r=9), ("rank_out_of_range", f"{CONFIG}:r")),
+    _reasons(
+        "psoft", "a free matrix", edit_config(psoft_orth=False), ("shape_mismatch", f"{V0_TENSOR}.psoft_R.weight")
+    ),
+    _reasons(
+        "psoft",
+        "scales that the config says are not there",
+        edit_config(psoft_mag_a=False),
+        ("unexpected_tensor", f"{V0_TENSOR}.psoft_R.vector_a"),
+    ),
+    BadAdapter(
+        "a rotation that is none any more",
+        "psoft",
+        edit_tensors({f"{V0_TENSOR}.psoft_R.weight": lambda old: old * 1e4}),
+        (("invalid_value", f"{V0_TENSOR}.psoft_R.weight"),),
+    ),
+    _config("glora", "config_A_B", "matrix", "invalid_value"),
+    _config("glora", "config_C", "constant", "invalid_value"),
+    _config("glora", "config_D_E", ..., "missing_field"),
+    _reasons("glora", "rows", edit_config(config_A_B="vector"), ("missing_tensor", f"{V0_TENSOR}.glora_A.X")),
+    _reasons("glora", "another r", edit_config(r=3), ("shape_mismatch", f"{V0_TENSOR}.glora_B.Xd")),
+    _config("frod", "save_projection", False, "seed_not_usable"),
+    _config("frod", "sparse_rate", ..., "missing_field"),
+    _reasons(
+        "frod", "another share", edit_config(sparse_rate=0.2), ("shape_mismatch", f"{V0_TENSOR}.frod_lambda_s_values")
+    ),
+    BadAdapter(
+        "a position beyond the basis",
+        "frod",
+        edit_tensors({f"base_model.frod_s_indices.{_ROLE}": _raise(16)}),
+        (("index_out_of_range", f"base_model.frod_s_indices.{_ROLE}"),),
+    ),
+    BadAdapter(
+        "a position below 0",
+        "frod",
+        edit_tensors({f"base_model.frod_s_indices.{_ROLE}": _raise(-1)}),
+        (("index_out_of_range", f"base_model.frod_s_indices.{_ROLE}"),),
+    ),
+    BadAdapter(
+        "another size",
+        "frod",
+        edit_tensors({f"base_model.frod_s_size.{_ROLE}": _raise(1)}),
+        (("shape_mismatch", f"base_model.frod_s_size.{_ROLE}"),),
+    ),
+    BadAdapter(
+        "a basis without an inverse",
+        "frod",
+        edit_tensors({f"base_model.frod_V.{_ROLE}": lambda old: old[:, :1].repeat(1, 16)}),
+        (("invalid_value", f"base_model.frod_V.{_ROLE}"),),
+    ),
+)
+
 KIND_CORPUS: tuple[BadAdapter, ...] = (
     *(case for kind in CONFIGS for case in _damage(kind)),
     *_ADALORA,
@@ -460,4 +565,5 @@ KIND_CORPUS: tuple[BadAdapter, ...] = (
     *_BLOCKS,
     *_SPREAD,
     *_SPECTRA,
+    *_BASE_OF,
 )

@@ -46,6 +46,22 @@ def _prune(wrapped: Any) -> None:
     wrapped.peft_config["default"].rank_pattern = flags
 
 
+def _around_one(wrapped: Any) -> None:
+    """Scales that were drawn around 0."""
+    for name, parameter in wrapped.named_parameters():
+        if "psoft_R.default.vector" in name:
+            parameter.data += 1
+
+
+def _around_base(wrapped: Any) -> None:
+    """What FRoD's diagonal is before training, drawn around 0 until here."""
+    for module in wrapped.modules():
+        if hasattr(module, "frod_lambda_l"):
+            lengths = module._calculate_frod_u_and_lambda(module.frod_V["default"], module.get_base_layer().weight)[1]
+            module.frod_lambda_l["default"].data += lengths
+
+
+_PSOFT = {"r": 5, "num_cayley_neumann_terms": 6, "use_cayley_neumann": True, "cayley_neumann_eps": 0.5}
 # Tests take a case's seed from its place: new ones go to the end.
 CASES: dict[str, KindCase] = {
     "adalora": KindCase("AdaLoraConfig", {"init_r": 4, "lora_alpha": 16, "total_step": 10}, 0.3),
@@ -97,6 +113,16 @@ CASES: dict[str, KindCase] = {
     "deft": KindCase("DeftConfig", {"r": 3}, 0.2),
     "deft-qr": KindCase("DeftConfig", {"r": 4, "decomposition_method": "qr", "alpha": 6}, 0.12),
     "deft-para": KindCase("DeftConfig", {"r": 2, "decomposition_method": "qr", "para": True}, 0.3),
+    "unilora-seed": KindCase("UniLoraConfig", {"r": 4, "theta_d_length": 50, "proj_seed": 5}, 1.5),
+    "tinylora-groups": KindCase("TinyLoraConfig", {"r": 2, "u": 6, "weight_tying": 0.6}, 0.4),
+    "tinylora-seed": KindCase("TinyLoraConfig", {"r": 3, "u": 4, "save_projection": False, "projection_seed": 9}, 0.4),
+    "pvera": KindCase("PveraConfig", {"r": 5, "projection_prng_key": 5}, 0.5),
+    "pvera-seed": KindCase("PveraConfig", {"r": 4, "projection_prng_key": 3, "save_projection": False}, 0.5),
+    "psoft": KindCase("PsoftConfig", {"r": 6}, 0.2, _around_one),
+    "psoft-even": KindCase("PsoftConfig", {**_PSOFT, "ab_svd_init": "pissa_init"}, 0.2, _around_one),
+    "psoft-free": KindCase("PsoftConfig", {"r": 4, "psoft_orth": False, "psoft_mag_b": False}, 0.4),
+    "glora": KindCase("GloraConfig", {"r": 3}, 0.3),
+    "frod": KindCase("FrodConfig", {"sparse_rate": 0.02, "progressbar": False}, 0.25, _around_base),
 }
 
 
@@ -156,7 +182,9 @@ def merged_deltas(model: torch.nn.Module, folder: Path, modules: list[str]) -> d
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        merged = PeftModel.from_pretrained(copy.deepcopy(model).double(), str(folder)).double().merge_and_unload()
+        # PSOFT decomposes weights of float32 or less.
+        start = model if '"PSOFT"' in (folder / "adapter_config.json").read_text() else copy.deepcopy(model).double()
+        merged = PeftModel.from_pretrained(copy.deepcopy(start), str(folder)).double().merge_and_unload()
     deltas = {}
     for name in modules:
         module = merged.get_submodule(name)

@@ -10,7 +10,7 @@ import torch
 from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.core import Binding, Logits
 from deltaserve.deltas.folded import FoldedAdapter
-from deltaserve.engine.batch import PrefixCopy, ScheduledPart, ScheduledSequence
+from deltaserve.engine.batch import PrefixFill, PrefixPart, ScheduledPart, ScheduledSequence
 from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel
@@ -97,7 +97,7 @@ class SerialEngine:
             parts = (ScheduledPart(0, part.scale_first, part.scale_last),)
         start = self._prefixes.num_tokens(0) if parts else 0
         blocks = list(range(1 + (start + len(ids) - 1) // 16))
-        prefix = PrefixCopy(0) if start else None
+        prefix = PrefixFill((PrefixPart(0, 0, start),)) if start else None
         seq = ScheduledSequence(0, ids, start, blocks, () if start else parts, logits="all", prefix=prefix)
         logits = self._runner.execute([seq])
         if self.on_probe is not None:

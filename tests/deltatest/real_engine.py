@@ -68,7 +68,7 @@ class RealRig:
         """Steps until all are done, checking the books; tokens by request id and sequence index."""
         tokens: dict[str, list[list[int]]] = {}
         for request in requests:
-            self.engine.limits.check(request)
+            self.engine.check(request)
             self.engine.add(request, self.engine.clock())
             tokens[request.request_id] = [[] for _ in range(request.n)]
         while self.engine.open_ids:

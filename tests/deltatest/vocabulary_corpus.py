@@ -108,7 +108,9 @@ VOCABULARY_CORPUS: tuple[BadAdapter, ...] = (
     _tensor("rows", "NaN in a row", "non_finite", ROWS, set_value(NAN)),
     _tensor("rows", "a huge row", "value_out_of_range", ROWS, set_value(1e20)),
     _tensor("rows", "integer rows", "unsupported_dtype", ROWS, torch.ones(3, 16, dtype=torch.int32)),
-    _tensor("rows", "rows of the head that takes the embedding's", "unsupported_feature", HEAD_ROWS, torch.ones(3, 16)),
+    _tensor(
+        "rows", "other rows for the head that takes the embedding's", "shape_mismatch", HEAD_ROWS, torch.ones(3, 16)
+    ),
     _tensor("rows", "a vocabulary that has grown", "added_tokens", EMBEDDING, torch.ones(101, 16)),
     _tensor("rows", "a vocabulary that has shrunk", "shape_mismatch", EMBEDDING, torch.ones(90, 16)),
     _field("rows", "trainable_token_indices", [41, 7, 90], "index_out_of_range"),

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from deltaserve.core import (
     Binding,
     BindingPart,
     EngineStatus,
+    Ensemble,
     FinishReason,
     GenerationRequest,
     Logits,
+    Member,
+    Mix,
     RequestOutput,
     RequestStats,
     SamplingParams,
@@ -40,6 +44,7 @@ from deltaserve.errors import (
     ContextLengthExceeded,
     DeltaserveError,
     EngineFailed,
+    EnsembleRefused,
     InvalidRequest,
     QueueFull,
     Reason,
@@ -49,6 +54,7 @@ from deltaserve.errors import (
 from deltaserve_store.manifest import AdapterRecord, BaseRef
 from deltaserve_store.names import NameEntry, NameMap
 from deltatest.engine_fakes import FINGERPRINT, Rig, expected_tokens, make_rig, request
+from deltatest.ensemble_oracle import expected_of_ensemble
 
 pytestmark = pytest.mark.anyio
 
@@ -243,8 +249,8 @@ async def test_limits_are_checked_before_anything_enters() -> None:
             (request("a", [1], min_tokens=20), "min_tokens"),
             (request("a", [1], *["v1", "v2", "v3", "v4", "v5"]), "adapters"),
             (request("a", [1], *["v1", "v2", "v1"]), "adapters"),
-            (request("a", [1], binding=Binding((BindingPart("v1", float("nan")),))), "adapters"),
-            (request("a", [1], binding=Binding((BindingPart("v1", 1.0, 1e39),))), "adapters"),
+            (request("a", [1], binding=Binding((BindingPart("v1", float("nan")),))), "adapters[0].scale"),
+            (request("a", [1], binding=Binding((BindingPart("v1"), BindingPart("v", 1.0, 1e39)))), "adapters[1].scale"),
             (request("a", [1], binding=Binding((BindingPart("v1", start_position=-1),))), "adapters"),
         ):
             with pytest.raises(InvalidRequest) as caught:
@@ -516,9 +522,34 @@ async def test_a_stop_string_found_outside_ends_the_sequence() -> None:
         stream.stop(0)
 
 
+async def test_an_ensemble_streams_as_one_and_is_measured_as_a_kind_of_its_own() -> None:
+    rig, metrics = make_rig(contents=CONTENTS), Recorder()
+    member = Member(Binding((BindingPart("v1"),)), 0.5)
+    both = Ensemble((member, Member(Binding((BindingPart("v2"), BindingPart("v1"))), 0.5)))
+    async with serving(rig, metrics=metrics) as engine:
+        asked = replace(request("a", [1, 2, 3], max_tokens=9), ensemble=both)
+        assert await tokens_of(engine.submit(asked)) == expected_of_ensemble([1, 2, 3], both, CONTENTS, 9)
+        stream = engine.submit(replace(asked, request_id="b", sampling=replace(asked.sampling, max_tokens=200)))
+        await anext(stream)
+        stream.abort()
+        await eventually(lambda: len(metrics.requests) == 2)
+        assert engine.status().num_running == engine.status().num_blocks_used == 0
+        with pytest.raises(EnsembleRefused, match="17 members; 1 to 16"):
+            engine.submit(replace(asked, request_id="c", ensemble=Ensemble((member,) * 17)))
+        assert [engine.max_row_len(num_rows) for num_rows in (1, 4, 5, 64, 65)] == [256, 256, 192, 16, 0]
+        longest = replace(asked, sampling=replace(asked.sampling, max_tokens=192 - 3))
+        five = replace(longest, request_id="d", ensemble=Ensemble((member,) * 5))
+        engine.submit(five).abort()
+        with pytest.raises(EnsembleRefused, match="72 blocks"):
+            engine.submit(replace(five, request_id="e", ensemble=Ensemble((member,) * 6)))
+    (stats, labels, kind), *_ = metrics.requests
+    assert (kind, len(labels), stats.num_completion_tokens) == ("ensemble", 2, 9)
+
+
 def test_everything_that_crosses_pickles_and_is_frozen() -> None:
     binding = Binding((BindingPart("v", 0.5, 1.5, 3),))
-    req = GenerationRequest("id", (1, 2), SamplingParams(logit_bias=((1, 2.0),)), binding)
+    ensemble = Ensemble((Member(binding, 0.5),), Mix.PROBABILITIES)
+    req = GenerationRequest("id", (1, 2), SamplingParams(logit_bias=((1, 2.0),)), binding, ensemble=ensemble)
     output = RequestOutput("id", (SequenceDelta(0, (1,), (TokenLogprob(1, -0.5, ((1, -0.5),)),)),))
     crossing: list[Any] = [
         messages.Submit(req, 1.0),

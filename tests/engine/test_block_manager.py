@@ -185,3 +185,34 @@ def test_the_books_are_really_checked() -> None:
     blocks._free[held.block_table[0]] = None
     with pytest.raises(RuntimeError, match="free list"):
         blocks.check_integrity([held])
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_several_sequences_get_their_blocks_all_or_none(others: int) -> None:
+    """Cached blocks that two of them share are revived once; what one finds is not handed to another as new."""
+    blocks = BlockManager(8, FINGERPRINT)
+    tokens = list(range(40))
+    for versions in (("a",), ("b",)):  # two full blocks of each stay cached
+        warm = seq(tokens, *versions)
+        assert blocks.begin(warm)
+        warm.num_computed_tokens = 40
+        blocks.commit(warm)
+        blocks.release(warm)
+    rows = [seq(tokens, version, seq_id=i) for i, version in enumerate(("a", "a", "b"))]
+    held = seq([1] * 16 * others, seq_id=9)
+    assert blocks.begin(held, reserve=7)
+    before = list(blocks._free)
+    if others:  # four are revived and three are new
+        assert blocks.begin(*rows)
+    else:
+        assert not blocks.begin(*rows, reserve=2)
+        assert list(blocks._free) == before
+        assert not any(row.block_table for row in rows)
+        assert blocks.begin(*rows, reserve=1)
+    assert [row.num_computed_tokens for row in rows] == [32, 32, 32]
+    assert rows[0].block_table[:2] == rows[1].block_table[:2]
+    assert len({block for row in rows for block in row.block_table}) == 7
+    blocks.check_integrity([*rows, held])
+    one, other = seq(tokens[::-1], "c", seq_id=3), seq(tokens[:16], "a", seq_id=4)
+    assert not blocks.begin(one, other)
+    blocks.check_integrity([*rows, held])

@@ -6,14 +6,15 @@ After every step the books balance; at the end everything is free; every finishe
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deltaserve.core import Binding, BindingPart, FinishReason, GenerationRequest
-from deltaserve.errors import AdapterUnavailable
+from deltaserve.core import Binding, BindingPart, Ensemble, FinishReason, GenerationRequest, Member
+from deltaserve.errors import AdapterUnavailable, EnsembleRefused
 from deltatest.engine_fakes import Rig, expected_tokens, make_rig, request
+from deltatest.ensemble_oracle import expected_of_ensemble
 
 NAMES = [f"v{i}" for i in range(8)]
 CONTENTS = {name: float(i + 1) for i, name in enumerate(NAMES)}
@@ -33,6 +34,7 @@ arrivals = st.tuples(
     st.lists(parts, max_size=3, unique_by=lambda part: part.version).map(tuple),
     st.integers(1, 2),  # n
     st.booleans(),  # prompt logprobs
+    st.sampled_from([(), (), (), (1.0,), (0.75, 0.25), (-0.5, 0.5, 1.0)]),  # an ensemble with these weights
 )
 actions = st.lists(
     st.one_of(
@@ -81,7 +83,7 @@ class Life:
     def act(self, action: tuple) -> None:  # type: ignore[type-arg]
         engine, residency = self.rig.engine, self.rig.residency
         match action:
-            case ("arrive", kind, length, max_tokens, binding_parts, n, with_prompt):
+            case ("arrive", kind, length, max_tokens, binding_parts, n, with_prompt, weights):
                 request_id = f"r{len(self.requests)}"
                 prompt = [(kind * 7 + i) % 53 for i in range(length)]
                 req = request(
@@ -92,7 +94,14 @@ class Life:
                     n=n,
                     prompt_logprobs=0 if with_prompt else None,
                 )
-                engine.limits.check(req)
+                if weights:  # each member lacks one part more
+                    parts_of = [req.binding.parts[index:] for index in range(len(weights))]
+                    members = zip(map(Binding, parts_of), weights, strict=True)
+                    req = replace(req, ensemble=Ensemble(tuple(Member(*member) for member in members)))
+                try:
+                    engine.check(req)
+                except EnsembleRefused:
+                    return
                 engine.add(req, engine.clock())
                 self.requests[request_id] = req
                 self.tokens[request_id] = [[] for _ in range(n)]
@@ -137,9 +146,11 @@ class Life:
             if request_id in self.failed | self.left:
                 continue
             assert set(self.ends[request_id]) == set(range(req.n))
-            oracle = expected_tokens(
-                req.prompt_ids, [(CONTENTS[p.version], p) for p in req.binding.parts], req.sampling.max_tokens
-            )
+            if req.ensemble is None:
+                own = [(CONTENTS[p.version], p) for p in req.binding.parts]
+                oracle = expected_tokens(req.prompt_ids, own, req.sampling.max_tokens)
+            else:
+                oracle = expected_of_ensemble(req.prompt_ids, req.ensemble, CONTENTS, req.sampling.max_tokens)
             for index, tokens in enumerate(self.tokens[request_id]):
                 if self.ends[request_id][index] is FinishReason.LENGTH:
                     assert tokens == oracle

@@ -39,6 +39,45 @@ def test_a_shared_head_is_left_alone() -> None:
     assert (pool[:5] == 7).all()
 
 
+def test_one_behind_another_begins_inside_a_block() -> None:
+    """At any position, from any block on: nothing before and nothing behind is touched."""
+    given = entry(37)
+    tables = PrefixTables(1)
+    tables.set(0, given)
+    flat = given.pages[0].movedim(-2, 1).flatten(0, 1)[:37]  # [positions, *rest]
+    table = [4, 0, 5, 1, 3]
+    for start in (0, 5, 16, 27):
+        for first in range(5):
+            pool = torch.full((6, *PAGE), 7.0)
+            tables.copy(0, pool, table, first, 0, start)
+            found = pool[table].movedim(-2, 1).flatten(0, 1)
+            begin, stop = max(start, 16 * first), start + 37
+            assert (found[:begin] == 7).all()
+            assert (pool[2] == 7).all()
+            if begin < stop:
+                assert torch.equal(found[begin:stop], flat[begin - start :])
+            if start % 16:
+                assert (found[max(begin, stop) :] == 7).all()
+    with pytest.raises(ShapeMismatch, match="from position 44 on and 5 blocks"):
+        tables.copy(0, torch.zeros(6, *PAGE), table, start=44)
+
+
+def test_embeddings_are_kept_beside_the_pages() -> None:
+    tables, embeddings = PrefixTables(2), torch.randn(20, 6)
+    with_them = entry(20)._replace(embeddings=embeddings)
+    tables.set(0, with_them)
+    tables.set(1, entry(20))
+    assert tables.embeddings(0) is embeddings
+    assert tables.embeddings(1) is None
+    assert with_them.nbytes == entry(20).nbytes + 20 * 6 * 4
+    moved = with_them.to(torch.device("meta"))
+    assert moved.embeddings is not None
+    assert moved.embeddings.is_meta
+    for wrong in (embeddings[:19], embeddings[0]):
+        with pytest.raises(ShapeMismatch, match="positions of embeddings"):
+            tables.set(1, entry(20)._replace(embeddings=wrong))
+
+
 def test_each_regime_has_its_pages_where_there_are_several() -> None:
     tables, pool = PrefixTables(2), torch.zeros(2, *PAGE)
     one, two = entry(5), entry(5, regimes=2, seed=1)

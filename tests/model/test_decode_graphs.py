@@ -204,6 +204,12 @@ def test_vectors_have_graphs_of_their_own_and_inputs_of_several_linears_the_larg
     tokens.vocabulary.set_all(1, VocabularyEntries(((EMBEDDING, a, b_t),)))
     plain[0].parts = (ScheduledPart(1),)
     assert tokens.graphs.run(plain) is None
+    # Nor do tokens that an adapter adds, for which logits are wider.
+    for num_added, is_served in ((0, True), (1, False)):
+        tokens.clear(1)
+        tokens.fill_vocabulary(1, num_added)
+        assert (tokens.graphs.run(plain) is not None) == is_served
+    assert tokens.eager.execute(plain).shape == (2, llama.vocab_size + 1)
     # Rotations are in no graph.
     blocks = torch.randn(llama.spec.linears[llama.linears[0]].in_features // 4, 4, 4) * 0.1
     rig.vectors.clear(0)

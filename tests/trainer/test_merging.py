@@ -12,6 +12,7 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
+from deltaserve_store.dense_deltas import DenseDelta, SignDelta
 from deltaserve_store.formats import read_adapter
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter, SparseDelta
 from deltaserve_store.spec import BaseSpec, LinearSpec, NormSpec
@@ -60,7 +61,7 @@ class Numbers:
 BASE = Numbers()
 
 
-def adapter(*deltas: LoraDelta | SparseDelta | VectorDelta | NormDelta) -> ParsedAdapter:
+def adapter(*deltas: LoraDelta | SparseDelta | DenseDelta | SignDelta | VectorDelta | NormDelta) -> ParsedAdapter:
     return ParsedAdapter("lora", "test", deltas, {}, None, None, None, 1)
 
 
@@ -244,6 +245,18 @@ def test_a_minus_a_is_nothing(make: Callable[[int], ParsedAdapter], tmp_path: Pa
     left, _ = compressed(merged.update, None, torch.float32)
     with pytest.raises(MergeRefused, match="nothing is left"):
         write_update(left, tmp_path, SPEC.fingerprint, base_name=None, method="x")
+
+
+def test_whole_matrices_and_signs_add_up_with_others() -> None:
+    words = torch.randint(0, 1 << IN, (OUT, 1), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    whole, scale = drawn(OUT, IN, seed=4), drawn(OUT, seed=5).abs()
+    matrices = adapter(DenseDelta(LAYERS[0], whole.half()), SignDelta(LAYERS[1], words, scale))
+    (one,) = updates(lora(1))
+    merged = merge(updates(lora(1), matrices), MergeOptions("linear", weights=(1.0, 2.0)), SPEC, BASE)
+    same(matrix(merged.update, LAYERS[0]), matrix(one, LAYERS[0]) + 2 * whole.half().float())
+    signs = torch.tensor([[1.0 if int(word) >> column & 1 else -1.0 for column in range(IN)] for word in words])
+    same(matrix(merged.update, LAYERS[1]), matrix(one, LAYERS[1]) + 2 * signs * scale[:, None])
+    same(matrix(merged.update, LAYERS[2]), matrix(one, LAYERS[2]))
 
 
 def test_an_adapter_that_leaves_a_layer_alone_counts_as_zero_there() -> None:

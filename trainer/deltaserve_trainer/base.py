@@ -114,6 +114,7 @@ def spec_of(model: Any, base: Base) -> BaseSpec:
         tied_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        registered=tuple(linears),
     )
 
 

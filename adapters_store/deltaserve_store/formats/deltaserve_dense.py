@@ -57,7 +57,8 @@ def write_dense_adapter(
     modules: dict[str, list[str]] = {}
     for delta in deltas:
         if isinstance(delta, VectorDelta):
-            is_foreign = any(v is not None for v in (delta.out_scale, delta.in_scale, delta.in_bias, delta.new_bias))
+            others = (delta.out_scale, delta.in_scale, delta.in_bias, delta.new_bias, delta.bias_scale)
+            is_foreign = any(v is not None for v in others)
         else:
             is_foreign = isinstance(delta, NormDelta) and delta.replaces
         for part in (*PARTS, *NORM_PARTS):
@@ -106,7 +107,7 @@ def parse_deltaserve_dense(
                 check_values(f"{module}.{part}", values, findings)
                 num_parameters += values.numel()
             elif linear is not None:
-                _check_bits(f"{module}.{part}", values, linear, findings)
+                check_bits(f"{module}.{part}", values, linear, findings)
                 num_parameters += linear.out_features * linear.in_features
         deltas += _deltas(module, found)
     if findings:
@@ -202,7 +203,7 @@ def _check_layout(shapes: Shapes, tensors: TensorFile, findings: Findings) -> No
             findings.add("unexpected_tensor", name, "a tensor of no listed module", f"what {SPARSE_CONFIG} lists")
 
 
-def _check_bits(name: str, words: torch.Tensor, linear: LinearSpec, findings: Findings) -> None:
+def check_bits(name: str, words: torch.Tensor, linear: LinearSpec, findings: Findings) -> None:
     """Bits past the last column mean nothing: one that is set tells of another layout."""
     used = linear.in_features % WORD_BITS
     if used and bool(((words[:, -1].long() & 0xFFFFFFFF) >> used).any()):

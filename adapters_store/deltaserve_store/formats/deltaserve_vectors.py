@@ -54,7 +54,7 @@ def write_vector_adapter(
     for delta in deltas:
         parts = LINEAR_PARTS if isinstance(delta, VectorDelta) else NORM_PARTS
         if isinstance(delta, VectorDelta):
-            is_foreign = delta.new_bias is not None or delta.scales_bias
+            is_foreign = delta.new_bias is not None or delta.bias_scale is not None or delta.scales_bias
         else:
             is_foreign = delta.replaces
         if is_foreign or delta.module in modules:

@@ -19,7 +19,7 @@ _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _BRACKET = re.compile(r"[\[\]{}]")
 
 
-def parse_json_object(data: bytes, where: str, *, code: str = "bad_json") -> dict[str, Any]:
+def parse_json_object(data: bytes, where: str, *, code: str = "bad_json", max_nodes: int = MAX_NODES) -> dict[str, Any]:
     """The object in ``data``; raises ``AdapterInvalid`` with ``code`` for anything that two readers could read
     differently. ``where`` names the file in the reason.
     """
@@ -27,7 +27,7 @@ def parse_json_object(data: bytes, where: str, *, code: str = "bad_json") -> dic
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise refuse(code, where, f"invalid UTF-8 at byte {error.start}", "UTF-8 text") from None
-    _check_extent(text, where, code)
+    _check_extent(text, where, code, max_nodes)
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
     except RecursionError:
@@ -45,7 +45,7 @@ def parse_json_object(data: bytes, where: str, *, code: str = "bad_json") -> dic
     return value
 
 
-def read_json_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
+def read_json_object(path: Path, *, max_bytes: int, max_nodes: int = MAX_NODES) -> dict[str, Any]:
     """Reads a regular file (never through a link) of at most ``max_bytes`` and parses it."""
     name = path.name
     try:
@@ -56,14 +56,14 @@ def read_json_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise refuse("file_too_large", name, f"more than {max_bytes} bytes", f"at most {max_bytes} bytes")
-    return parse_json_object(data, name)
+    return parse_json_object(data, name, max_nodes=max_nodes)
 
 
-def _check_extent(text: str, where: str, code: str) -> None:
+def _check_extent(text: str, where: str, code: str, max_nodes: int) -> None:
     """Bounds depth and size before Python objects are made of the text."""
     outside_strings = _STRING.sub("", text)
-    if outside_strings.count(",") + outside_strings.count("[") + outside_strings.count("{") > MAX_NODES:
-        raise refuse(code, where, "too many values", f"at most {MAX_NODES} values")
+    if outside_strings.count(",") + outside_strings.count("[") + outside_strings.count("{") > max_nodes:
+        raise refuse(code, where, "too many values", f"at most {max_nodes} values")
     depth = deepest = 0
     for bracket in _BRACKET.findall(outside_strings):
         if bracket in "[{":

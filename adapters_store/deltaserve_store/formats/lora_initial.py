@@ -22,6 +22,7 @@ from deltaserve_store.findings import Findings, refuse
 from deltaserve_store.parsed import LoraDelta, ResidualDelta
 
 RECOMPUTED = ("pissa", "olora")
+KASA = "kasa"
 _SMALLEST_GAP = 1e-5
 """Of the largest singular value: nearer ones, or columns nearer to each other's span, leave W_0 open."""
 
@@ -48,7 +49,9 @@ def residual_delta(delta: LoraDelta, method: str) -> ResidualDelta:
     def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
         right, left, gap = part(weight.double(), rank)
         if gap < _SMALLEST_GAP:
-            allowed = f"at least {_SMALLEST_GAP:g} of the largest (save with path_initial_model_for_weight_conversion)"
+            allowed = f"at least {_SMALLEST_GAP:g} of the largest"
+            if method != KASA:
+                allowed += " (save with path_initial_model_for_weight_conversion, or upload the initial factors too)"
             raise refuse("seed_not_usable", delta.module, f"{method} part of the base, left open by {gap:.2g}", allowed)
         return right, left * share
 
@@ -91,7 +94,19 @@ def _dense_first_columns(weight: Tensor, rank: int) -> Tensor:
     return first @ torch.linalg.lstsq(first, weight).solution
 
 
+def _trailing(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    left, sizes, right = torch.linalg.svd(weight, full_matrices=False)
+    gap = float(sizes[-rank - 1] - sizes[-rank]) / float(sizes[0])
+    return (sizes[-rank:, None] * right[-rank:]).float(), left[:, -rank:].float(), gap
+
+
+def _dense_trailing(weight: Tensor, rank: int) -> Tensor:
+    """W less its leading part, which the other way finds."""
+    return weight - _dense_leading(weight, min(weight.shape) - rank)
+
+
 _METHODS: dict[str, tuple[Part, Callable[[Tensor, int], Tensor]]] = {
     "pissa": (_leading, _dense_leading),
     "olora": (_first_columns, _dense_first_columns),
+    KASA: (_trailing, _dense_trailing),
 }

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats import activated_lora
+from deltaserve_store.formats.lora_variants import FIELDS as VARIANT_FIELDS
 from deltaserve_store.formats.lora_vocabulary import FIELDS as VOCABULARY_FIELDS
 from deltaserve_store.formats.peft_fields import LORA_FIELDS, FieldRule, check_fields
 from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, PEFT_PREFIX, check_dtype, check_shape, check_values
@@ -39,7 +40,7 @@ FIELDS: Mapping[str, FieldRule] = MappingProxyType(
     }
 )
 PEFT_LORA_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
-    {**LORA_FIELDS, **VOCABULARY_FIELDS, **FIELDS, **activated_lora.FIELDS}
+    {**LORA_FIELDS, **VOCABULARY_FIELDS, **VARIANT_FIELDS, **FIELDS, **activated_lora.FIELDS}
 )
 """Every field of a LoRA config with what is served of it."""
 

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from deltaserve_store.block_deltas import RowsDelta
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats.peft_config import PeftLoraConfig
@@ -28,6 +30,7 @@ from deltaserve_store.formats.vocabulary_rows import (
     check_rows,
     copies_in,
     named_matrices,
+    read_rows,
     rows_shape,
     sorted_rows,
     tied_head,
@@ -115,6 +118,10 @@ class LoraVocabulary:
             if module in (*self.tokens, *self.saved):
                 self._refuse("unsupported_feature", module, "low rank and trained rows", "one of them for a matrix")
         self.shapes = self._shapes()
+        # PEFT may write the embedding's rows a second time for the head that is tied to it.
+        repeats = {self._rows_name(module): module for module in self.tokens if not self._has_own_rows(module)}
+        repeats |= self._repeat_of_tied()
+        self.repeats = {name: module for name, module in repeats.items() if name in tensors.header.tensors}
         self.copies = copies_in(tensors, base, self.shapes)
 
     def _refuse(self, code: str, field: str, found: object, allowed: str) -> None:
@@ -199,8 +206,13 @@ class LoraVocabulary:
         return module != tied_head(self._base) or self.tokens[module] != of_embedding
 
     @property
+    def _whole(self) -> dict[str, str]:
+        """Tensors that are a matrix with a row for every token, by name: the matrix."""
+        return {f"{PEFT_PREFIX}{module}.weight": module for module in self.saved}
+
+    @property
     def names(self) -> set[str]:
-        return {*self.shapes, *self.copies}
+        return {*self.shapes, *self.copies, *self.repeats}
 
     @property
     def num_parameters(self) -> int:
@@ -216,19 +228,38 @@ class LoraVocabulary:
             info = tensors.header.tensors.get(name)
             if info is None:
                 findings.add("missing_tensor", name, "nothing", f"{list(shape)} by the config")
-            elif name.endswith(".weight") and len(shape) == 2 and ".lora_" not in name:
-                check_rows(info, (shape[0], shape[1]), findings)
+            elif name in self._whole:
+                check_rows(info, self._whole[name], self._base, findings)
             else:
                 check_dtype(info, FLOAT_DTYPES, findings)
                 check_shape(info, shape, "by config and base", findings)
         for name, module in self.copies.items():
-            check_rows(tensors.header.tensors[name], rows_shape(module, self._base), findings)
+            check_rows(tensors.header.tensors[name], module, self._base, findings)
+
+    def _repeat_of_tied(self) -> dict[str, str]:
+        """The head that the config does not name, where the embedding it is tied to has trained rows."""
+        head, embedding = tied_head(self._base), self._base.embedding
+        if head is None or embedding is None or head in self.tokens or embedding.name not in self.tokens:
+            return {}
+        return {self._rows_name(head): head}
+
+    def _check_repeats(self, tensors: TensorFile, findings: Findings) -> None:
+        embedding = self._base.embedding
+        for name in self.repeats:
+            own = None if embedding is None else self._rows_name(embedding.name)
+            if own is None or not torch.equal(tensors.read(name), tensors.read(own)):
+                findings.add("shape_mismatch", name, "other rows than the embedding's", "the same: both are tied")
 
     def read(self, tensors: TensorFile, findings: Findings) -> list[LoraDelta | RowsDelta | NormDelta]:
         """The deltas, checked for their values."""
-        found = {name: tensors.read(name) for name in (*self.shapes, *self.copies)}
+        whole = {**self._whole, **self.copies}
+        found = {
+            name: read_rows(tensors, name, whole[name], self._base) if name in whole else tensors.read(name)
+            for name in (*self.shapes, *self.copies)
+        }
         for name, values in found.items():
             check_values(name, values, findings)
+        self._check_repeats(tensors, findings)
         deltas: list[LoraDelta | RowsDelta | NormDelta] = []
         for module in self.low_rank:
             a, b = (found[name] for name in self._pair(module))

@@ -130,9 +130,9 @@ def one_of(*values: Any) -> Callable[[Any], bool]:
     return lambda value: any(type(value) is type(allowed) and value == allowed for allowed in values)
 
 
-def off(*neutral: Any) -> FieldRule:
+def off(*neutral: Any, why: str = "not served with this kind") -> FieldRule:
     shown = " or ".join("null" if value is None else str(value).lower() for value in neutral)
-    return FieldRule("neutral-only", one_of(*neutral), f"{shown} (not served yet)", "unsupported_feature")
+    return FieldRule("neutral-only", one_of(*neutral), f"{shown} ({why})", "unsupported_feature")
 
 
 TEXT = FieldRule("descriptive", is_text, f"null or a string of at most {MAX_TEXT} characters")
@@ -148,7 +148,7 @@ COMMON_FIELDS: dict[str, FieldRule] = {
         "understood", _is_targets, "a list of module names or path endings, or all-linear", required=True
     ),
     "fan_in_fan_out": FieldRule("understood", is_bool, "true or false, as the base stores its weights"),
-    "modules_to_save": off(None, []),
+    "modules_to_save": off(None, [], why="served beside LoRA alone"),
     "auto_mapping": FieldRule("descriptive", _is_auto_mapping, "null or base_model_class and parent_library"),
     "peft_version": TEXT,
     "revision": TEXT,
@@ -173,8 +173,12 @@ RANK_PATTERN = FieldRule(
 ALPHA_PATTERN = FieldRule(
     "understood", lambda value: is_pattern(value, is_alpha), "module paths to numbers above 0", per_key=is_alpha
 )
-BIAS = FieldRule("understood", one_of("none"), "none (trained biases are not served yet)", "unsupported_feature")
+BIAS = FieldRule("understood", one_of("none"), "none (biases are served beside LoRA alone)", "unsupported_feature")
 FRACTION = FieldRule("descriptive", is_fraction, "a number from 0 to 1")
+
+_BESIDE_INITIAL = FieldRule(
+    "neutral-only", one_of(None), "null, or an object beside initial_model.safetensors", "unsupported_feature"
+)
 
 LORA_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
     {
@@ -188,9 +192,10 @@ LORA_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
         "bias": BIAS,
         "init_lora_weights": FieldRule(
             "understood",
-            one_of(True, False, "gaussian", "orthogonal", "eva", "pissa", "olora"),
-            "true, false, gaussian, orthogonal, eva, pissa or olora (others change the base in a way that cannot be "
-            "repeated; save with path_initial_model_for_weight_conversion)",
+            one_of(True, False, "gaussian", "orthogonal", "eva", "mica", "pissa", "olora"),
+            "true, false, gaussian, orthogonal, eva, mica, pissa or olora; beside initial_model.safetensors also "
+            "pissa_niter_N, corda and lora_ga (save with path_initial_model_for_weight_conversion, or upload the "
+            "initial factors too); never loftq (what quantising took from the base is in no file)",
             "unsupported_feature",
         ),
         "lora_dropout": FRACTION,
@@ -201,22 +206,22 @@ LORA_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
         "ensure_weight_tying": FLAG,
         "use_dora": off(False),
         "lora_bias": off(False),
-        "use_qalora": off(False),
-        "loftq_config": off(None, {}),
-        "corda_config": off(None),
-        "lora_ga_config": off(None),
+        "use_qalora": off(False, why="it trains beside a GPTQ base, which is another one"),
+        "loftq_config": off(None, {}, why="it trains beside a quantised base, which is in no file"),
+        "corda_config": _BESIDE_INITIAL,
+        "lora_ga_config": _BESIDE_INITIAL,
         "velora_config": off(None),
         "monteclora_config": off(None),
         "kasa_config": off(None),
-        "arrow_config": off(None),
+        "arrow_config": off(None, why="it routes between other adapters by the input"),
         "use_bdlora": off(None, False),
-        "megatron_config": off(None),
-        "layer_replication": off(None),
+        "megatron_config": off(None, why="its factors are shards of several processes"),
+        "layer_replication": off(None, why="it gives the model layers that the base does not have"),
         "trainable_token_indices": off(None),
-        "target_parameters": off(None, []),
+        "target_parameters": off(None, [], why="parameters that are no linear's: experts, which no served base has"),
         "alora_invocation_tokens": off(None),
-        "enable_lora": off(None),
-        "merge_weights": off(False),
+        "enable_lora": off(None, why="merged linears of an early PEFT"),
+        "merge_weights": off(False, why="factors that were merged into a base are none any more"),
     }
 )
 

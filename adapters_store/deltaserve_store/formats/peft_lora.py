@@ -10,12 +10,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from deltaserve_store.findings import Findings
-from deltaserve_store.formats import lora_vocabulary
+from deltaserve_store.formats import lora_variants, lora_vocabulary
 from deltaserve_store.formats.activated_lora import check_alone, take_invocation
-from deltaserve_store.formats.lora_initial import check_initial, residual_delta
+from deltaserve_store.formats.lora_beside_initial import beside_initial, in_initial, less_initial
+from deltaserve_store.formats.lora_initial import KASA, check_initial, residual_delta
+from deltaserve_store.formats.lora_variants import LoraVariants
 from deltaserve_store.formats.lora_vectors import LoraVectors, split_config, vector_names
 from deltaserve_store.formats.lora_vocabulary import LoraVocabulary
-from deltaserve_store.formats.peft_config import PeftLoraConfig, parse_lora_config
+from deltaserve_store.formats.peft_config import parse_lora_config
 from deltaserve_store.formats.tensor_checks import (
     FLOAT_DTYPES,
     PEFT_PREFIX,
@@ -30,33 +32,54 @@ from deltaserve_store.spec import BaseSpec
 
 
 def parse_peft_lora(
-    config: Mapping[str, Any], config_name: str, tensors: TensorFile, base: BaseSpec, findings: Findings
+    config: Mapping[str, Any],
+    config_name: str,
+    tensors: TensorFile,
+    base: BaseSpec,
+    findings: Findings,
+    initial: TensorFile | None = None,
 ) -> ParsedAdapter | None:
-    """None when ``findings`` got a reason. Shapes are settled from the header before a tensor is read."""
-    always, invocation = take_invocation(config, base, config_name, findings)
+    """None when ``findings`` got a reason. Shapes are settled from the header before a tensor is read. ``initial``:
+    the factors that training took out of the base."""
+    given = config if initial is None else beside_initial(config, config_name, findings)
+    always, invocation = take_invocation(given, base, config_name, findings)
     plain, options = split_config(always, config_name, findings)
     plain, wanted = lora_vocabulary.split_config(plain, config_name, findings)
+    plain, varied = lora_variants.split_config({**plain, "use_dora": options["use_dora"]}, config_name, findings)
+    plain["use_dora"] = False
     lora = parse_lora_config(plain, base, config_name, findings)
-    method = check_initial(config, config_name, findings)
+    method = check_initial(given, config_name, findings)
     if lora is None or findings:
         _name_strays_without_config(tensors, base, findings)
         return None
     modules = lora.targets.select(base)
+    variants = LoraVariants(varied, lora, modules, base, config_name, findings)
+    variants.check_layout(tensors, findings)
+    if not variants.is_plain and (method is not None or initial is not None):
+        allowed = "null where training took another part out of the base"
+        findings.add("unsupported_feature", f"{config_name}:{variants.field}", "an object", allowed)
+    method = KASA if variants.has_diagonal else method
+    is_beside_part = method is not None or initial is not None or not variants.is_plain
     vectors = LoraVectors(options, modules, base)
     vectors.check_layout(tensors, findings)
     vocabulary = LoraVocabulary(wanted, lora, tensors, base, config_name, findings)
     vocabulary.check_layout(tensors, findings)
-    if vocabulary.low_rank and (options["use_dora"] or options["lora_bias"] or method is not None):
-        allowed = "plain LoRA on embedding and head"
+    if vocabulary.low_rank and (options["use_dora"] or options["lora_bias"] or is_beside_part):
+        allowed = "plain LoRA on embedding and head: scales and biases of all tokens' rows have no term there"
         findings.add("unsupported_feature", f"{config_name}:target_modules", vocabulary.low_rank[0], allowed)
     if invocation:
         check_alone(
             config_name,
             findings,
             terms_of_embedding_and_head=bool(vocabulary.shapes),
-            an_initial_part_of_the_base=method is not None,
+            an_initial_part_of_the_base=is_beside_part,
         )
-    _check_layout(lora, modules, tensors, base, findings, others={*vectors.sizes, *vocabulary.names})
+    others = {*vectors.sizes, *vocabulary.names, *variants.names_in(tensors)}
+    _check_layout(variants, modules, tensors, base, findings, others=others)
+    if initial is not None:
+        of_initial = Findings()
+        _check_layout(variants, modules, initial, base, of_initial, others=())
+        in_initial(of_initial, findings)
     if findings:
         return None
     found = vectors.read(tensors, findings)
@@ -67,17 +90,20 @@ def parse_peft_lora(
         a, b = tensors.read(name_a), tensors.read(name_b)
         check_values(name_a, a, findings)
         check_values(name_b, b, findings)
-        deltas.append(LoraDelta(module, a, b, lora.scaling_of(module), magnitude=vectors.magnitude(module, found)))
+        delta = LoraDelta(module, a, b, lora.scaling_of(module), magnitude=vectors.magnitude(module, found))
+        deltas.append(variants.whole(delta, tensors, findings))
+    if initial is not None:
+        deltas = [less_initial(delta, _names(delta.module), initial, findings) for delta in deltas]
     if findings:
         return None
     residual: tuple[ResidualDelta, ...] = (
         () if method is None else tuple(residual_delta(delta, method) for delta in deltas)
     )
-    others = vectors.deltas(found, {delta.module: delta.scaling for delta in deltas})
+    biases = vectors.deltas(found, {delta.module: delta.scaling for delta in deltas})
     return ParsedAdapter(
         kind="lora",
         file_format="peft-lora",
-        deltas=(*(() if residual else deltas), *others, *of_vocabulary),
+        deltas=(*(() if residual else deltas), *biases, *of_vocabulary),
         config=config,
         base_name=lora.base_name,
         base_fingerprint=None,
@@ -86,7 +112,7 @@ def parse_peft_lora(
             for delta in (*(residual or deltas), *of_vocabulary)
             if isinstance(delta, LoraDelta | ResidualDelta)
         ),
-        num_parameters=sum(delta.a.numel() + delta.b.numel() for delta in deltas)
+        num_parameters=sum(variants.num_parameters(module) for module in modules)
         + sum(vectors.sizes.values())
         + vocabulary.num_parameters,
         weight_deltas=residual,
@@ -99,7 +125,7 @@ def _names(module: str) -> tuple[str, str]:
 
 
 def _check_layout(
-    lora: PeftLoraConfig,
+    variants: LoraVariants,
     modules: tuple[str, ...],
     tensors: TensorFile,
     base: BaseSpec,
@@ -110,15 +136,15 @@ def _check_layout(
     """Exactly A and B of every targeted linear, in the shapes that base and config give, and the ``others``."""
     expected = set(others)
     for module in modules:
-        linear, rank = base.linears[module], lora.rank_of(module)
-        for name, shape in zip(_names(module), ((rank, linear.in_features), (linear.out_features, rank)), strict=True):
+        shapes = variants.shapes(module)
+        for name, shape in zip(_names(module), shapes, strict=True):
             expected.add(name)
             info = tensors.header.tensors.get(name)
             if info is None:
-                findings.add("missing_tensor", name, "nothing", f"{list(shape)} (targeted, rank {rank})")
+                findings.add("missing_tensor", name, "nothing", f"{list(shape)} (targeted, by the config)")
                 continue
             check_dtype(info, FLOAT_DTYPES, findings)
-            check_shape(info, shape, f"rank {rank} by the config, the rest by the base", findings)
+            check_shape(info, shape, "rank by the config, the rest by the base", findings)
     for name in tensors.header.tensors:
         if name not in expected:
             name_stray_tensor(name, base, findings)

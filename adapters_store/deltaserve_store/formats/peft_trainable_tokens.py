@@ -32,6 +32,7 @@ from deltaserve_store.formats.vocabulary_rows import (
     check_rows,
     copies_in,
     named_matrices,
+    read_rows,
     rows_shape,
     sorted_rows,
     tied_head,
@@ -86,7 +87,7 @@ def parse_peft_trainable_tokens(
         check_dtype(info, FLOAT_DTYPES, findings)
         check_shape(info, (len(ids), rows_shape(module, base)[1]), "by config and base", findings)
     for name, module in copies.items():
-        check_rows(tensors.header.tensors[name], rows_shape(module, base), findings)
+        check_rows(tensors.header.tensors[name], module, base, findings)
     for name in tensors.header.tensors:
         if name not in (*names.values(), *shares, *copies):
             name_stray_tensor(name, base, findings)
@@ -101,7 +102,7 @@ def parse_peft_trainable_tokens(
         if not torch.equal(tensors.read(name), tensors.read(next(iter(names.values())))):
             findings.add("shape_mismatch", name, "other rows than the embedding's", "the same: both are tied")
     for name, module in copies.items():
-        values = tensors.read(name)
+        values = read_rows(tensors, name, module, base)
         check_values(name, values, findings)
         deltas.append(RowsDelta(module, None, values, is_copy=True))
     head = tied_head(base)

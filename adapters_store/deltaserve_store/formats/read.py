@@ -10,20 +10,20 @@ from typing import Any
 
 from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.file_names import (
-    ADDED_TOKENS,
+    INITIAL_TENSORS,
     MAX_TENSOR_FILE_BYTES,
     PEFT_CONFIG,
     PEFT_TENSORS,
     REFUSALS,
     SPARSE_CONFIG,
     SPARSE_TENSORS,
-    TOKENIZER_CONFIG,
     FileRole,
     cap_of,
     role_of,
 )
 from deltaserve_store.findings import Findings, refuse
 from deltaserve_store.formats import deltaserve_bottleneck, deltaserve_dense
+from deltaserve_store.formats.added_rows import with_added_tokens
 from deltaserve_store.formats.deltaserve_blocks import FORMAT as BLOCKS
 from deltaserve_store.formats.deltaserve_blocks import parse_deltaserve_blocks
 from deltaserve_store.formats.deltaserve_rotations import FORMAT as ROTATIONS
@@ -43,6 +43,7 @@ from deltaserve_store.formats.peft_shira import parse_peft_shira
 from deltaserve_store.formats.peft_trainable_tokens import parse_peft_trainable_tokens
 from deltaserve_store.formats.peft_vectors import VECTOR_READERS
 from deltaserve_store.formats.tensor_file import TensorFile
+from deltaserve_store.formats.tokenizer_files import read_added_tokens
 from deltaserve_store.parsed import ParsedAdapter
 from deltaserve_store.spec import BaseSpec
 
@@ -58,7 +59,7 @@ def read_adapter(folder: Path, base: BaseSpec, limits: ConversionLimits = DEFAUL
     """
     findings = Findings()
     names, skipped = _list_files(folder, findings)
-    _check_added_tokens(folder, names, base, findings)
+    added = read_added_tokens(folder, names, base, findings)
     peft, sparse = PEFT_CONFIG in names or PEFT_TENSORS in names, SPARSE_CONFIG in names or SPARSE_TENSORS in names
     if peft and sparse:
         found = ", ".join(sorted(names & {PEFT_CONFIG, PEFT_TENSORS, SPARSE_CONFIG, SPARSE_TENSORS}))
@@ -70,10 +71,13 @@ def read_adapter(folder: Path, base: BaseSpec, limits: ConversionLimits = DEFAUL
             found = ", ".join(sorted(names | set(skipped))) or "no files"
             wanted = f"{PEFT_CONFIG} and {PEFT_TENSORS}, or {SPARSE_CONFIG} and {SPARSE_TENSORS}"
             findings.add("missing_file", name, found, wanted)
-    parsed = _parse(folder, config_name, tensors_name, names, base, findings, limits)
+    grown = base.with_added_tokens(len(added))
+    parsed = _parse(folder, config_name, tensors_name, names, grown, findings, limits)
     findings.raise_if_any()
     if parsed is None:
         raise refuse("missing_file", "files", "no adapter", "an adapter")
+    parsed = with_added_tokens(parsed, added, base, findings)
+    findings.raise_if_any()
     return replace(parsed, skipped=skipped)
 
 
@@ -103,12 +107,25 @@ def _parse(
             if config is None:
                 return None
             own = Findings()
-            parsed = _parse_kind(kind, config, tensors, base, own, limits)
+            if INITIAL_TENSORS in names:
+                parsed = _parse_beside_initial(folder, kind, config, tensors, base, own)
+            else:
+                parsed = _parse_kind(kind, config, tensors, base, own, limits)
             own.raise_if_any()
             return parsed
     except AdapterInvalid as error:
         findings.extend(error)
         return None
+
+
+def _parse_beside_initial(
+    folder: Path, kind: str, config: Mapping[str, Any], tensors: TensorFile, base: BaseSpec, findings: Findings
+) -> ParsedAdapter | None:
+    if kind != "LORA":
+        findings.add("unexpected_file", INITIAL_TENSORS, kind or "another format", "initial factors of a PEFT LoRA")
+        return None
+    with TensorFile(folder / INITIAL_TENSORS, max_bytes=MAX_TENSOR_FILE_BYTES) as initial:
+        return parse_peft_lora(config, PEFT_CONFIG, tensors, base, findings, initial)
 
 
 def _parse_kind(
@@ -166,30 +183,3 @@ def _list_files(folder: Path, findings: Findings) -> tuple[set[str], tuple[str, 
             else:
                 names.add(entry.name)
     return names, tuple(sorted(skipped))
-
-
-def _check_added_tokens(folder: Path, names: set[str], base: BaseSpec, findings: Findings) -> None:
-    """Tokenizer files may tell of tokens that the base does not have; the adapter then needs rows it cannot get."""
-    limit = base.num_tokens or base.vocab_size
-    for name in sorted(names & {ADDED_TOKENS, TOKENIZER_CONFIG}):
-        try:
-            data = read_json_object(folder / name, max_bytes=cap_of(name))
-        except AdapterInvalid as error:
-            findings.extend(error)
-            continue
-        tokens = data if name == ADDED_TOKENS else data.get("added_tokens_decoder", {})
-        for token, index in _token_ids(tokens):
-            if index >= limit:
-                findings.add("added_tokens", f"{name}:{token[:80]}", f"token id {index}", f"ids below {limit}")
-
-
-def _token_ids(tokens: Any) -> list[tuple[str, int]]:
-    """``{token: id}`` of ``added_tokens.json`` or ``{id: {"content": token}}`` of ``tokenizer_config.json``."""
-    pairs: list[tuple[str, int]] = []
-    for key, value in tokens.items() if isinstance(tokens, dict) else ():
-        if type(value) is int:
-            pairs.append((key, value))
-        elif key.isascii() and key.isdecimal() and len(key) < 12:
-            content = value.get("content") if isinstance(value, dict) else None
-            pairs.append((str(content), int(key)))
-    return pairs

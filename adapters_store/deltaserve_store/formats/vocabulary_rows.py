@@ -52,20 +52,33 @@ def check_ids(ids: Sequence[int], base: BaseSpec, where: str, findings: Findings
     limit = base.num_tokens or base.vocab_size
     outside = [token for token in ids if not 0 <= token < limit]
     if outside:
-        findings.add("index_out_of_range", where, outside[0], f"tokens of the base, 0..{limit - 1}")
+        more = "" if base.num_added_tokens else "; tokenizer.json beside the adapter names those that it adds"
+        findings.add("index_out_of_range", where, outside[0], f"tokens of the base, 0..{limit - 1}{more}")
     if len(set(ids)) != len(ids):
         twice = next(token for i, token in enumerate(ids) if token in ids[:i])
         findings.add("duplicate_index", where, f"token {twice} twice", "each token once")
 
 
-def check_rows(info: TensorInfo, expected: tuple[int, int], findings: Findings) -> None:
+MAX_PADDED_ROWS = 255
+"""Rows without a token that a matrix resized to a round number may end in."""
+
+
+def check_rows(info: TensorInfo, module: str, base: BaseSpec, findings: Findings) -> None:
     """Dtype and shape of a matrix with a row for every token; one that has grown is told apart from a wrong one."""
     check_dtype(info, FLOAT_DTYPES, findings)
-    if len(info.shape) == 2 and info.shape[0] > expected[0] and info.shape[1] == expected[1]:
-        allowed = f"{expected[0]} rows, as the base has; this server's tokenizer knows no tokens beyond"
+    expected = rows_shape(module, base)
+    num_more = info.shape[0] - expected[0] if len(info.shape) == 2 and info.shape[1] == expected[1] else 0
+    if num_more > (MAX_PADDED_ROWS if base.num_added_tokens else 0):
+        named = f"and the {base.num_added_tokens} tokens that the upload names" if base.num_added_tokens else "alone"
+        allowed = f"{expected[0]} rows, for the base's tokens {named}; tokenizer.json names those that an adapter adds"
         findings.add("added_tokens", info.name, f"rows for {info.shape[0]} tokens", allowed)
-    else:
+    elif num_more <= 0:
         check_shape(info, expected, "by the base", findings)
+
+
+def read_rows(tensors: TensorFile, name: str, module: str, base: BaseSpec) -> Tensor:
+    """A matrix that passed ``check_rows``, without the rows of no token that it may end in."""
+    return tensors.read(name)[: rows_shape(module, base)[0]]
 
 
 def copies_in(tensors: TensorFile, base: BaseSpec, taken: Mapping[str, Any]) -> dict[str, str]:

@@ -91,7 +91,8 @@ def put_rows(y, y_stride, values, rows, touched, WIDTH: tl.constexpr, BLOCK: tl.
         tl.store(y + row * y_stride + n, found.to(y.dtype.element_ty), mask=n < WIDTH)
 
 
-@triton.jit(do_not_specialize=VARYING)
+# Tokens that adapters add make rows of logits longer, by any number.
+@triton.jit(do_not_specialize=[*VARYING, "y_stride"])
 def head_rows(
     y, y_stride, x, x_stride, rows, row_item, item_parts, part_slot, part_scale, pointers, counts, num_slots,
     PROGRAMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,

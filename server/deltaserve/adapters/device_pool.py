@@ -165,7 +165,7 @@ class DevicePool:
         if folded.prefix is not None:
             if self._prefixes is None:
                 raise ValueError("this pool has no tables for prefixes")
-            prefix = PrefixEntry(folded.prefix.pages, folded.prefix.num_tokens)
+            prefix = PrefixEntry(folded.prefix.pages, folded.prefix.num_tokens, folded.prefix.embeddings)
         return StagedAdapter(tuple(lora), tuple(sparse), vectors, terms_apart, vocabulary, tuple(blocks), prefix)
 
     def _scan_block(self, name: str, term: BlockTerm, is_apart: bool) -> BlockEntry:

@@ -23,18 +23,26 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from deltaserve.admission.added_tokens import with_token_list
 from deltaserve.admission.base_match import BASE_WAIVER, match_base
 from deltaserve.admission.conversion import DEFAULT_ERROR_SHARE
 from deltaserve.admission.derived import ProvenFiles
 from deltaserve.admission.evidence import Evidence
 from deltaserve.admission.failures import typed_failures
+from deltaserve.admission.fit import (
+    TokenizerConflicts,
+    check_added_tokens,
+    check_chat_template,
+    check_room,
+    no_tokenizer,
+)
 from deltaserve.admission.proof import Judgement, NonFiniteOutput, ProbeEngine, Prover, judge
 from deltaserve.admission.work_thread import WorkThread
 from deltaserve.deltas.fold import fold
 from deltaserve.deltas.folded import FOLDED_FILE_NAME
 from deltaserve.errors import AdapterRefused, AdapterUnavailable, Conflict, QueueFull, Reason
 from deltaserve.model.base import BaseModel
-from deltaserve_store.digest import adapter_file_names, content_digest
+from deltaserve_store.digest import content_digest, stored_file_names
 from deltaserve_store.durable import remove_tree
 from deltaserve_store.formats import read_adapter
 from deltaserve_store.formats.peft_kinds.low_rank import DEFAULT_LIMITS, ConversionLimits
@@ -75,7 +83,7 @@ class Admission:
 
     ``proven`` has the key that evidence is kept under. ``max_waiting`` uploads may wait for the one being admitted;
     more get ``QueueFull``. ``conversion_limits`` and ``conversion_error`` (a share of the effect): how deltas of high
-    rank may be served.
+    rank may be served. ``tokenizer_conflicts`` tells why tokens cannot be added to the base's.
     """
 
     def __init__(
@@ -90,6 +98,7 @@ class Admission:
         max_waiting: int = 32,
         conversion_limits: ConversionLimits = DEFAULT_LIMITS,
         conversion_error: float = DEFAULT_ERROR_SHARE,
+        tokenizer_conflicts: TokenizerConflicts = no_tokenizer,
     ) -> None:
         self._base = base
         self._store = store
@@ -97,6 +106,7 @@ class Admission:
         self._proven = proven
         self._base_names = frozenset(base_names)
         self._chat_templates = frozenset(chat_templates)
+        self._tokenizer_conflicts = tokenizer_conflicts
         self._max_waiting = max_waiting
         self._num_waiting = 0
         self._turn = asyncio.Lock()
@@ -124,17 +134,17 @@ class Admission:
         """
         with typed_failures():
             validate_name(name)
-            async with self._one_at_a_time():
+            async with self._one_at_a_time(), self._scratch() as scratch:
                 self._check_expected(tenant, name, expected_version)
                 adapter = await self._worker.run(lambda: self._read(staged_folder))
+                staged_folder = await self._worker.run(lambda: with_token_list(staged_folder, adapter, scratch))
                 version = await self._worker.run(lambda: content_digest(staged_folder))
                 known = self._current(tenant, name)
                 is_same = known is not None and known.version == version and self._is_for_this_base(known)
                 waived = known.waivers if known is not None and is_same else ()
                 accept_base, accept_no_effect = accept_base or BASE_WAIVER in waived, accept_no_effect or is_same
                 waivers = match_base(adapter, self._base.spec, self._base_names, accept_base=accept_base)
-                self._check_chat_template(adapter)
-                self._check_room(adapter)
+                self._check_fit(adapter)
                 evidence = await self._worker.run(lambda: self._proven.evidence(version))
                 # Whoever uploads the same bytes again may be mending what the disk has lost.
                 if known is not None and is_same and evidence is not None and await self._is_whole(version):
@@ -160,7 +170,7 @@ class Admission:
                         return result
 
                     result = await self._change_names(commit)
-        return AdmissionResult(result.record, result.created, evidence, judgement.warnings)
+        return AdmissionResult(result.record, result.created, evidence, (*adapter.notes, *judgement.warnings))
 
     async def prepare(self, version: str) -> None:
         """Fold and prove a stored version for this server, before the engine serves it; quick when that is done.
@@ -175,8 +185,7 @@ class Admission:
             waivers = self._waivers(version)
             adapter = await self._worker.run(lambda: self._read_stored(version))
             match_base(adapter, self._base.spec, self._base_names, accept_base=BASE_WAIVER in waivers)
-            self._check_chat_template(adapter)
-            self._check_room(adapter)
+            self._check_fit(adapter)
             async with self._folded_candidate(version, adapter) as folded:
                 evidence = await self._prove(version, adapter)
                 self._judge(evidence, accept_no_effect=True)
@@ -252,7 +261,7 @@ class Admission:
         """The version's own files, linked into a scratch folder: its manifest is no file of an adapter."""
         stored = self._store.version_dir(version)
         with tempfile.TemporaryDirectory(prefix="read-", dir=self._store.scratch_dir) as scratch:
-            for name in adapter_file_names(stored):
+            for name in stored_file_names(stored):
                 os.link(stored / name, Path(scratch) / name)
             if content_digest(Path(scratch)) != version:
                 raise AdapterUnavailable(f"The stored files of version {version[:12]} are damaged; upload them again.")
@@ -262,24 +271,19 @@ class Admission:
         """Checked, and with the base's weights where the adapter multiplies them."""
         return read_adapter(folder, self._base.spec, self._conversion_limits).on_base(self._weight_of)
 
+    @asynccontextmanager
+    async def _scratch(self) -> AsyncIterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="admit-", dir=self._store.scratch_dir) as scratch:
+            yield Path(scratch)
+
     def _weight_of(self, linear: str) -> Tensor:
         found = self._base.linear(linear)
         return found.rows(0, found.out_features).cpu()
 
-    def _check_chat_template(self, adapter: ParsedAdapter) -> None:
-        if adapter.chat_template is None or adapter.chat_template in self._chat_templates:
-            return
-        known = ", ".join(sorted(self._chat_templates)) or "none is registered; see --chat-template"
-        reason = Reason("unknown_chat_template", "chat_template", repr(adapter.chat_template), known)
-        raise AdapterRefused(f"The chat template {adapter.chat_template!r} is not registered here.", reasons=[reason])
-
-    def _check_room(self, adapter: ParsedAdapter) -> None:
-        """A prefix must leave room for a token of prompt and one of answer."""
-        found, limit = adapter.num_prefix_tokens, self._engine.limits.max_model_len
-        if found + 2 > limit:
-            allowed = f"at most {limit - 2}: the context of this server is {limit} tokens"
-            reason = Reason("prefix_too_long", "prefix", f"{found} virtual tokens", allowed)
-            raise AdapterRefused(f"The adapter's {found} virtual tokens leave no room here.", reasons=[reason])
+    def _check_fit(self, adapter: ParsedAdapter) -> None:
+        check_chat_template(adapter, self._chat_templates)
+        check_room(adapter, self._engine.limits.max_model_len)
+        check_added_tokens(adapter, self._tokenizer_conflicts)
 
     @asynccontextmanager
     async def _folded_candidate(self, version: str, adapter: ParsedAdapter) -> AsyncIterator[Path]:

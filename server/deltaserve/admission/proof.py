@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import math
 import random
 import time
@@ -90,13 +91,19 @@ def probe_ids(version: str, spec: BaseSpec, max_model_len: int, trained: Sequenc
     """Token ids drawn from the version's digest, so that the same bytes always meet the same tokens.
 
     They come from the range the tokenizer can produce (a checkpoint may pad its embedding beyond it); every second one
-    from the tokens whose own rows the adapter has ``trained``, which chance would hardly meet.
+    from the tokens whose own rows the adapter has ``trained``, which chance would hardly meet. Tokens that it adds to
+    the base's come last, so that the positions before can be compared with the base.
     """
     generator = random.Random(hashlib.sha256(f"probe {version}".encode()).digest())
     count = max(1, min(MAX_PROBE_TOKENS, max_model_len - 1))
     drawn = [generator.randrange(spec.num_tokens or spec.vocab_size) for _ in range(count)]
-    if trained:
-        drawn[::2] = [trained[generator.randrange(len(trained))] for _ in drawn[::2]]
+    known = [token for token in trained if token < spec.vocab_size]
+    added = [token for token in trained if token >= spec.vocab_size]
+    if known:
+        drawn[::2] = [known[generator.randrange(len(known))] for _ in drawn[::2]]
+    if added:
+        last = range(count - max(1, count // 4), count)
+        drawn[last.start :: 2] = [added[generator.randrange(len(added))] for _ in last[::2]]
     return tuple(drawn)
 
 
@@ -109,6 +116,7 @@ class Change(NamedTuple):
     modules: Mapping[str, Callable[[Tensor], Tensor]] = {}
     parallel: frozenset[str] = frozenset()
     rows: Mapping[str, Callable[[Tensor], Tensor]] = {}
+    num_token_ids: int = 0
     prefix: PlainPrefix | None = None
 
 
@@ -148,10 +156,11 @@ class Prover:
         trained = await self._in_worker(lambda: trained_tokens(adapter, self._base))
         room = self._engine.limits.max_model_len - adapter.num_prefix_tokens
         ids = probe_ids(version, self._base.spec, room, trained)
-        folded_base = await self._folded(ids, Change(), "the base's own logits")
+        base_ids = tuple(itertools.takewhile(lambda token: token < self._base.vocab_size, ids))
+        folded_base = await self._folded(base_ids, Change(), "the base's own logits")
         base_error = None
         if self._base.dtype != torch.float32:
-            served_base = await self._probe(ids, BASE_BINDING, "the engine's logits of the base")
+            served_base = await self._probe(base_ids, BASE_BINDING, "the engine's logits of the base")
             base_error = await self._in_worker(lambda: _distance(served_base, folded_base))
         plain = await self._compare(version, adapter, ids, 1.0, folded_base, base_error)
         amplified = None
@@ -180,11 +189,11 @@ class Prover:
         noise = FLOAT32_TOLERANCE * max(1.0, await self._in_worker(lambda: _rms(folded_base)))
         where = "the exact deltas' logits"
         exact = await self._folded(ids, self._change(adapter, 1.0, as_served=False), where)
-        effect = await self._in_worker(lambda: _distance(exact, folded_base))
+        effect = await self._in_worker(lambda: _effect(exact, folded_base))
         scale = scale_for(effect, self._error_share, noise, MAX_SCALE)
         if scale != 1.0:
             exact = await self._folded(ids, self._change(adapter, scale, as_served=False), where)
-            effect = await self._in_worker(lambda: _distance(exact, folded_base))
+            effect = await self._in_worker(lambda: _effect(exact, folded_base))
         kept = await self._folded(ids, self._change(adapter, scale, as_served=True), "the converted terms' logits")
         error = await self._in_worker(lambda: _distance(exact, kept))
         rank, num_linears = lossy_size(adapter)
@@ -202,6 +211,7 @@ class Prover:
                 name: partial(_scaled_rows, change, scale)
                 for name, change in row_changes(adapter, self._base.spec, self._base).items()
             },
+            adapter.num_token_ids,
             plain_prefix(adapter.prefix, self._base.spec) if adapter.prefix is not None else None,
         )
 
@@ -214,13 +224,15 @@ class Prover:
         folded_base: Tensor,
         base_error: float | None,
     ) -> Comparison:
-        part = BindingPart(version, scale, scale, num_prefix_tokens=adapter.num_prefix_tokens)
+        part = BindingPart(
+            version, scale, scale, num_prefix_tokens=adapter.num_prefix_tokens, num_token_ids=adapter.num_token_ids
+        )
         change = self._change(adapter, scale, as_served=True)
         served = await self._probe(ids, Binding((part,)), "the engine's logits with the adapter")
         folded = await self._folded(ids, change, "the folded weights' logits")
 
         def compare() -> Comparison:
-            effect, rms = _distance(folded, folded_base), _rms(folded)
+            effect, rms = _effect(folded, folded_base), _rms(folded)
             tolerance = max(FLOAT32_TOLERANCE * max(1.0, rms), NARROW_FACTOR * (base_error or 0.0))
             if scale != 1.0:
                 tolerance = max(tolerance, AMPLIFIED_SHARE * effect)
@@ -311,6 +323,11 @@ def _finite(logits: Tensor, where: str) -> Tensor:
 
 def _distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
+
+
+def _effect(changed: Tensor, base: Tensor) -> float:
+    """The largest difference where the base has logits: not of tokens that the adapter adds, nor after one."""
+    return _distance(changed[: len(base), : base.shape[1]], base)
 
 
 def _rms(logits: Tensor) -> float:

@@ -33,5 +33,6 @@ def adapter_view(record: AdapterRecord, live: AdapterStatus | None, base: str | 
         "waivers": list(record.waivers),
         "chat_template": record.chat_template,
         "invocation_token_ids": list(record.invocation_token_ids),
+        "added_tokens": {token.content: token.id for token in record.added_tokens},
         "created_at": int(record.created_at),
     }

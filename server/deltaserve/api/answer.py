@@ -22,6 +22,7 @@ from deltaserve.api.streaming import DirectWriter, EventStream, finish_unless_go
 from deltaserve.api.target import Target
 from deltaserve.api.wire_json import encode
 from deltaserve.core import FinishReason, GenerationRequest, SamplingParams
+from deltaserve.text import Tokenizer
 
 FIRST_OUTPUT_SECONDS = 5.0
 """How long a stream's response waits for its first output, so that an early failure still gets its own status."""
@@ -86,25 +87,26 @@ class Envelope:
             "model": self.target.model,
             "system_fingerprint": self.target.fingerprint,
         }
-        return {**fields, "adapters": self.target.adapters} if self.target.adapters else fields
+        return {**fields, **self.target.told}
 
 
 def make_prompt(
     services: Services,
     caller: Caller,
     target: Target,
+    tokenizer: Tokenizer,
     fields: GenerationFields,
     sampling: SamplingParams,
     prompt_ids: Sequence[int],
     first_index: int,
 ) -> Prompt:
     """The engine's request for one prompt, and its choices numbered from ``first_index``."""
-    tokenizer = services.tokenizer
     request = GenerationRequest(
         request_id=f"gen-{secrets.token_hex(12)}",
         prompt_ids=tuple(prompt_ids),
         sampling=sampling,
         binding=target.binding_for(prompt_ids),
+        ensemble=target.ensemble_for(prompt_ids),
         n=fields.n,
         eos_token_ids=tuple(dict.fromkeys((*tokenizer.eos_token_ids, *target.stop_token_ids))),
         tenant=caller.tenant,
@@ -128,10 +130,17 @@ def make_prompt(
     return Prompt(request, choices)
 
 
-async def encode_text(services: Services, text: str, *, add_special_tokens: bool) -> list[int]:
+async def tokenizer_of(services: Services, target: Target) -> Tokenizer:
+    """The base's tokenizer, with the tokens that the target's adapters add."""
+    if services.tokenizer.has_added(target.added_tokens):
+        return services.tokenizer.with_added(target.added_tokens)
+    return await asyncio.to_thread(services.tokenizer.with_added, target.added_tokens)
+
+
+async def encode_text(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
     if len(text) <= LONG_TEXT_CHARS:
-        return services.tokenizer.encode(text, add_special_tokens)
-    return await asyncio.to_thread(services.tokenizer.encode, text, add_special_tokens)
+        return tokenizer.encode(text, add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
 
 
 async def respond(

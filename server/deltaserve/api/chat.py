@@ -9,16 +9,17 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from deltaserve.api.answer import LONG_TEXT_CHARS, Envelope, FullChoice, make_prompt, respond
+from deltaserve.api.answer import LONG_TEXT_CHARS, Envelope, FullChoice, make_prompt, respond, tokenizer_of
 from deltaserve.api.auth import MAY_USE, Caller
 from deltaserve.api.body import read_json
 from deltaserve.api.choice import ChoiceDelta, TokenEntry
+from deltaserve.api.ensembles import target_of
 from deltaserve.api.generation import Generation, Prompt
 from deltaserve.api.logprobs import chat_logprobs
 from deltaserve.api.schemas.chat import ChatRequest
 from deltaserve.api.schemas.open_fields import open_fields
 from deltaserve.api.services import Services, services_of
-from deltaserve.api.target import Target, resolve_target
+from deltaserve.api.target import Target
 from deltaserve.api.wire_json import encode, quote
 from deltaserve.errors import ContextLengthExceeded
 from deltaserve.text import Tokenizer
@@ -31,30 +32,31 @@ async def create_chat_completion(http: Request, caller: Caller = MAY_USE) -> Res
     services = services_of(http)
     data = await read_json(http, services.config.max_body_bytes)
     fields = ChatRequest.model_validate(open_fields(data, ChatRequest.model_fields))
-    target = resolve_target(services.engine, caller, fields.model, fields.adapters)
-    prompt_ids = await render(services, target, fields)
+    target = target_of(services.engine, caller, fields)
+    tokenizer = await tokenizer_of(services, target)
+    prompt_ids = await render(tokenizer, target, fields)
     sampling = fields.sampling(
-        max_tokens=fields.num_tokens or room_after(services, prompt_ids, target.binding.num_prefix_tokens),
+        max_tokens=fields.num_tokens or room_after(services, prompt_ids, target),
         logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
     )
-    prompt = make_prompt(services, caller, target, fields, sampling, prompt_ids, 0)
+    prompt = make_prompt(services, caller, target, tokenizer, fields, sampling, prompt_ids, 0)
     generation = Generation(services.engine, [prompt])
     envelope = Envelope("chatcmpl", "chat.completion", "chat.completion.chunk", target)
-    return await respond(http, generation, fields, envelope, ChatFormat(services.tokenizer, fields))
+    return await respond(http, generation, fields, envelope, ChatFormat(tokenizer, fields))
 
 
-async def render(services: Services, target: Target, fields: ChatRequest) -> list[int]:
+async def render(tokenizer: Tokenizer, target: Target, fields: ChatRequest) -> list[int]:
     """Prompt ids through the adapter's registered template, else the base's own."""
     messages = [message.for_template() for message in fields.messages]
     arguments = (messages, target.chat_template, fields.add_generation_prompt, fields.template_variables())
     if sum(len(message["content"]) for message in messages) <= LONG_TEXT_CHARS:
-        return services.tokenizer.render_chat(*arguments)
-    return await asyncio.to_thread(services.tokenizer.render_chat, *arguments)
+        return tokenizer.render_chat(*arguments)
+    return await asyncio.to_thread(tokenizer.render_chat, *arguments)
 
 
-def room_after(services: Services, prompt_ids: Sequence[int], num_prefix_tokens: int) -> int:
+def room_after(services: Services, prompt_ids: Sequence[int], target: Target) -> int:
     """Tokens that the context leaves for the answer. Raises ContextLengthExceeded when it leaves none."""
-    limit = services.engine.limits.max_model_len - num_prefix_tokens
+    limit = services.engine.max_row_len(target.num_rows) - target.num_prefix_tokens
     if len(prompt_ids) >= limit:
         raise ContextLengthExceeded(
             f"the messages have {len(prompt_ids)} tokens and the context of this server is {limit} tokens, which must "

@@ -9,16 +9,16 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from deltaserve.api.answer import LONG_TEXT_CHARS, Envelope, FullChoice, make_prompt, respond
+from deltaserve.api.answer import LONG_TEXT_CHARS, Envelope, FullChoice, make_prompt, respond, tokenizer_of
 from deltaserve.api.auth import MAY_USE, Caller
 from deltaserve.api.body import read_json
 from deltaserve.api.choice import ChoiceDelta, TokenEntry
+from deltaserve.api.ensembles import target_of
 from deltaserve.api.generation import Generation, Prompt
 from deltaserve.api.logprobs import completion_logprobs, prompt_entries
 from deltaserve.api.schemas.completion import CompletionRequest
 from deltaserve.api.schemas.open_fields import open_fields
-from deltaserve.api.services import Services, services_of
-from deltaserve.api.target import resolve_target
+from deltaserve.api.services import services_of
 from deltaserve.api.wire_json import encode, quote
 from deltaserve.text import Tokenizer
 
@@ -30,27 +30,27 @@ async def create_completion(http: Request, caller: Caller = MAY_USE) -> Response
     services = services_of(http)
     data = await read_json(http, services.config.max_body_bytes)
     fields = CompletionRequest.model_validate(open_fields(data, CompletionRequest.model_fields))
-    target = resolve_target(services.engine, caller, fields.model, fields.adapters)
+    target = target_of(services.engine, caller, fields)
+    tokenizer = await tokenizer_of(services, target)
     sampling = fields.sampling(
         max_tokens=fields.num_tokens,
         logprobs=fields.logprobs,
         prompt_logprobs=fields.logprobs if fields.echo else None,
     )
     prompts = [
-        make_prompt(services, caller, target, fields, sampling, ids, number * fields.n)
-        for number, ids in enumerate(await _encode(services, fields))
+        make_prompt(services, caller, target, tokenizer, fields, sampling, ids, number * fields.n)
+        for number, ids in enumerate(await _encode(tokenizer, fields))
     ]
     generation = Generation(services.engine, prompts)
     envelope = Envelope("cmpl", "text_completion", "text_completion", target)
-    return await respond(http, generation, fields, envelope, CompletionFormat(services.tokenizer, fields))
+    return await respond(http, generation, fields, envelope, CompletionFormat(tokenizer, fields))
 
 
-async def _encode(services: Services, fields: CompletionRequest) -> list[Sequence[int]]:
+async def _encode(tokenizer: Tokenizer, fields: CompletionRequest) -> list[Sequence[int]]:
     """Control tokens written in a prompt count as such: a prompt is the caller's own, as token ids would be."""
 
     def encode() -> list[Sequence[int]]:
-        encode_one = services.tokenizer.encode
-        return [encode_one(p, fields.add_special_tokens) if isinstance(p, str) else p for p in fields.prompt]
+        return [tokenizer.encode(p, fields.add_special_tokens) if isinstance(p, str) else p for p in fields.prompt]
 
     if sum(len(prompt) for prompt in fields.prompt if isinstance(prompt, str)) <= LONG_TEXT_CHARS:
         return encode()

@@ -70,6 +70,8 @@ def invalid_field(error: ValidationError) -> InvalidRequest:
     if kind == "missing":
         return InvalidRequest(f"{param} is required", param=param, code="missing_required_parameter")
     message = first["msg"].removeprefix("Value error, ")
+    if kind == "model_type":  # would name a class of ours
+        message = "Input should be an object"
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     return InvalidRequest(f"{param}: {message}" if param else message, param=param, code=code)
 

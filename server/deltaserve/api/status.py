@@ -9,13 +9,14 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 import deltaserve
-from deltaserve.api.answer import encode_text
+from deltaserve.api.answer import encode_text, tokenizer_of
 from deltaserve.api.auth import MAY_ADMINISTER, MAY_USE, Caller
 from deltaserve.api.body import read_json
 from deltaserve.api.schemas.management import DetokenizeRequest, TokenizeRequest
 from deltaserve.api.services import Services, services_of
 from deltaserve.api.target import resolve_target
 from deltaserve.metrics import CONTENT_TYPE, Metrics
+from deltaserve.text import Tokenizer
 from deltaserve_store.names import NameMap
 
 public = APIRouter()
@@ -75,28 +76,32 @@ async def read_version(http: Request, caller: Caller = MAY_USE) -> dict[str, str
 async def tokenize(http: Request, caller: Caller = MAY_USE) -> dict[str, Any]:
     services = services_of(http)
     fields = TokenizeRequest.model_validate(await read_json(http, services.config.max_body_bytes))
-    ids = await _ids(services, caller, fields)
+    ids, tokenizer = await _ids(services, caller, fields)
     answer = {"tokens": ids, "count": len(ids), "max_model_len": services.engine.limits.max_model_len}
     if fields.return_token_strs:
-        answer["token_strs"] = await asyncio.to_thread(lambda: [services.tokenizer.token_text(i) for i in ids])
+        answer["token_strs"] = await asyncio.to_thread(lambda: [tokenizer.token_text(i) for i in ids])
     return answer
 
 
-async def _ids(services: Services, caller: Caller, fields: TokenizeRequest) -> list[int]:
-    template = None
+async def _ids(services: Services, caller: Caller, fields: TokenizeRequest) -> tuple[list[int], Tokenizer]:
+    template, tokenizer = None, services.tokenizer
     if fields.model is not None:
-        template = resolve_target(services.engine, caller, fields.model).chat_template
+        target = resolve_target(services.engine, caller, fields.model)
+        template, tokenizer = target.chat_template, await tokenizer_of(services, target)
     if fields.prompt is not None:
-        return await encode_text(services, fields.prompt, add_special_tokens=fields.add_special_tokens)
+        ids = await encode_text(tokenizer, fields.prompt, add_special_tokens=fields.add_special_tokens)
+        return ids, tokenizer
     messages = [message.for_template() for message in fields.messages or ()]
-    return await asyncio.to_thread(services.tokenizer.render_chat, messages, template, fields.add_generation_prompt)
+    ids = await asyncio.to_thread(tokenizer.render_chat, messages, template, fields.add_generation_prompt)
+    return ids, tokenizer
 
 
 @router.post("/detokenize")
 async def detokenize(http: Request, caller: Caller = MAY_USE) -> dict[str, str]:
     services = services_of(http)
+    tokenizer = services.tokenizer
     fields = DetokenizeRequest.model_validate(await read_json(http, services.config.max_body_bytes))
     if fields.model is not None:
-        resolve_target(services.engine, caller, fields.model)
-    text = await asyncio.to_thread(services.tokenizer.decode, fields.tokens, fields.skip_special_tokens)
+        tokenizer = await tokenizer_of(services, resolve_target(services.engine, caller, fields.model))
+    text = await asyncio.to_thread(tokenizer.decode, fields.tokens, fields.skip_special_tokens)
     return {"prompt": text}

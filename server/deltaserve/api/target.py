@@ -13,9 +13,11 @@ from deltaserve.api.activation import start_of
 from deltaserve.api.keys import Caller
 from deltaserve.api.schemas.composition import AdapterChoice
 from deltaserve.api.services import GenerationEngine
-from deltaserve.core import BASE_BINDING, Binding, BindingPart
+from deltaserve.core import BASE_BINDING, Binding, BindingPart, Ensemble
 from deltaserve.errors import InvalidRequest, ModelNotFound
+from deltaserve_store.added_tokens import AddedToken
 from deltaserve_store.errors import NotFound
+from deltaserve_store.manifest import AdapterRecord
 from deltaserve_store.names import Resolved
 
 NEVER = (1 << 31) - 1
@@ -29,7 +31,7 @@ class Target:
     ``fingerprint`` names the bytes that answer: the version's digest, the base's fingerprint, or a digest of the
     versions and scales that are composed. ``adapters`` is what the answer to a composition tells of its parts.
     ``chat_templates`` are those that the adapters name. ``invocations``: for each part the tokens from which on it
-    acts, empty where it always does.
+    acts, empty where it always does. ``added_tokens``: those that the base's tokenizer lacks.
     """
 
     model: str
@@ -39,29 +41,55 @@ class Target:
     adapters: tuple[Mapping[str, Any], ...] = ()
     chat_templates: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    added_tokens: tuple[AddedToken, ...] = ()
     invocations: tuple[tuple[int, ...], ...] = ()
 
     @property
+    def versions(self) -> tuple[str, ...]:
+        return self.binding.versions
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that a choice takes in each step."""
+        return 1
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Positions that are not left for the prompt and the answer."""
+        return self.binding.num_prefix_tokens
+
+    @property
     def headers(self) -> dict[str, str]:
-        return {} if self.binding.is_base else {"x-adapter-version": ",".join(self.binding.versions)}
+        return {"x-adapter-version": ",".join(self.versions)} if self.versions else {}
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the answer tells beside model and fingerprint."""
+        return {"adapters": self.adapters} if self.adapters else {}
 
     @property
     def log_fields(self) -> dict[str, Any]:
         """The name and version of an adapter; of a composition all of them, joined."""
-        return {"model": "+".join(self.names) or self.model, "version": ",".join(self.binding.versions) or None}
+        return {"model": "+".join(self.names) or self.model, "version": ",".join(self.versions) or None}
+
+    def ensemble_for(self, prompt_ids: Sequence[int]) -> Ensemble | None:
+        """The members that answer this prompt together, each with its binding; None: one model answers."""
+        return None
 
     def binding_for(self, prompt_ids: Sequence[int]) -> Binding:
-        """The parts, each from its invocation in this prompt on.
+        """The parts, each from its invocation in this prompt on; positions count from the first virtual token.
 
         An adapter that is not invoked leaves the base alone; a part of a composition keeps its place, as errors count.
         """
         if not any(self.invocations):
             return self.binding
-        starts = [start_of(prompt_ids, invocation) if invocation else 0 for invocation in self.invocations]
-        if starts == [None]:
+        calls = [start_of(prompt_ids, invocation) if invocation else None for invocation in self.invocations]
+        if len(calls) == 1 and calls[0] is None:
             return BASE_BINDING
-        parts = zip(self.binding.parts, starts, strict=True)
-        return Binding(tuple(replace(part, start_position=NEVER if at is None else at) for part, at in parts))
+        skipped = self.binding.num_prefix_tokens
+        starts = [NEVER if at is None else skipped + at for at in calls]
+        each = zip(self.binding.parts, self.invocations, starts, strict=True)
+        return Binding(tuple(replace(part, start_position=at) if called else part for part, called, at in each))
 
     @property
     def chat_template(self) -> str | None:
@@ -102,8 +130,11 @@ def resolve_target(
 
 
 def _part(resolved: Resolved, scale: tuple[float, float] = (1.0, 1.0)) -> BindingPart:
-    num_prefix_tokens = 0 if resolved.record is None else resolved.record.num_prefix_tokens
-    return BindingPart(str(resolved.version), *scale, num_prefix_tokens=num_prefix_tokens)
+    version, record = str(resolved.version), resolved.record
+    if record is None:
+        return BindingPart(version, *scale)
+    last = record.added_tokens[-1].id + 1 if record.added_tokens else 0
+    return BindingPart(version, *scale, num_prefix_tokens=record.num_prefix_tokens, num_token_ids=last)
 
 
 def _target(
@@ -114,6 +145,8 @@ def _target(
     told: tuple[Mapping[str, Any], ...] = (),
 ) -> Target:
     records = [each.record for each in found if each.record is not None]
+    added = _added_tokens(records, binding)
+    ends = tuple(token.id for token in added if token.is_end)
     return Target(
         model,
         fingerprint,
@@ -121,9 +154,33 @@ def _target(
         binding=binding,
         adapters=told,
         chat_templates=tuple(dict.fromkeys(r.chat_template for r in records if r.chat_template is not None)),
-        stop_token_ids=tuple(dict.fromkeys(token_id for r in records for token_id in r.stop_token_ids)),
+        stop_token_ids=tuple(dict.fromkeys((*(i for r in records for i in r.stop_token_ids), *ends))),
+        added_tokens=added,
         invocations=tuple(record.invocation_token_ids for record in records),
     )
+
+
+def _added_tokens(records: Sequence[AdapterRecord], binding: Binding) -> tuple[AddedToken, ...]:
+    """Those of the one part that adds tokens. It does so or not: at strength 0 the base's tokenizer is in use."""
+    found: tuple[AddedToken, ...] = ()
+    for index, (record, part) in enumerate(zip(records, binding.parts, strict=True)):
+        if not record.added_tokens:
+            continue
+        scales = {part.scale_first, part.scale_last}
+        if scales not in ({0.0}, {1.0}):
+            raise InvalidRequest(
+                f"adapters[{index}] adds {len(record.added_tokens)} tokens to the base's; its scale is 0 or 1",
+                param=f"adapters[{index}].scale",
+                code="composition_refused",
+            )
+        if scales == {1.0} and found:
+            raise InvalidRequest(
+                f"adapters[{index}] adds tokens to the base's, and so does an adapter before it; compose one such",
+                param=f"adapters[{index}].id",
+                code="composition_refused",
+            )
+        found = record.added_tokens if scales == {1.0} else found
+    return found
 
 
 def _resolve(engine: GenerationEngine, caller: Caller, index: int, choice: AdapterChoice) -> Resolved:
@@ -151,7 +208,7 @@ def _refuse_repeats(parts: Sequence[BindingPart], adapters: Sequence[AdapterChoi
 
 
 def _digest(parts: Sequence[BindingPart]) -> str:
-    """Of an adapter at full strength its own; else 64 hex digits over versions and float32 scales, in order."""
+    """Of an adapter at full strength its own; else 64 hex digits over versions and scales, in order."""
     if len(parts) == 1 and parts[0].scale_first == parts[0].scale_last == 1.0:
         return parts[0].version
     digest = hashlib.sha256(b"composition")

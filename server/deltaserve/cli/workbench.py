@@ -27,7 +27,7 @@ from deltaserve.errors import InvalidRequest, NotFound
 from deltaserve.remote import RemoteServer
 from deltaserve.runtime import Runtime
 from deltaserve_store import errors as store_errors
-from deltaserve_store.digest import adapter_file_names, content_digest
+from deltaserve_store.digest import content_digest, stored_file_names
 from deltaserve_store.formats import read_adapter
 from deltaserve_store.names import DEFAULT_TENANT
 from deltaserve_store.parsed import ParsedAdapter
@@ -97,6 +97,11 @@ class Workbench:
         adapter = read_adapter(source.folder, spec)
         names = (*self.runtime.base_names, *spec.names)
         match_base(adapter, spec, names, accept_base=accept_base or source.admitted_for is not None)
+        if adapter.added_tokens:
+            raise InvalidRequest(
+                f"{source.name} adds {len(adapter.added_tokens)} tokens to the base's, which have no place in what is "
+                "made of it; these commands take adapters of the base's own tokens."
+            )
         return adapter
 
     def logits(self, adapter: Path | None, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -159,9 +164,12 @@ def find_sources(names: Sequence[str], store: Path, scratch: Path) -> list[Sourc
             with AdapterStore.open(store, lock=False) as opened:
                 record = opened.get(DEFAULT_TENANT, name)
                 stored = opened.version_dir(record.version)
-                for file_name in adapter_file_names(stored):
+                for file_name in stored_file_names(stored):
                     shutil.copyfile(stored / file_name, copy / file_name)
         except store_errors.NotFound as missing:
-            raise NotFound(f"{missing.message}. {name!r} is no folder either.", param="adapters") from missing
+            told = missing.message
+            if missing.param == "model":  # its words are for who asks a server
+                told = f"the store {store} has no adapter {name[:160]!r}; deltaserve adapters list shows what it has"
+            raise NotFound(f"{told}. {name!r} is no folder either.", param="adapters") from missing
         found.append(Source(record.name, copy, record.version, record.base.fingerprint))
     return found

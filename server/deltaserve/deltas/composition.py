@@ -2,9 +2,11 @@
 
 A composition means the base plus the sum of the parts' deltas, each times its strength (task arithmetic). Terms that
 are added to a linear's output stack in any number and mixture. Scales and rotations of one side stack
-too, ``s = 1 + sum of t_k (s_k - 1)``; a change of inputs and one of outputs on the same linear have no such form, and
-are refused. What no rule speaks of is served alone, at strength 0 or 1: nothing is approximated silently. Probes are
-not asked: a proof runs one version, at whatever strength shows it.
+too, ``s = 1 + sum of t_k (s_k - 1)`` and ``R = 1 + sum of (R_k - 1)``: the operators add what each of them changes, so
+that a sum of rotations need not be one. A change of inputs and one of outputs on the same linear have no such form, and
+are refused, unless one of them is at strength 0. Prefixes follow each other, in the order of the parts. What no rule
+speaks of is served alone, at strength 0 or 1: nothing is approximated silently. Probes are not asked: a proof runs one
+version, at whatever strength shows it.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ RULES: Mapping[str, FamilyRule] = {
     "dense": ADDITIVE,
     "bottleneck": ADDITIVE,  # modules of one point run in the order of the parts
     "rotation": FamilyRule(adds=True, is_switch=True),
-    "prefix": UNKNOWN,
+    "prefix": FamilyRule(adds=True, is_switch=True),  # one behind the other, before the prompt
 }
 """By family (``FoldedAdapter.kinds``); one that is missing here is ``UNKNOWN``."""
 
@@ -89,7 +91,8 @@ def check_composition(binding: Binding, traits: Sequence[Traits]) -> None:
         if switches and not is_whole:
             found = f"strength {_strength(part.scale_first, part.scale_last)} of the kind {', '.join(switches)}"
             reasons.append(Reason("strength_not_linear", where, found, "strength 0 or 1"))
-    reasons += _mixed_sides(traits)
+    is_off = [part.scale_first == part.scale_last == 0.0 for part in parts]
+    reasons += _mixed_sides([NO_TRAITS if off else own for off, own in zip(is_off, traits, strict=True)])
     if reasons:
         first = reasons[0]
         raise CompositionRefused(

@@ -94,7 +94,7 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
         for name, vector in vectors.items():
             terms[name] = (*terms.get(name, ()), vector)
         rows = [delta for delta in parsed.deltas if isinstance(delta, RowsDelta)]
-        for name, trained in fold_rows(rows, spec, dtype, base, reasons).items():
+        for name, trained in fold_rows(rows, spec, dtype, base, reasons, parsed.num_token_ids).items():
             terms[name] = (*terms.get(name, ()), trained)
     for name, rotation in fold_rotations(parsed, spec, dtype, reasons).items():
         terms[name] = (*terms.get(name, ()), rotation)
@@ -107,7 +107,7 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
         raise _refusal(reasons)
     order = {name: index for index, name in enumerate((*spec.linears, *spec.vocabulary))}
     ordered = {name: terms[name] for name in sorted(terms, key=order.__getitem__)}
-    return FoldedAdapter(ordered, spec.fingerprint, dtype, norms, modules, prefix)
+    return FoldedAdapter(ordered, spec.fingerprint, dtype, norms, modules, prefix, parsed.num_token_ids)
 
 
 def dense_delta(

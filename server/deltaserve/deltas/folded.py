@@ -93,7 +93,7 @@ class FoldedAdapter:
 
     ``modules`` are residual modules by attach point. ``kinds`` names the term families present, sorted ("block",
     "bottleneck", "dense", "lora", "prefix", "rotation", "rows", "sparse", "vector"); ``rank`` is the largest, None
-    without low-rank terms.
+    without low-rank terms. ``num_token_ids``, where the adapter adds tokens, counts the base's and those.
     """
 
     terms: Mapping[str, tuple[Term, ...]]
@@ -102,6 +102,7 @@ class FoldedAdapter:
     norms: Mapping[str, NormTerm] = field(default_factory=dict)
     modules: Mapping[str, ModuleTerm] = field(default_factory=dict)
     prefix: PrefixTerm | None = None
+    num_token_ids: int = 0
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -146,7 +147,7 @@ class FoldedAdapter:
             tensors |= {f"{PREFIX}:{role}": tensor for role, tensor in self.prefix.tensors().items()}
         told = {point: [module.activation, module.is_parallel] for point, module in self.modules.items()}
         identity = {**_identity(self.base_fingerprint, self.dtype), **_content(self)}
-        write_tensors(path, tensors, {**identity, "modules": json.dumps(told)})
+        write_tensors(path, tensors, {**identity, "modules": json.dumps(told), "token_ids": str(self.num_token_ids)})
 
     @classmethod
     def load(cls, path: Path, spec: BaseSpec, dtype: torch.dtype, *, mmap: bool = False) -> FoldedAdapter:
@@ -168,8 +169,9 @@ class FoldedAdapter:
                 for name in sorted(spec.points & set(grouped))
             }
             prefix = take_prefix(grouped.pop(PREFIX), spec, dtype) if PREFIX in grouped else None
-            terms = {linear: _linear_terms(linear, roles, spec, dtype) for linear, roles in grouped.items()}
-            folded = cls(terms, spec.fingerprint, dtype, changes, modules, prefix)
+            count = int(metadata.get("token_ids", "0"))
+            terms = {linear: _linear_terms(linear, roles, spec, dtype, count) for linear, roles in grouped.items()}
+            folded = cls(terms, spec.fingerprint, dtype, changes, modules, prefix, count)
             _require(metadata, _content(folded))
         except FileDamaged as error:
             raise FoldedFileInvalid(f"The folded adapter file is damaged: {error}. Fold the version again.") from error
@@ -213,7 +215,9 @@ def _grouped(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return grouped
 
 
-def _linear_terms(linear: str, roles: dict[str, Tensor], spec: BaseSpec, dtype: torch.dtype) -> tuple[Term, ...]:
+def _linear_terms(
+    linear: str, roles: dict[str, Tensor], spec: BaseSpec, dtype: torch.dtype, num_token_ids: int
+) -> tuple[Term, ...]:
     matrices = spec.vocabulary
     known = spec.linears.get(linear) or matrices.get(linear)
     if known is None:
@@ -234,7 +238,7 @@ def _linear_terms(linear: str, roles: dict[str, Tensor], spec: BaseSpec, dtype: 
     block = take_block(linear, roles, known, dtype) if linear in spec.linears else None
     if block is not None:
         terms.append(block)
-    rows = take_rows(linear, roles, spec, dtype) if linear in matrices else None
+    rows = take_rows(linear, roles, spec, dtype, num_token_ids) if linear in matrices else None
     if rows is not None:
         terms.append(rows)
     if roles or not terms:

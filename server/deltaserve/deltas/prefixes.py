@@ -2,7 +2,8 @@
 
 A prefix of K and V (prefix tuning, cartridges) is only laid out anew. Input embeddings (prompt tuning and its kin) are
 run through the base once, in float32, and leave their K and V: with causal attention these depend on nothing that
-follows. Where the base's rope depends on the sequence's length, there is a set for each regime.
+follows. Where the base's rope depends on the sequence's length, there is a set for each regime. The embeddings are kept
+beside their K and V: in a composition these are others.
 """
 
 from __future__ import annotations
@@ -39,24 +40,29 @@ class PrefixTerm:
     """K and V of positions 0 .. ``num_tokens`` - 1 in the serving dtype.
 
     ``pages`` [regimes, blocks, num_layers, 2, kv_heads, 16, head_dim]: per regime, whole blocks as the KV pool holds
-    them, zeros behind the last position.
+    them, zeros behind the last position. ``embeddings`` [``num_tokens``, hidden]: what the base was run over to get
+    them, None where K and V were given.
     """
 
     pages: Tensor
     num_tokens: int
+    embeddings: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.pages.nbytes
+        return self.pages.nbytes + (0 if self.embeddings is None else self.embeddings.nbytes)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the roles they have in a folded file."""
-        return {"pages": self.pages, "num_tokens": torch.tensor([self.num_tokens], dtype=torch.int32)}
+        """By the roles they have in a folded file, where given K and V have no rows of embeddings."""
+        embeddings = self.pages.new_zeros(0, 0) if self.embeddings is None else self.embeddings
+        count = torch.tensor([self.num_tokens], dtype=torch.int32)
+        return {"pages": self.pages, "num_tokens": count, "embeddings": embeddings}
 
 
 def fold_prefix(prefix: PrefixDelta, spec: BaseSpec, dtype: torch.dtype, base: PromptBase | None) -> PrefixTerm:
     """``base`` runs embeddings; without it they are a ``ValueError``, as is a prefix that does not fit ``spec``."""
     count = prefix.num_tokens
+    kept: Tensor | None = None
     if isinstance(prefix, KeyValuePrefix):
         layers = prefix.flat.float().reshape(count, spec.num_layers, 2, spec.kv_heads, spec.head_dim)
         stacked = layers.permute(1, 2, 3, 0, 4)[None]
@@ -64,33 +70,39 @@ def fold_prefix(prefix: PrefixDelta, spec: BaseSpec, dtype: torch.dtype, base: P
         if base is None:
             raise ValueError("virtual tokens are run through the base; give the base")
         embeddings = _virtual_tokens(prefix)
+        kept = embeddings.to(dtype).contiguous()
         stacked = torch.stack([base.prompt_kv(embeddings, regime) for regime in range(base.num_kv_regimes)]).cpu()
     regimes, num_layers, _, heads, _, size = stacked.shape
     blocks = -(-count // BLOCK_SIZE)
     padded = torch.zeros(regimes, num_layers, 2, heads, blocks * BLOCK_SIZE, size)
     padded[:, :, :, :, :count] = stacked
     pages = padded.unflatten(4, (blocks, BLOCK_SIZE)).permute(0, 4, 1, 2, 3, 5, 6)
-    return PrefixTerm(pages.to(dtype).contiguous(), count)
+    return PrefixTerm(pages.to(dtype).contiguous(), count, kept)
 
 
 def prefix_overflow(term: PrefixTerm, allowed: str) -> list[Reason]:
-    """K or V that is no number in the serving dtype."""
-    if bool(torch.isfinite(term.pages).all()):
+    """Embeddings, K or V that are no numbers in the serving dtype."""
+    given = term.embeddings is None or bool(torch.isfinite(term.embeddings).all())
+    if given and bool(torch.isfinite(term.pages).all()):
         return []
     return [Reason("value_out_of_range", "prefix", "K or V that overflows the serving dtype", allowed)]
 
 
 def take_prefix(roles: dict[str, Tensor], spec: BaseSpec, dtype: torch.dtype) -> PrefixTerm:
     """The prefix of a folded file, all of ``roles``. Raises ``FileDamaged``."""
-    pages, length = roles.pop("pages", None), roles.pop("num_tokens", None)
-    if pages is None or length is None or roles or tuple(length.shape) != (1,) or length.dtype != torch.int32:
+    pages, length, embeddings = (roles.pop(role, None) for role in ("pages", "num_tokens", "embeddings"))
+    if pages is None or length is None or embeddings is None or roles:
         raise FileDamaged("the prefix is incomplete or has unexpected parts")
+    if tuple(length.shape) != (1,) or length.dtype != torch.int32:
+        raise FileDamaged(f"the prefix tells its length as {length.dtype} {tuple(length.shape)}")
     count = int(length)
     blocks = -(-count // BLOCK_SIZE)
     page = (spec.num_layers, 2, spec.kv_heads, BLOCK_SIZE, spec.head_dim)
     if count < 1 or pages.dtype != dtype or pages.dim() != 7 or tuple(pages.shape[1:]) != (blocks, *page):
         raise FileDamaged(f"the prefix has {count} positions in pages {pages.dtype} {tuple(pages.shape)}")
-    return PrefixTerm(pages, count)
+    if embeddings.dtype != dtype or tuple(embeddings.shape) not in ((0, 0), (count, spec.hidden_size)):
+        raise FileDamaged(f"the prefix has {count} positions of embeddings {tuple(embeddings.shape)}")
+    return PrefixTerm(pages, count, embeddings if len(embeddings) else None)
 
 
 def _virtual_tokens(prefix: PromptPrefix) -> Tensor:

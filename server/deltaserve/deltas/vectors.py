@@ -139,6 +139,9 @@ def _fold_linear(delta: VectorDelta, dora: Tensor | None, base_bias: Tensor | No
     if scale is not None and stored is not None and not delta.scales_bias:
         kept = stored - scale * stored
         bias = kept if bias is None else bias + kept
+    if delta.bias_scale is not None and stored is not None:
+        grown = (delta.bias_scale.float() - 1) * stored
+        bias = grown if bias is None else bias + grown
     in_scale = None if delta.in_scale is None else delta.in_scale.float().flatten()
     return VectorTerm(*(None if t is None else t.contiguous() for t in (scale, bias, in_scale)))
 
@@ -208,7 +211,7 @@ def _given_biases(parsed: ParsedAdapter, base: BaseWeights) -> Mapping[str, Call
         for delta in parsed.deltas
         if isinstance(delta, VectorDelta)
         and (
-            any(vector is not None for vector in (delta.bias, delta.new_bias, delta.in_bias))
+            any(vector is not None for vector in (delta.bias, delta.new_bias, delta.in_bias, delta.bias_scale))
             or (delta.scales_bias and delta.out_scale is not None)
         )
     }
@@ -217,11 +220,14 @@ def _given_biases(parsed: ParsedAdapter, base: BaseWeights) -> Mapping[str, Call
 def _dense_bias(delta: VectorDelta, weights: LinearWeights) -> Tensor:
     # A slice ends where the weight does.
     moved = None if delta.in_bias is None else (weights.rows(0, _END).cpu() * delta.in_bias.float()).sum(dim=1)
-    given = [t for t in (delta.bias, delta.new_bias, delta.out_scale, moved) if t is not None]
+    vectors = (delta.bias, delta.new_bias, delta.out_scale, moved, delta.bias_scale)
+    given = [t for t in vectors if t is not None]
     before = torch.zeros(given[0].numel()) if weights.bias is None else weights.bias.float().cpu()
     after = before if delta.new_bias is None else delta.new_bias.float()
     if delta.scales_bias and delta.out_scale is not None:
         after = delta.out_scale.float().flatten() * after
+    if delta.bias_scale is not None:
+        after = delta.bias_scale.float() * after
     after = after if moved is None else after + moved
     return after - before if delta.bias is None else after - before + delta.bias.float()
 

@@ -74,33 +74,41 @@ def trained_tokens(parsed: ParsedAdapter, base: TokenRows) -> list[int]:
 
 
 def fold_rows(
-    deltas: Sequence[RowsDelta], spec: BaseSpec, dtype: torch.dtype, base: TokenRows, reasons: list[Reason]
+    deltas: Sequence[RowsDelta],
+    spec: BaseSpec,
+    dtype: torch.dtype,
+    base: TokenRows,
+    reasons: list[Reason],
+    num_token_ids: int = 0,
 ) -> dict[str, RowsTerm]:
-    """Trained rows by matrix. What does not fit the base is added to ``reasons``."""
+    """Trained rows by matrix. What does not fit the base is added to ``reasons``. ``num_token_ids``: the tokens of an
+    adapter that adds some."""
     terms: dict[str, RowsTerm] = {}
     for delta in deltas:
         if delta.module not in spec.vocabulary:
             reasons.append(Reason("unknown_module", delta.module, "trained rows", "the embedding or head of the base"))
             continue
-        if misfit := _misfit(delta, matrix_size(spec, delta.module)):
+        if misfit := _misfit(delta, spec, num_token_ids):
             reasons.append(misfit)
         elif delta.is_copy:
             reasons.extend(_check_copy(delta, base))
         elif delta.module in terms:
             reasons.append(Reason("duplicate_module", delta.module, "two sets of rows", "one for each matrix"))
-        elif (term := _fold_rows(delta, dtype, base, reasons)) is not None:
+        elif (term := _fold_rows(delta, matrix_size(spec, delta.module)[0], dtype, base, reasons)) is not None:
             terms[delta.module] = term
     return terms
 
 
-def _misfit(delta: RowsDelta, size: tuple[int, int]) -> Reason | None:
-    count = size[0] if delta.ids is None else delta.ids.numel()
-    if tuple(delta.values.shape) != (count, size[1]):
-        return Reason("shape_mismatch", delta.module, str(tuple(delta.values.shape)), str((count, size[1])))
+def _misfit(delta: RowsDelta, spec: BaseSpec, num_token_ids: int) -> Reason | None:
+    num_rows, width = matrix_size(spec, delta.module)
+    num_rows = num_rows if delta.is_copy else max(num_rows, num_token_ids)
+    count = num_rows if delta.ids is None else delta.ids.numel()
+    if tuple(delta.values.shape) != (count, width):
+        return Reason("shape_mismatch", delta.module, str(tuple(delta.values.shape)), str((count, width)))
     if delta.ids is None:
         return None
-    if not count or int(delta.ids.min()) < 0 or int(delta.ids.max()) >= size[0]:
-        return Reason("index_out_of_range", delta.module, f"{delta.ids.tolist()[:8]}", f"tokens 0..{size[0] - 1}")
+    if not count or int(delta.ids.min()) < 0 or int(delta.ids.max()) >= num_rows:
+        return Reason("index_out_of_range", delta.module, f"{delta.ids.tolist()[:8]}", f"tokens 0..{num_rows - 1}")
     if bool((delta.ids.diff() <= 0).any()):
         return Reason("unsorted_index", delta.module, f"{delta.ids.tolist()[:8]}", "strictly ascending tokens")
     return None
@@ -120,7 +128,10 @@ def _check_copy(delta: RowsDelta, base: TokenRows) -> list[Reason]:
     return [Reason("base_mismatch", delta.module, f"{num_changed} rows differ from the base's", allowed)]
 
 
-def _fold_rows(delta: RowsDelta, dtype: torch.dtype, base: TokenRows, reasons: list[Reason]) -> RowsTerm | None:
+def _fold_rows(
+    delta: RowsDelta, num_rows: int, dtype: torch.dtype, base: TokenRows, reasons: list[Reason]
+) -> RowsTerm | None:
+    """``num_rows``: of the base's matrix; tokens beyond are added ones, whose rows are kept whatever is in them."""
     width = delta.values.shape[1]
     most = MAX_ROWS_BYTES // (width * dtype.itemsize)
     kept, ids, count = [], [], 0
@@ -129,7 +140,7 @@ def _fold_rows(delta: RowsDelta, dtype: torch.dtype, base: TokenRows, reasons: l
         tokens = torch.arange(i, i + len(given)) if delta.ids is None else delta.ids[i : i + len(given)].long()
         stored = base.token_rows(delta.module, tokens).cpu()
         differs = (given.to(stored.dtype) != stored).any(dim=1)
-        chosen = differs if delta.ids is None else torch.ones_like(differs)
+        chosen = differs | (tokens >= num_rows) if delta.ids is None else torch.ones_like(differs)
         count += int(chosen.sum())
         if count > most:
             continue  # counted to the end for the refusal
@@ -152,12 +163,15 @@ def _fold_rows(delta: RowsDelta, dtype: torch.dtype, base: TokenRows, reasons: l
     return term
 
 
-def take_rows(name: str, roles: dict[str, Tensor], spec: BaseSpec, dtype: torch.dtype) -> RowsTerm | None:
+def take_rows(
+    name: str, roles: dict[str, Tensor], spec: BaseSpec, dtype: torch.dtype, num_token_ids: int = 0
+) -> RowsTerm | None:
     """The trained rows among a matrix's tensors of a folded file, taken out of ``roles``. Raises ``FileDamaged``."""
     if "ids" not in roles or "row_values" not in roles:
         return None
     ids, values = roles.pop("ids"), roles.pop("row_values")
     num_tokens, width = matrix_size(spec, name)
+    num_tokens = max(num_tokens, num_token_ids)
     if ids.dtype != torch.int32 or ids.dim() != 1 or values.dtype != dtype or not ids.numel():
         raise FileDamaged(f"{name!r} has rows {ids.dtype} {tuple(ids.shape)} and {values.dtype}")
     if tuple(values.shape) != (ids.numel(), width):
@@ -191,8 +205,8 @@ def _change(deltas: Sequence[LoraDelta | RowsDelta], spec: BaseSpec, name: str, 
             a, b = delta.a.float(), delta.b.float()
             after += delta.scaling * ((b @ a[:, ids]).t() if is_embedding else b[ids] @ a)
         elif not delta.is_copy:
-            place = torch.full((matrix_size(spec, name)[0],), -1)
             known = torch.arange(len(delta.values)) if delta.ids is None else delta.ids.long()
+            place = torch.full((1 + int(torch.cat((known, ids)).max()),), -1)
             place[known] = torch.arange(len(known))
             hits = place[ids] >= 0
             after[hits] = delta.values[place[ids][hits]].float()

@@ -16,6 +16,7 @@ from typing import Any
 from deltaserve.adapters.loader import CANDIDATE_PREFIX, FoldedLoader
 from deltaserve.core import Binding, EngineStatus, GenerationRequest, Logits, RequestOutput
 from deltaserve.engine.backlog import Backlog
+from deltaserve.engine.block_manager import BLOCK_SIZE
 from deltaserve.engine.engine import Engine
 from deltaserve.engine.engine_thread import EngineThread
 from deltaserve.engine.limits import EngineLimits
@@ -123,6 +124,10 @@ class AsyncEngine:
     def limits(self) -> EngineLimits:
         return self._engine.limits
 
+    def max_row_len(self, num_rows: int) -> int:
+        """Positions of a sequence for which so many of them fit the KV cache beside each other."""
+        return min(self.limits.max_model_len, self._engine.num_blocks_total // num_rows * BLOCK_SIZE)
+
     @property
     def base_fingerprint(self) -> str:
         return self._engine.base_fingerprint
@@ -130,12 +135,12 @@ class AsyncEngine:
     # ------------------------------------------------------------ requests
 
     def submit(self, request: GenerationRequest) -> RequestStream:
-        """Queue a request. Raises ``Unavailable``, ``EngineFailed``, ``ContextLengthExceeded``, ``InvalidRequest`` or
-        ``QueueFull``; what goes wrong later is raised by the stream."""
+        """Queue a request. Raises ``Unavailable``, ``EngineFailed``, ``ContextLengthExceeded``, ``InvalidRequest`` (as
+        ``EnsembleRefused`` too) or ``QueueFull``; what goes wrong later is raised by the stream."""
         self._check_alive()
         if self._is_draining:
             raise Unavailable("The server is shutting down and takes no new requests.", retry_after_seconds=1.0)
-        self._engine.limits.check(request)
+        self._engine.check(request)
         request_id = request.request_id
         if request_id in self._streams:
             raise Conflict(f"The request id {request_id!r} is in use.", code="duplicate_request_id")
@@ -162,7 +167,7 @@ class AsyncEngine:
         Raises ``AdapterUnavailable``, ``InvalidRequest`` or ``EngineFailed``.
         """
         self._check_alive()
-        self.limits.check_prompt(ids)
+        self.limits.check_prompt(ids, binding.num_token_ids)
         self.limits.check_binding(binding)
         probe_id = f"probe:{next(self._probe_ids)}"
         future: asyncio.Future[Logits] = asyncio.get_running_loop().create_future()

@@ -19,12 +19,33 @@ class ScheduledPart(NamedTuple):
     start_position: int = 0
 
 
-class PrefixCopy(NamedTuple):
-    """Before the step, the prefix of an adapter ``slot`` is copied to the sequence's blocks from ``first_block`` on."""
+class PrefixPart(NamedTuple):
+    """The virtual tokens of the adapter in ``slot``, ``num_tokens`` positions from ``start`` on. ``is_run``: K and V
+    are computed from their embeddings by the sequence's parts, and read what stands before; else the adapter has them
+    ready."""
 
     slot: int
+    start: int
+    num_tokens: int
+    is_run: bool = False
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_tokens
+
+
+class PrefixFill(NamedTuple):
+    """Before the step, the prefixes of a sequence are written to its blocks from ``first_block`` on."""
+
+    parts: tuple[PrefixPart, ...]
     first_block: int = 0
     regime: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Virtual tokens that the model has to be run over."""
+        begin = self.first_block * BLOCK_SIZE
+        return sum(max(0, part.stop - max(begin, part.start)) for part in self.parts if part.is_run)
 
 
 @dataclass(slots=True)
@@ -45,7 +66,7 @@ class ScheduledSequence:
     parts: tuple[ScheduledPart, ...] = ()
     logits: Literal["none", "last", "all"] = "last"
     length: int = 0
-    prefix: PrefixCopy | None = None
+    prefix: PrefixFill | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -44,27 +44,29 @@ class BlockManager:
     def blocks_for(num_tokens: int) -> int:
         return -(-num_tokens // BLOCK_SIZE)
 
-    def begin(self, seq: Sequence, *, reserve: int = 0) -> bool:
-        """Give a sequence without blocks the cached prefix and new blocks for all its tokens.
+    def begin(self, *seqs: Sequence, reserve: int = 0) -> bool:
+        """Give sequences without blocks, each of them or none, the cached prefix and new blocks for all their tokens.
 
         False, and nothing changed, when fewer than ``reserve`` blocks would stay free. At least the last token is left
         to compute, since its logits are needed.
         """
-        hits = self._cached_prefix(seq)
-        num_new = self.blocks_for(seq.num_positions) - len(hits)
-        num_revived = sum(1 for block in hits if self._ref_counts[block] == 0)
+        found = [self._cached_prefix(seq) for seq in seqs]
+        num_new = sum(self.blocks_for(seq.num_positions) - len(hits) for seq, hits in zip(seqs, found, strict=True))
+        num_revived = sum(1 for block in {block for hits in found for block in hits} if self._ref_counts[block] == 0)
         if num_new + num_revived + reserve > self.num_free:
             return False
-        for block in hits:
-            if self._ref_counts[block] == 0:
-                del self._free[block]
-            self._ref_counts[block] += 1
-        seq.block_table = hits
-        num_ready = len(hits) * BLOCK_SIZE
-        seq.num_computed_tokens = max(0, num_ready - seq.num_prefix_tokens)
-        seq.first_prefix_block = len(hits) if num_ready < seq.num_prefix_tokens else -1
-        for _ in range(num_new):
-            seq.block_table.append(self._take())
+        for hits in found:  # all before a new block is taken, which might be one of them
+            for block in hits:
+                if self._ref_counts[block] == 0:
+                    del self._free[block]
+                self._ref_counts[block] += 1
+        for seq, hits in zip(seqs, found, strict=True):
+            seq.block_table = hits
+            num_ready = len(hits) * BLOCK_SIZE
+            seq.num_computed_tokens = max(0, num_ready - seq.num_prefix_tokens)
+            seq.first_prefix_block = len(hits) if num_ready < seq.num_prefix_tokens else -1
+            for _ in range(self.blocks_for(seq.num_positions) - len(hits)):
+                seq.block_table.append(self._take())
         return True
 
     def extend(self, seq: Sequence) -> bool:

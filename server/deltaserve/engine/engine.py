@@ -20,6 +20,7 @@ from deltaserve.engine.block_manager import BLOCK_SIZE, BlockManager
 from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.live_probe import LiveProbe, make_probe_sequence
 from deltaserve.engine.live_request import LiveRequest, make_sequences
+from deltaserve.engine.lockstep import mix_rows
 from deltaserve.engine.outcome import Outcome
 from deltaserve.engine.sampler import Sampler
 from deltaserve.engine.scheduler import Schedule, Scheduler
@@ -76,8 +77,18 @@ class Engine:
 
     # ------------------------------------------------------------ between steps
 
+    def check(self, request: GenerationRequest) -> None:
+        """Raises as ``limits.check`` does, and ``EnsembleRefused`` for members that never fit beside each other.
+        Callable from any thread."""
+        self.limits.check(request)
+        if request.ensemble is not None:
+            self.limits.check_slots(request.versions, self.residency.pool.num_slots)
+            longest = len(request.prompt_ids) + request.sampling.max_tokens
+            lengths = [binding.num_prefix_tokens + longest for binding in request.bindings]
+            self.limits.check_rows(lengths, self._blocks.num_blocks, BLOCK_SIZE)
+
     def add(self, request: GenerationRequest, arrival_seconds: float, labels: tuple[str, ...] = ()) -> None:
-        """Queue a request that ``limits.check`` has passed; ``labels`` are its adapters' names for metrics."""
+        """Queue a request that ``check`` has passed; ``labels`` are its adapters' names for metrics."""
         sequences = make_sequences(request, arrival_seconds, self._seq_ids)
         live = LiveRequest(request, sequences, arrival_seconds, labels=labels)
         if request.deadline_seconds is not None:
@@ -163,7 +174,8 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise ``RuntimeError`` unless requests, queues, blocks, pins, slots and bytes all agree."""
         self._scheduler.check_integrity()
-        open_seqs = {seq.seq_id for live in self._requests.values() for seq in live.sequences if not seq.finish_reason}
+        open_leads = [seq for live in self._requests.values() for seq in live.sequences if not seq.finish_reason]
+        open_seqs = {row.seq_id for seq in open_leads for row in seq.rows}
         open_seqs |= {probe.seq.seq_id for probe in self._probes.values()}
         queued = {seq.seq_id for seq in (*self._scheduler.waiting, *self._scheduler.running)}
         if open_seqs != queued:
@@ -193,13 +205,14 @@ class Engine:
             seq.has_prompt_rows = True
             if seq.is_probe:
                 self._finish_probe(seq)
-            elif seq.sampling.max_tokens == 0:
-                self._end(self._requests[seq.request_id], seq, FinishReason.LENGTH)
-            else:
+            elif seq.sampling.max_tokens:
                 rows.append(offset - 1)
                 seqs.append(seq)
+            elif seq.rows[-1] is seq:
+                self._end(self._requests[seq.request_id], seq.rows[0], FinishReason.LENGTH)
         if seqs:
-            self._accept(logits if len(rows) == len(logits) else logits[rows], seqs, now)
+            wanted = logits if len(rows) == len(logits) else logits[rows]
+            self._accept(*(mix_rows(wanted, seqs) if schedule.has_ensembles else (wanted, seqs)), now)
 
     def _accept(self, rows: Tensor, seqs: list[Sequence], now: float) -> None:
         """One row per sequence: sample, record, end what is finished."""
@@ -236,8 +249,15 @@ class Engine:
     def _collect(self, seq: Sequence, rows: Tensor, start: int) -> None:
         """Rows of the prompt's tokens from ``start`` on; row i is about the token at ``start + i + 1``."""
         if seq.is_probe:
-            self._probes[seq.request_id].collect(rows, start)
+            # A step is as wide as the adapter in it with the most tokens.
+            own = max(self._sampler.vocab_size, seq.binding.num_token_ids)
+            self._probes[seq.request_id].collect(rows[:, :own], start)
             return
+        if seq.lockstep is not None:
+            mixed = seq.lockstep.gather(rows)
+            if mixed is None:
+                return
+            rows = mixed
         told = self._requests[seq.request_id].prompt_logprobs
         del told[start + 1 :]  # computed a second time after a preemption
         targets = seq.token_ids[start + 1 : start + 1 + len(rows)]

@@ -156,11 +156,12 @@ class EngineThread:
         if outcome.stats is not None:
             self._metrics.on_step(outcome.stats)
         for stats, labels in outcome.finished:
-            self._metrics.on_request(stats, labels, ("base", "adapter", "composition")[min(len(labels), 2)])
+            kind = "ensemble" if stats.is_ensemble else ("base", "adapter", "composition")[min(len(labels), 2)]
+            self._metrics.on_request(stats, labels, kind)
 
     def _labels_of(self, request: GenerationRequest) -> tuple[str, ...]:
-        """The names of the binding's adapters, as they are now."""
-        return tuple(self._labels.get(version, version[:12]) for version in request.binding.versions)
+        """The names of its adapters, as they are now."""
+        return tuple(self._labels.get(version, version[:12]) for version in request.versions)
 
     def _hand_over(self, outcome: Outcome) -> None:
         delivery = Delivery(

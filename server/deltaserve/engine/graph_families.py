@@ -88,7 +88,7 @@ def known_families(
         known["apart"] = _apart(apart)
     if vocabulary is not None:
         vocabulary.lora.reserve_rank(max_rank)
-        known["vocabulary"] = _vocabulary(vocabulary)
+        known["vocabulary"] = _vocabulary(vocabulary, base)
     return known
 
 
@@ -179,9 +179,13 @@ def _fed(family: VectorFamily, base: BaseModel) -> GraphFamily:
     return GraphFamily(has_slot, lambda: family.num_slots, fan_out, is_alone=False, is_large=True)
 
 
-def _vocabulary(family: VocabularyFamily) -> GraphFamily:
-    """Low rank and trained rows of embedding and head; each row of a decode step gets logits."""
+def _vocabulary(family: VocabularyFamily, base: BaseModel) -> GraphFamily:
+    """Low rank and trained rows of embedding and head; each row of a decode step gets logits, of the base's tokens:
+    adapters that add some would make them wider."""
     room = family.lora.rank_capacity
+
+    def refuses(slot: int) -> bool:
+        return family.lora.largest_rank(slot) > room or family.num_token_ids(slot) > base.vocab_size
 
     def give_lists(ctx: ForwardContext) -> None:
         ctx.vocabulary = VocabularyStep(family, ctx.work, ctx.work)
@@ -190,6 +194,6 @@ def _vocabulary(family: VocabularyFamily) -> GraphFamily:
         family.has_slot,
         lambda: family.num_slots,
         give_lists,
-        refuses=lambda slot: family.lora.largest_rank(slot) > room,
+        refuses=refuses,
         is_alone=False,
     )

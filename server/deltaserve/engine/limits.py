@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from deltaserve.core import Binding, GenerationRequest, SamplingParams
-from deltaserve.errors import ConfigError, ContextLengthExceeded, InvalidRequest
+from deltaserve.core import Binding, Ensemble, GenerationRequest, Mix, SamplingParams
+from deltaserve.engine.member_errors import field_of, told_of_member
+from deltaserve.errors import ConfigError, ContextLengthExceeded, EnsembleRefused, InvalidRequest
 
 MAX_SCALE = 1e38
 """Scales are float32 in the operators and in cache keys."""
+
+MAX_MEMBERS = 16
+"""Of an ensemble: each takes a row of every step, and the prompt's logits of all of them are held at once."""
+
+MAX_ROWS = 64
+"""Of all choices of an ensemble: one request must not fill the queues."""
+
+MAX_WEIGHT = 1000.0
+"""Of a member: sums of logits stay far below what float32 holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +55,27 @@ class EngineLimits:
     def check(self, request: GenerationRequest) -> None:
         """Raises ``ContextLengthExceeded`` or ``InvalidRequest``: nothing that could hurt a step gets past this."""
         sampling = request.sampling
-        self.check_prompt(request.prompt_ids)
+        self.check_prompt(request.prompt_ids, request.num_token_ids)
         if sampling.max_tokens < 0:
             raise InvalidRequest(f"max_tokens is {sampling.max_tokens}; it must be at least 0.", param="max_tokens")
-        self.check_length(len(request.prompt_ids), sampling.max_tokens, request.binding.num_prefix_tokens)
+        for binding in request.bindings:
+            self.check_length(len(request.prompt_ids), sampling.max_tokens, binding.num_prefix_tokens)
         if request.n < 1:
             raise InvalidRequest(f"n is {request.n}; it must be at least 1.", param="n")
         if request.n > self.max_queue:
             raise InvalidRequest(f"n is {request.n}; at most {self.max_queue} are allowed.", param="n")
-        self.check_binding(request.binding)
-        self._check_sampling(sampling)
+        if request.ensemble is None:
+            self.check_binding(request.binding)
+        else:
+            self._check_ensemble(request.ensemble, request.n)
+        self._check_sampling(sampling, request.num_token_ids)
 
     def check_length(self, num_prompt_tokens: int, max_tokens: int, num_prefix_tokens: int = 0) -> None:
         """Prompt, answer and what an adapter puts before them must fit the context."""
         room = self.max_model_len - num_prefix_tokens
         num_tokens = num_prompt_tokens + max_tokens
         if num_tokens > room:
-            taken = f", of which the adapter's prefix takes {num_prefix_tokens}" if num_prefix_tokens else ""
+            taken = f", of which virtual tokens take {num_prefix_tokens}" if num_prefix_tokens else ""
             raise ContextLengthExceeded(
                 f"The prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}: "
                 f"{num_tokens} tokens in all, but the longest sequence is {self.max_model_len} tokens{taken}. "
@@ -69,7 +83,55 @@ class EngineLimits:
                 param="max_tokens" if num_prompt_tokens < room else "prompt",
             )
 
-    def check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
+    @property
+    def max_members(self) -> int:
+        """All rows of an ensemble run at once, and each has a token in every decode step."""
+        return min(MAX_MEMBERS, self.max_num_seqs, self.max_num_batched_tokens)
+
+    def check_slots(self, versions: Collection[str], num_slots: int) -> None:
+        """The adapters of all members are on the device together."""
+        if len(versions) > num_slots:
+            raise EnsembleRefused(
+                f"The members of the ensemble need {len(versions)} adapters at once; the device has {num_slots} slots.",
+                param="ensemble.members",
+            )
+
+    def check_rows(self, lengths: Iterable[int], num_blocks: int, block_size: int) -> None:
+        """Rows of an ensemble, of ``lengths`` positions at their longest, must fit the KV cache together."""
+        needed = sum(-(-length // block_size) for length in lengths)
+        if needed > num_blocks:
+            raise EnsembleRefused(
+                f"The members of the ensemble need {needed} blocks of the KV cache at their longest, and it has "
+                f"{num_blocks}; name fewer members, shorten the prompt or lower max_tokens.",
+                param="ensemble.members",
+            )
+
+    def _check_ensemble(self, ensemble: Ensemble, num_choices: int) -> None:
+        members = ensemble.members
+        if not 1 <= len(members) <= self.max_members:
+            raise EnsembleRefused(
+                f"The ensemble has {len(members)} members; 1 to {self.max_members} are allowed, each a row of its own.",
+                param="ensemble.members",
+            )
+        if num_choices * len(members) > MAX_ROWS:
+            raise EnsembleRefused(
+                f"{num_choices} choices of {len(members)} members are {num_choices * len(members)} rows; at most "
+                f"{MAX_ROWS} are allowed.",
+                param="n",
+            )
+        for index, member in enumerate(members):
+            low = 0.0 if ensemble.mix is Mix.PROBABILITIES else -MAX_WEIGHT
+            if not low <= member.weight <= MAX_WEIGHT or member.weight == 0:
+                raise InvalidRequest(
+                    f"The weight of member {index} is {member.weight}; in a mix of {ensemble.mix.value} it must be "
+                    f"between {low:g} and {MAX_WEIGHT:g}, and not 0.",
+                    param=f"{field_of(index)}.weight",
+                )
+            with told_of_member(index):
+                self.check_binding(member.binding)
+
+    def check_prompt(self, prompt_ids: tuple[int, ...], num_token_ids: int = 0) -> None:
+        """``num_token_ids``: of adapters that add tokens to the base's."""
         if not prompt_ids:
             raise InvalidRequest("The prompt is empty; at least one token is needed.", param="prompt")
         if len(prompt_ids) > self.max_model_len:
@@ -77,7 +139,7 @@ class EngineLimits:
                 f"The prompt has {len(prompt_ids)} tokens; the longest sequence is {self.max_model_len} tokens.",
                 param="prompt",
             )
-        self._check_ids(prompt_ids, "prompt")
+        self._check_ids(prompt_ids, "prompt", num_token_ids)
 
     def check_binding(self, binding: Binding) -> None:
         if len(binding.parts) > self.max_parts:
@@ -91,35 +153,32 @@ class EngineLimits:
                 f"The adapter version {twice[:12]} is composed twice; give it once, with the sum of the scales.",
                 param="adapters",
             )
-        for part in binding.parts:
+        for index, part in enumerate(binding.parts):
             for scale in (part.scale_first, part.scale_last):
                 if not abs(scale) <= MAX_SCALE:
                     raise InvalidRequest(
                         f"An adapter's scale is {scale}; it must be a number between -{MAX_SCALE:g} and {MAX_SCALE:g}.",
-                        param="adapters",
+                        param=f"adapters[{index}].scale",
                     )
             if part.start_position < 0:
                 raise InvalidRequest("An adapter's start position is negative.", param="adapters")
         self.check_prefixes(binding, [part.num_prefix_tokens for part in binding.parts])
 
     def check_prefixes(self, binding: Binding, lengths: Iterable[int]) -> None:
-        """``lengths``: positions of each part's prefix. A prefix is there or not, from the start, and alone."""
-        for part, length in zip(binding.parts, lengths, strict=True):
+        """``lengths``: positions of each part's prefix. A prefix is there or not, and before the whole prompt."""
+        for index, (part, length) in enumerate(zip(binding.parts, lengths, strict=True)):
             if not length:
                 continue
             if part.scale_first != part.scale_last or part.scale_first not in (0.0, 1.0):
                 raise InvalidRequest(
                     f"The strength of an adapter with virtual tokens is {part.scale_first:g} to {part.scale_last:g}; "
                     "it has no other strengths than 0 and 1.",
-                    param="adapters",
+                    param=f"adapters[{index}].scale",
                 )
-            if part.start_position or len(binding.parts) > 1:
-                raise InvalidRequest(
-                    "An adapter with virtual tokens stands before the whole prompt and is not composed with others.",
-                    param="adapters",
-                )
+            if part.start_position:
+                raise InvalidRequest("An adapter with virtual tokens stands before the whole prompt.", param="adapters")
 
-    def _check_sampling(self, sampling: SamplingParams) -> None:
+    def _check_sampling(self, sampling: SamplingParams, num_token_ids: int) -> None:
         allowed = (
             ("temperature", sampling.temperature >= 0, "at least 0"),
             ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
@@ -139,13 +198,14 @@ class EngineLimits:
                 raise InvalidRequest(f"{name} is not a finite number.", param=name)
         if not all(math.isfinite(bias) for _, bias in sampling.logit_bias):
             raise InvalidRequest("A value of logit_bias is not a finite number.", param="logit_bias")
-        self._check_ids([token_id for token_id, _ in sampling.logit_bias], "logit_bias")
-        self._check_ids(sampling.stop_token_ids, "stop_token_ids")
+        self._check_ids([token_id for token_id, _ in sampling.logit_bias], "logit_bias", num_token_ids)
+        self._check_ids(sampling.stop_token_ids, "stop_token_ids", num_token_ids)
 
-    def _check_ids(self, token_ids: Iterable[int], param: str) -> None:
+    def _check_ids(self, token_ids: Iterable[int], param: str, num_token_ids: int) -> None:
         low, high = min(token_ids, default=0), max(token_ids, default=0)
-        if low < 0 or high >= self.vocab_size:
+        limit = max(self.vocab_size, num_token_ids)
+        if low < 0 or high >= limit:
             wrong = low if low < 0 else high
             raise InvalidRequest(
-                f"Token id {wrong} in {param} is outside the vocabulary of {self.vocab_size} tokens.", param=param
+                f"Token id {wrong} in {param} is outside the vocabulary of {limit} tokens.", param=param
             )

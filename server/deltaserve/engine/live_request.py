@@ -14,38 +14,45 @@ from deltaserve.core import (
     SequenceDelta,
     TokenLogprob,
 )
+from deltaserve.engine.lockstep import join
 from deltaserve.engine.sequence import Sequence
 
 
 def make_sequences(request: GenerationRequest, arrival_seconds: float, seq_ids: Iterator[int]) -> list[Sequence]:
-    """The ``n`` sequences of a request. The first leads: its siblings reuse its prefill by the prefix cache."""
+    """The ``n`` sequences of a request, of an ensemble the leading row of each choice. The first one's prefill is what
+    its siblings reuse by the prefix cache."""
     sampling = request.sampling
     stops = frozenset(sampling.stop_token_ids)
     if not sampling.ignore_eos:
         stops |= frozenset(request.eos_token_ids)
     sequences: list[Sequence] = []
     for index in range(request.n):
-        seq_id = next(seq_ids)
-        seq = Sequence(
-            seq_id=seq_id,
-            request_id=request.request_id,
-            index=index,
-            token_ids=list(request.prompt_ids),
-            num_prompt_tokens=len(request.prompt_ids),
-            sampling=sampling,
-            binding=request.binding,
-            versions=request.binding.versions,
-            priority=(arrival_seconds, seq_id),
-            arrival_seconds=arrival_seconds,
-            stop_token_ids=stops,
-            tenant=request.tenant,
-            cache_salt=request.cache_salt,
-            leader=sequences[0] if sequences else None,
-            has_prompt_rows=index > 0,
-        )
-        if sampling.seed is not None:
-            seq.rng = random.Random(sampling.seed + index)
-        sequences.append(seq)
+        token_ids = list(request.prompt_ids)
+        rng = random.Random() if sampling.seed is None else random.Random(sampling.seed + index)
+        rows = [
+            Sequence(
+                seq_id=seq_id,
+                request_id=request.request_id,
+                index=index,
+                token_ids=token_ids,
+                num_prompt_tokens=len(request.prompt_ids),
+                sampling=sampling,
+                binding=binding,
+                versions=binding.versions,
+                priority=(arrival_seconds, seq_id),
+                arrival_seconds=arrival_seconds,
+                stop_token_ids=stops,
+                tenant=request.tenant,
+                cache_salt=request.cache_salt,
+                leader=sequences[0] if sequences else None,
+                has_prompt_rows=index > 0,
+                rng=rng,
+            )
+            for binding, seq_id in zip(request.bindings, seq_ids, strict=False)
+        ]
+        if request.ensemble is not None:
+            join(rows, request.ensemble)
+        sequences.append(rows[0])
     return sequences
 
 
@@ -113,7 +120,7 @@ class LiveRequest:
             deltas=deltas,
             is_finished=self.is_finished,
             num_prompt_tokens=len(self.request.prompt_ids),
-            num_cached_tokens=self.sequences[0].num_cached_tokens,
+            num_cached_tokens=self._num_cached_tokens,
             prompt_logprobs=prompt,
         )
 
@@ -121,16 +128,22 @@ class LiveRequest:
         started = [seq.started_seconds for seq in self.sequences if seq.started_seconds is not None]
         return RequestStats(
             outcome=outcome,
-            versions=self.request.binding.versions,
+            versions=self.request.versions,
             num_prompt_tokens=len(self.request.prompt_ids),
-            num_cached_tokens=self.sequences[0].num_cached_tokens,
+            num_cached_tokens=self._num_cached_tokens,
             num_completion_tokens=sum(seq.num_completion_tokens for seq in self.sequences),
             queue_seconds=(min(started) if started else now) - self.arrival_seconds,
             adapter_wait_seconds=max(seq.adapter_wait_seconds for seq in self.sequences),
             ttft_seconds=None if self.first_token_seconds is None else self.first_token_seconds - self.arrival_seconds,
             itl_seconds=tuple(self.itl_seconds),
             e2e_seconds=now - self.arrival_seconds,
+            is_ensemble=self.request.ensemble is not None,
         )
+
+    @property
+    def _num_cached_tokens(self) -> int:
+        first = self.sequences[0]
+        return first.num_cached_tokens if first.lockstep is None else first.lockstep.num_cached_tokens
 
 
 def _merged(deltas: list[SequenceDelta]) -> Iterator[SequenceDelta]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deltaserve.engine.batch import ScheduledSequence, check_batch
 from deltaserve.engine.decode_graphs import DecodeGraphs
+from deltaserve.engine.prefix_fill import copy_prefixes, passes
 from deltaserve.model.base import BaseModel
 from deltaserve.model.context import ForwardContext
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
@@ -103,7 +104,7 @@ class ModelRunner:
         if self.base.device.index is not None:  # Triton launches on the calling thread's device
             torch.cuda.set_device(self.base.device)
         if self.prefixes is not None and not self.prefixes.is_empty:
-            self._copy_prefixes(batch, self.prefixes)
+            self._fill_prefixes(batch, self.prefixes)
         if self.graphs is not None and not self._is_eager(batch):
             logits = self.graphs.run(batch)
             if logits is not None:
@@ -225,11 +226,13 @@ class ModelRunner:
         logit_rows = None if num_logit_rows == num_rows else thin[rows_at : rows_at + num_logit_rows]
         return ctx, wide[0], logit_rows
 
-    def _copy_prefixes(self, batch: Sequence[ScheduledSequence], tables: PrefixTables) -> None:
-        for seq in batch:
-            if seq.prefix is not None:
-                slot, first, regime = seq.prefix
-                tables.copy(slot, self.kv.pool, seq.block_table, first, regime)
+    def _fill_prefixes(self, batch: Sequence[ScheduledSequence], tables: PrefixTables) -> None:
+        copy_prefixes(batch, tables, self.kv.pool)
+        for virtual, embeddings in passes(batch, tables):
+            sizes = np.array([seq.num_tokens for seq in virtual])
+            ctx, ids, _ = self._prepare(virtual, sizes, np.array([seq.start for seq in virtual]))
+            ctx.vocabulary = None  # there is no token whose rows could have changed
+            self.base.decode_embeddings(embeddings, ids[:0], ctx.positions, ctx)
 
     def _reserve(self, count: int) -> Any:
         """A staging array of ``count`` int64; on the host the step's tensors live in it, so it is not shared then."""

@@ -25,7 +25,8 @@ _COLDEST = torch.finfo(torch.float32).tiny
 
 
 class Sampler:
-    """Rows are float32 [R, vocab]. Keeps nothing between steps but a buffer; draws and counts are the sequences'."""
+    """Rows are float32 [R, vocab]; in a step with an adapter that adds tokens they are wider, and minus infinity there
+    in rows of others. Keeps nothing between steps but a buffer; draws and counts are the sequences'."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -83,12 +84,22 @@ class Sampler:
         for begin in range(0, len(token_ids), _SLICE_ROWS):
             part = rows[begin : begin + _SLICE_ROWS]
             ids = torch.tensor(token_ids[begin : begin + _SLICE_ROWS], device=rows.device)
-            logprobs = torch.log_softmax(part, dim=-1, dtype=torch.float32)
+            logprobs = self._log_softmax(part)
             own = logprobs.gather(1, ids[:, None])[:, 0].tolist()
             values, indices = logprobs.topk(min(num_top, self.vocab_size), dim=-1)
             tops = zip(indices.tolist(), values.tolist(), strict=True)
             for token_id, value, (best, best_values) in zip(ids.tolist(), own, tops, strict=True):
                 found.append(TokenLogprob(token_id, value, tuple(zip(best, best_values, strict=True))))
+        return found
+
+    def _log_softmax(self, rows: Tensor) -> Tensor:
+        """Rows without added tokens by themselves: their sums must not depend on how wide the step is."""
+        if rows.shape[1] <= self.vocab_size:
+            return torch.log_softmax(rows, dim=-1, dtype=torch.float32)
+        found = torch.full_like(rows, float("-inf"))
+        is_plain = rows[:, self.vocab_size :].isneginf().all(dim=1)
+        for chosen, width in ((is_plain, self.vocab_size), (~is_plain, rows.shape[1])):
+            found[chosen, :width] = torch.log_softmax(rows[chosen, :width], dim=-1, dtype=torch.float32)
         return found
 
     def _adjust(self, rows: Tensor, seqs: Rows[Sequence]) -> Tensor:
@@ -111,14 +122,15 @@ class Sampler:
                 rows[i].index_add_(0, index, added)
             if _is_stop_forbidden(seqs[i]):
                 # Tokenizers may know more tokens than the base has logits; those are never sampled anyway.
-                stops = sorted(stop for stop in seqs[i].stop_token_ids if stop < self.vocab_size)
+                stops = sorted(stop for stop in seqs[i].stop_token_ids if stop < rows.shape[1])
                 rows[i].index_fill_(0, upload(torch.tensor(stops, dtype=torch.int64), rows.device), float("-inf"))
         return rows
 
     def _counts(self, seq: Sequence, device: torch.device) -> TokenCounts:
         if seq.counts is None:
             ids, split = seq.token_ids, seq.num_prompt_tokens
-            seq.counts = TokenCounts(self.vocab_size, ids[:split], ids[split:], device)
+            num_token_ids = max(self.vocab_size, seq.binding.num_token_ids)
+            seq.counts = TokenCounts(num_token_ids, ids[:split], ids[split:], device)
         return seq.counts
 
     def _weights(self, rows: Tensor, peaks: Tensor, params: list[SamplingParams]) -> Tensor:

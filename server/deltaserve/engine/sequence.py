@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from deltaserve.core import Binding, FinishReason, SamplingParams
-from deltaserve.engine.batch import ScheduledPart
+from deltaserve.engine.batch import PrefixPart, ScheduledPart
+from deltaserve.engine.lockstep import Lockstep
 from deltaserve.engine.token_counts import TokenCounts
 
 
@@ -25,9 +26,10 @@ class Sequence:
 
     ``token_ids[:num_computed_tokens]`` have their K and V in ``block_table``; the rest is computed next. While
     decoding exactly the last token is uncomputed. Token i stands at position ``num_prefix_tokens`` + i: before come the
-    K and V of the adapter in ``prefix_slot``; from block ``first_prefix_block`` on they are still to be copied (-1: all
-    are there). ``priority`` orders sequences: lower is served first, and it never changes, so whoever waits longest
+    virtual tokens of ``prefixes``; from block ``first_prefix_block`` on their K and V are still to be filled in (-1:
+    all are there). ``priority`` orders sequences: lower is served first, and it never changes, so whoever waits longest
     comes first. ``leader`` is the sibling whose prefill this one waits to share.
+    ``lockstep`` joins it to the other rows of an ensemble.
     """
 
     seq_id: int
@@ -45,6 +47,7 @@ class Sequence:
     cache_salt: str = ""
     is_probe: bool = False
     leader: Sequence | None = None
+    lockstep: Lockstep | None = None
 
     state: SequenceState = SequenceState.WAITING
     num_computed_tokens: int = 0
@@ -57,7 +60,7 @@ class Sequence:
     kv_regime: int = 0
     parts: tuple[ScheduledPart, ...] = ()
     num_prefix_tokens: int = 0
-    prefix_slot: int = -1
+    prefixes: tuple[PrefixPart, ...] = ()
     first_prefix_block: int = -1
     has_prompt_rows: bool = False  # the rows for prompt logprobs (or a probe) have all been collected
     rng: random.Random = field(default_factory=random.Random)
@@ -88,9 +91,26 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """One token away from the next sample, with at least one sampled already."""
+        """One token away from the next sample, with at least one sampled already. Of an ensemble the leading row tells
+        whether all are, the first sample included: rows wait for each other at their prompt's last token."""
+        if self.lockstep is not None:
+            return self.leads and self.lockstep.is_level
         num_tokens = len(self.token_ids)
         return num_tokens - self.num_computed_tokens == 1 and num_tokens > self.num_prompt_tokens
+
+    @property
+    def rows(self) -> tuple[Sequence, ...]:
+        """This one, or all that are in lock-step with it."""
+        return (self,) if self.lockstep is None else self.lockstep.rows
+
+    @property
+    def leads(self) -> bool:
+        return self.lockstep is None or self.lockstep.rows[0] is self
+
+    @property
+    def needed_versions(self) -> tuple[str, ...]:
+        """Of all ``rows``: what must be on the device before they start."""
+        return self.versions if self.lockstep is None else self.lockstep.versions
 
     @property
     def wants_all_rows(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from deltaserve.core import SamplingParams
 from deltaserve_kernels import upload
@@ -38,10 +39,17 @@ def penalize(rows: Tensor, counts: Sequence[TokenCounts], sampling: Sequence[Sam
 
     if any(s.repetition_penalty != 1.0 for s in sampling):
         penalty = column([s.repetition_penalty for s in sampling])
-        seen = torch.stack([count.seen for count in counts])
+        seen = _stacked([count.seen for count in counts], rows.shape[1])
         rows = torch.where(seen, torch.where(rows > 0, rows / penalty, rows * penalty), rows)
     if any(s.presence_penalty or s.frequency_penalty for s in sampling):
-        sampled = torch.stack([count.completion for count in counts])
+        sampled = _stacked([count.completion for count in counts], rows.shape[1])
         rows = rows - column([s.frequency_penalty for s in sampling]) * sampled
         rows -= column([s.presence_penalty for s in sampling]) * (sampled > 0)
     return rows
+
+
+def _stacked(columns: Sequence[Tensor], width: int) -> Tensor:
+    """[n, width]: a step may be wider than a sequence's own vocabulary, where others have more tokens."""
+    return torch.stack(
+        [column if len(column) == width else pad(column, (0, width - len(column))) for column in columns]
+    )

@@ -32,7 +32,7 @@ class Turn:
             if since is None or now - since < self._patience_seconds:
                 continue
             remaining = self._remaining(running) if remaining is None else remaining
-            drained = self._residency.must_drain(seq.versions, remaining)
+            drained = self._residency.must_drain(seq.needed_versions, remaining)
             if drained is not None:
                 self._claimant, self._drained = seq, drained
                 return
@@ -40,9 +40,10 @@ class Turn:
     def holds_back(self, seq: Sequence) -> bool:
         """Whether this sequence must wait so that the claimant's turn comes. Base-only sequences never must."""
         claimant = self._claimant
-        if claimant is None or not seq.versions or seq.priority <= claimant.priority:
+        if claimant is None or seq.priority <= claimant.priority:
             return False
-        return any(version in self._drained or not self._residency.is_pinned(version) for version in seq.versions)
+        versions = seq.needed_versions
+        return any(version in self._drained or not self._residency.is_pinned(version) for version in versions)
 
     def end(self, seq: Sequence) -> None:
         """The sequence got its adapters; if it was the claimant, nobody is held back any more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import huggingface_hub.constants
 import torch
@@ -24,12 +24,13 @@ from deltaserve.model.head import cut_before_head, find_decoder
 from deltaserve.model.kv_cache import KVLayout
 from deltaserve.model.linear import BaseLinear
 from deltaserve.model.norms import TunableNorm, find_norms, watch
-from deltaserve.model.packing import find_linears, pack, wrap_head
+from deltaserve.model.packing import find_linears, pack, registered_linears, wrap_head
 from deltaserve.model.prefix import prompt_kv
 from deltaserve.model.rope import check_rope, choose_longrope_per_row
 from deltaserve.model.support import find_layers
 from deltaserve.model.trace import Trace, trace
 from deltaserve.model.verify import probe_sequences, reference_logits, verify
+from deltaserve_kernels import hide_added, stored_rows
 from deltaserve_store.spec import BaseSpec, LinearSpec, NormSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -106,9 +107,10 @@ class BaseModel:
         return norm.weight, norm.bias
 
     def token_rows(self, name: str, ids: Tensor) -> Tensor:
-        """Rows of the embedding or the head by token, ``ids`` int64 [n] -> [n, width] as stored; raises KeyError."""
+        """Rows of the embedding or the head by token, ``ids`` int64 [n] -> [n, width] as stored, zeros for tokens
+        beyond the matrix; raises KeyError."""
         weight = self._token_rows[name]
-        return weight[ids.to(weight.device)]
+        return stored_rows(weight, ids.to(weight.device))
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Names of the linears that share an input, group after group in order of execution."""
@@ -135,14 +137,20 @@ class BaseModel:
 
     def logits(self, hidden_rows: Tensor, ctx: PassContext, out: Tensor | None = None) -> Tensor:
         """Hidden rows [R, hidden] -> float32 [R, vocab], through the model's own head (soft-capping, scaling); into
-        ``out`` if given."""
+        ``out`` if given. Where adapters of the step add tokens there are columns for these too, minus infinity in rows
+        of others."""
         ctx.head_rows = hidden_rows[None]
         try:
             with use(ctx):
                 output = self._model(inputs_embeds=ctx.head_rows, use_cache=False)
         finally:
             ctx.head_rows = None
-        return output.logits[0].float() if out is None else out.copy_(output.logits[0])
+        if out is not None:
+            return out.copy_(output.logits[0])
+        logits = output.logits[0].float()
+        if isinstance(ctx, ForwardContext) and ctx.vocabulary is not None:
+            hide_added(logits, ctx.vocabulary, self.vocab_size)
+        return logits
 
     @torch.inference_mode()
     def folded_logits(
@@ -154,11 +162,13 @@ class BaseModel:
         modules: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
         parallel: Collection[str] = (),
         rows: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        num_token_ids: int = 0,
     ) -> Tensor:
         """The proof's half: ``ids`` int64 [T <= 64] -> float32 [T, vocab] with every linear at ``W + dW`` in fp32.
 
         ``deltas`` maps names of ``linears`` to functions that make the fp32 [out, in] difference; one exists at a time.
-        ``biases``, ``norms``, ``modules``, ``parallel`` and ``rows``: as in ``FoldedContext``.
+        ``biases``, ``norms``, ``modules``, ``parallel``, ``rows`` and ``num_token_ids``: as in
+        ``FoldedContext``.
         """
         if not 1 <= len(ids) <= MAX_FOLDED_TOKENS:
             raise ValueError(f"{len(ids)} ids; folded mode takes 1 to {MAX_FOLDED_TOKENS}")
@@ -177,6 +187,7 @@ class BaseModel:
             modules=modules,
             parallel=frozenset(parallel),
             rows=rows,
+            num_token_ids=num_token_ids,
             kv_regimes=torch.full_like(ids, regime) if regime else None,
         )
         hidden = self._decode(ids, torch.arange(len(ids), device=self.device), ctx)
@@ -188,8 +199,8 @@ class BaseModel:
         """What attention caches of virtual tokens [p, hidden] alone: fp32 [num_layers, 2, kv_heads, p, head_dim]."""
         return prompt_kv(self, embeddings, regime)
 
-    def decode_embeddings(self, embeddings: Tensor, ids: Tensor, positions: Tensor, ctx: FoldedContext) -> Tensor:
-        """A folded pass over p virtual tokens [p, hidden] and then ``ids`` [T]: final hidden rows [p + T, hidden]."""
+    def decode_embeddings(self, embeddings: Tensor, ids: Tensor, positions: Tensor, ctx: PassContext) -> Tensor:
+        """A pass over p virtual tokens [p, hidden] and then ``ids`` [T]: final hidden rows [p + T, hidden]."""
         with use(ctx):
             rows = self._model.get_input_embeddings()(ids[None])
             rows = torch.cat((embeddings[None].to(rows), rows), dim=1)
@@ -234,7 +245,7 @@ def load_base(
     longrope_limit = check_rope(config)
     weights = () if load_format == "dummy" else checkpoint.weight_files(folder)
     model = checkpoint.read_model(folder, config, dtype=dtype, device=device, load_format=load_format)
-    max_context = _max_context(config)
+    max_context = checkpoint.max_context(config)
     probes = probe_sequences(config.vocab_size, max_context, device)
     references = reference_logits(model, probes)
     linears, norms, points, embedding, head, seen = _take_over(model, probes[0], longrope_limit)
@@ -255,6 +266,7 @@ def load_base(
         head=None if head is None else _linear_spec(head),
         kv_heads=kv_heads,
         head_dim=head_dim,
+        registered=registered_linears(model),
     )
     base = BaseModel(
         model,
@@ -266,7 +278,7 @@ def load_base(
         embedding=embedding,
         head=head,
         longrope_limit=longrope_limit,
-        eos_token_ids=_eos_token_ids(model, config),
+        eos_token_ids=checkpoint.eos_token_ids(model, config),
         max_context=max_context,
         folder=folder,
     )
@@ -329,19 +341,3 @@ def _uniform(seen: Trace) -> tuple[int, int]:
 
 def _linear_spec(linear: BaseLinear) -> LinearSpec:
     return LinearSpec(linear.name, linear.out_features, linear.in_features, linear.has_bias, linear.transposed)
-
-
-def _max_context(config: PreTrainedConfig) -> int:
-    limit: Any = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit < 1:
-        raise UnsupportedBase(f"{config.model_type} states no max_position_embeddings; its context length is unknown")
-    return limit
-
-
-def _eos_token_ids(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[int, ...]:
-    generation = getattr(model, "generation_config", None)
-    for source in (generation, config):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
-    return ()

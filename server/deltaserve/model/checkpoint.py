@@ -163,3 +163,21 @@ def _make_dummy(config: PreTrainedConfig, dtype: torch.dtype, device: torch.devi
                 module.bias.zero_()
     model.tie_weights()
     return model.eval().requires_grad_(False)
+
+
+def max_context(config: PreTrainedConfig) -> int:
+    """The longest sequence, in tokens. Raises ``UnsupportedBase``."""
+    limit: Any = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        raise UnsupportedBase(f"{config.model_type} states no max_position_embeddings; its context length is unknown")
+    return limit
+
+
+def eos_token_ids(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[int, ...]:
+    """Tokens that end an answer, by ``generation_config.json``, else by the configuration."""
+    generation = getattr(model, "generation_config", None)
+    for source in (generation, config):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+    return ()

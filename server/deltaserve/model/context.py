@@ -87,9 +87,9 @@ class FoldedContext(PassContext):
     differences of its weight and bias, ``[H]`` each or None. ``modules`` maps an attach point's name to a function of
     fp32 rows ``[..., H]`` whose result is added there; those in ``parallel`` read the sublayer's input. ``rows`` maps
     the embedding's or the head's name to a function of token ids ``[n]`` that gives the differences of their rows,
-    fp32 ``[n, width]``. ``past``: K and V ``[kv_heads, p, head_dim]`` of each layer for positions before the
-    sequence's own. ``seen``, where given, gets what attention caches of this pass: K and V ``[kv_heads, T, head_dim]``
-    by layer.
+    fp32 ``[n, width]``; ``num_token_ids``, where an adapter adds tokens, counts those too. ``past``: K and V
+    ``[kv_heads, p, head_dim]`` of each layer for positions before the sequence's own. ``seen``, where given, gets what
+    attention caches of this pass: K and V ``[kv_heads, T, head_dim]`` by layer.
     """
 
     deltas: Mapping[str, Callable[[], Tensor]]
@@ -98,6 +98,7 @@ class FoldedContext(PassContext):
     modules: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     parallel: frozenset[str] = frozenset()
     rows: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    num_token_ids: int = 0
     past: Sequence[tuple[Tensor, Tensor]] = ()
     seen: dict[int, tuple[Tensor, Tensor]] | None = None
 

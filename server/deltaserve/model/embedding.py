@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltaserve.model.context import FoldedContext, ForwardContext, current_or_none, use
 from deltaserve.model.folded import copy_with
-from deltaserve_kernels import change_embeddings
+from deltaserve_kernels import change_embeddings, stored_rows
 from deltaserve_store.spec import LinearSpec
 
 logger = logging.getLogger(__name__)
@@ -55,16 +55,19 @@ class TunableEmbedding:
         ctx = current_or_none()
         if isinstance(ctx, FoldedContext) and self.name in ctx.rows:
             return self._folded(ctx.rows[self.name], *args, **kwargs)
-        y = self.run(*args, **kwargs)
-        if isinstance(ctx, ForwardContext) and ctx.vocabulary is not None and ctx.vocabulary.embedding is not None:
-            ids = kwargs["input"] if "input" in kwargs else args[0]
-            flat = y.view(-1, y.shape[-1])
-            change_embeddings(flat, ids.reshape(-1), self.weight, ctx.vocabulary, self.look_up)
+        if not isinstance(ctx, ForwardContext) or ctx.vocabulary is None or ctx.vocabulary.embedding is None:
+            return self.run(*args, **kwargs)
+        ids = kwargs["input"] if "input" in kwargs else args[0]
+        # Tokens beyond the matrix are added ones: each has a row of its own below.
+        known = ids.clamp(max=len(self.weight) - 1) if ctx.vocabulary.num_token_ids > len(self.weight) else ids
+        y = self.run(**{**kwargs, "input": known}) if "input" in kwargs else self.run(known, *args[1:], **kwargs)
+        flat = y.view(-1, y.shape[-1])
+        change_embeddings(flat, ids.reshape(-1), self.weight, ctx.vocabulary, self.look_up)
         return y
 
     def _folded(self, change: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)
-        rows = self.weight[flat].float() + change(flat).to(self.weight.device)
+        rows = stored_rows(self.weight, flat).float() + change(flat).to(self.weight.device)
         return self.look_up(rows).view(*ids.shape, -1)
 
 

@@ -20,7 +20,7 @@ from deltaserve.model.context import FoldedContext, ForwardContext, PassContext,
 from deltaserve.model.vector_rows import apply_rows
 from deltaserve.model.vectors import apply_with_vectors
 from deltaserve.model.weight import BaseWeight
-from deltaserve_kernels import VectorRows, WorkList, change_head, sparse_linear
+from deltaserve_kernels import VectorRows, WorkList, change_head, sparse_linear, widened
 
 # Folded mode widens weights piece by piece; a piece holds at most this many elements (64 MiB in fp32).
 MAX_FOLDED_ELEMENTS = 16 * 1024 * 1024
@@ -131,7 +131,9 @@ class BaseLinear(nn.Module):
         if self.index < 0:
             y = self.matmul(x)
             if ctx.vocabulary is not None:
-                change_head(y.view(-1, self.out_features), x.reshape(-1, self.in_features), ctx.vocabulary)
+                y = widened(y.reshape(-1, self.out_features), ctx.vocabulary)
+                change_head(y, x.reshape(-1, self.in_features), ctx.vocabulary, self.out_features)
+                y = y.view(*x.shape[:-1], y.shape[-1])
             return y
         rows = x.reshape(-1, self.in_features)
         if self._is_alone:
@@ -168,6 +170,8 @@ class BaseLinear(nn.Module):
             if make_rows is not None:
                 weight = weight + make_rows(torch.arange(i, i + len(weight))).to(weight)
             pieces.append(F.linear(x, weight))
+        if make_rows is not None and isinstance(ctx, FoldedContext) and ctx.num_token_ids > self.out_features:
+            pieces.append(F.linear(x, make_rows(torch.arange(self.out_features, ctx.num_token_ids)).to(x)))
         y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
         bias = self.bias
         y = y if bias is None else y + bias.float()

@@ -22,6 +22,16 @@ def find_linears(prefix: str, layers: nn.ModuleList) -> dict[str, nn.Module]:
     return found
 
 
+def registered_linears(model: nn.Module) -> tuple[str, ...]:
+    """Paths of all linears but the head, packed or not, in the order in which the model registers its modules."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D, BaseLinear)) and module is not head
+    )
+
+
 def pack(model: nn.Module, prefix: str, num_layers: int, groups: list[tuple[str, ...]]) -> dict[str, BaseLinear]:
     """Pack each group of linears and put the ``BaseLinear``s in their places; returns them by path, in group order.
 

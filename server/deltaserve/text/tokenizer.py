@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaserve.errors import ConfigError
+from deltaserve.errors import ConfigError, Reason
 from deltaserve.text.byte_detokenizer import ByteDetokenizer, ByteTable
 from deltaserve.text.chat import ChatRenderer, Message
 from deltaserve.text.detokenizer import IncrementalDetokenizer
 from deltaserve.text.token_bytes import BYTE_TOKEN, bytes_of_symbols, bytes_of_token
+from deltaserve_store.added_tokens import AddedToken
+
+MAX_GROWN = 16
+"""Tokenizers with added tokens that are kept; each has a vocabulary of its own in memory."""
 
 
 class Tokenizer:
@@ -34,6 +41,9 @@ class Tokenizer:
             self._byte_tables = {True: ByteTable(self._raw_bytes, self._special), False: ByteTable(self._raw_bytes)}
         own_eos = () if hf_tokenizer.eos_token_id is None else (int(hf_tokenizer.eos_token_id),)
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys((*own_eos, *eos_token_ids)))
+        self._templates = templates
+        self._grown: OrderedDict[tuple[AddedToken, ...], Tokenizer] = OrderedDict()
+        self._growing = threading.Lock()
         self.chat = ChatRenderer(
             hf_tokenizer,
             self,
@@ -59,6 +69,53 @@ class Tokenizer:
                 f"tokenizer_config.json beside config.json ({type(error).__name__})"
             ) from error
         return cls(tokenizer, eos_token_ids=_eos_ids_of_configs(folder), templates=templates)
+
+    def with_added(self, tokens: tuple[AddedToken, ...]) -> Tokenizer:
+        """This tokenizer with an adapter's tokens, which ``conflicts`` found nothing against; itself without any.
+
+        Adapters of one training share theirs. Making one copies the vocabulary, which blocks for up to a second: off
+        the event loop, please, unless ``has_added`` says that it is there.
+        """
+        if not tokens:
+            return self
+        with self._growing:
+            found = self._grown.pop(tokens, None) or self._grow(tokens)
+            self._grown[tokens] = found
+            while len(self._grown) > MAX_GROWN:
+                self._grown.popitem(last=False)
+        return found
+
+    def has_added(self, tokens: tuple[AddedToken, ...]) -> bool:
+        """Whether ``with_added`` answers at once."""
+        return not tokens or tokens in self._grown
+
+    def conflicts(self, tokens: Sequence[AddedToken]) -> list[Reason]:
+        """Why these tokens cannot be added: texts that are tokens already, or ids that they would not get."""
+        reasons = []
+        for place, token in enumerate(tokens):
+            where = f"tokenizer:{token.content[:80]}"
+            known = self._hf.convert_tokens_to_ids(token.content)
+            if known is not None and self._hf.convert_ids_to_tokens(known) == token.content:
+                reasons.append(Reason("added_tokens", where, f"a text that is token {known} already", "a new text"))
+            elif token.id != self.vocab_size + place:
+                reasons.append(Reason("added_tokens", where, f"token id {token.id}", f"{self.vocab_size + place}"))
+        return reasons
+
+    def _grow(self, tokens: tuple[AddedToken, ...]) -> Tokenizer:
+        from transformers import AddedToken as Added
+
+        hf = copy.deepcopy(self._hf)
+        flags = ("lstrip", "rstrip", "single_word", "normalized")
+        hf.add_tokens(
+            [
+                Added(token.content, special=token.is_special, **{flag: getattr(token, flag) for flag in flags})
+                for token in tokens
+            ]
+        )
+        found = hf.convert_tokens_to_ids([token.content for token in tokens])
+        if found != [token.id for token in tokens]:
+            raise ConfigError(f"the tokenizer gave added tokens the ids {found[:8]}, not those of the adapter")
+        return Tokenizer(hf, eos_token_ids=self.eos_token_ids, templates=self._templates)
 
     @property
     def vocab_size(self) -> int:

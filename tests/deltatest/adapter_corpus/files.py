@@ -119,14 +119,48 @@ FILES = (
         "token beyond the embedding",
         "lora",
         write_file("added_tokens.json", b'{"<think>": 100}'),
-        (("added_tokens", "added_tokens.json:<think>"),),
+        (("added_tokens", "tokenizer:<think>"),),
     ),
     BadAdapter(
-        "token in the padding",
+        "token after a gap",
         "lora",
         write_file("tokenizer_config.json", b'{"added_tokens_decoder": {"95": {"content": "<new>"}}}'),
-        (("added_tokens", "tokenizer_config.json:<new>"),),
+        (("added_tokens", "tokenizer:<new>"),),
     ),
+    BadAdapter(
+        "more added tokens than rows",
+        "lora",
+        write_file(
+            "tokenizer.json",
+            json.dumps({"added_tokens": [{"id": i, "content": f"<{i}>"} for i in range(90, 102)]}).encode(),
+        ),
+        (("added_tokens", "tokenizer"),),
+    ),
+    BadAdapter(
+        "two added tokens with one text",
+        "lora",
+        write_file("tokenizer.json", b'{"added_tokens": [{"id": 90, "content": "<a>"}, {"id": 91, "content": "<a>"}]}'),
+        (("duplicate_index", "tokenizer:<a>"),),
+    ),
+    BadAdapter(
+        "an added token without a text",
+        "lora",
+        write_file("tokenizer.json", b'{"added_tokens": [{"id": 90, "content": " "}]}'),
+        (("invalid_value", "tokenizer.json:90"),),
+    ),
+    BadAdapter(
+        "an added token with a flag that is no flag",
+        "lora",
+        write_file("tokenizer.json", b'{"added_tokens": [{"id": 90, "content": "<a>", "special": 1}]}'),
+        (("invalid_value", "tokenizer.json:90"),),
+    ),
+    BadAdapter(
+        "a list of tokens in another format",
+        "lora",
+        write_file("tokens.json", b'{"format": "tokens", "tokens": []}'),
+        (("invalid_value", "tokens.json:format"),),
+    ),
+    BadAdapter("tokenizer is no JSON", "lora", write_file("tokenizer.json", b"["), (("bad_json", "tokenizer.json"),)),
 )
 
 JSON = (

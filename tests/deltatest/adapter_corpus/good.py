@@ -49,6 +49,7 @@ def corpus_base(*, transposed: bool = False) -> BaseSpec:
         points=frozenset([*ends, "embed_out", "final_hidden"]),
         kv_heads=2,
         head_dim=4,
+        registered=tuple(linears),
     )
 
 

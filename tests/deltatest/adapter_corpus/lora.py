@@ -24,7 +24,7 @@ def _rename_layers(header: dict[str, Any]) -> dict[str, Any]:
 
 KINDS = tuple(
     config_case("peft_type", kind, "unsupported_kind")
-    for kind in ("ADAPTION_PROMPT", "XLORA", "PSOFT", "OSF", "NO_SUCH_KIND", ["LORA"])
+    for kind in ("ADAPTION_PROMPT", "XLORA", "ADAMSS", "OSF", "NO_SUCH_KIND", ["LORA"])
 )
 
 FIELDS = (

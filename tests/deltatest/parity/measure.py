@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from deltaserve.api.activation import start_of
 from deltaserve.config import MIB, EngineConfig
 from deltaserve.core import BASE_BINDING, AdapterState, Binding, BindingPart, Logits
 from deltaserve.engine import scheduler
@@ -97,7 +98,7 @@ async def _through_the_door(
         for entry in entries:
             result = await runtime.admit(folders[entry.name], entry.name, **entry.options)
             versions[entry.name] = result.record.version
-        mixed = await _in_one_batch(runtime, [(_ids(entry), _binding(versions[entry.name])) for entry in entries])
+        mixed = await _in_one_batch(runtime, [(_ids(each), _binding(each, versions[each.name])) for each in entries])
         rows = []
         for entry, together in zip(entries, mixed, strict=True):
             row = await _one(runtime, entry, versions[entry.name], bench, folders[entry.name], together)
@@ -111,13 +112,13 @@ async def _one(runtime: TinyRuntime, entry: Entry, version: str, bench: Bench, f
     ids, engine = _ids(entry), runtime.engine
     expected = entry.oracle(bench.model, folder, ids)
     plain = await _probe(engine, ids, BASE_BINDING)
-    alone = await _probe(engine, ids, _binding(version))
+    alone = await _probe(engine, ids, _binding(entry, version))
     nbytes = next(adapter.device_bytes for adapter in engine.status().adapters if adapter.version == version)
     zero_bits = None
     if entry.has_strength:
-        zero_bits = torch.equal(await _probe(engine, ids, _binding(version, 0.0)), plain)
+        zero_bits = torch.equal(await _probe(engine, ids, _binding(entry, version, 0.0)), plain)
     await _evict(engine, version)
-    again = await _probe(engine, ids, _binding(version))
+    again = await _probe(engine, ids, _binding(entry, version))
     return Row(
         entry=entry,
         effect=_distance(expected, base_logits(bench.model, ids)),
@@ -202,11 +203,16 @@ async def _step_seconds(runtime: TinyRuntime, name: str) -> float:
 def _ids(entry: Entry) -> tuple[int, ...]:
     generator = torch.Generator().manual_seed(5)
     rest = torch.randint(3, 199, (NUM_TOKENS,), generator=generator).tolist()
-    return (*entry.warm_ids, *rest)[:NUM_TOKENS]
+    ids = [*entry.warm_ids, *rest][:NUM_TOKENS]
+    if entry.invocation:
+        ids[NUM_TOKENS // 2 : NUM_TOKENS // 2 + len(entry.invocation)] = entry.invocation
+    return tuple(ids)
 
 
-def _binding(version: str, scale: float = 1.0) -> Binding:
-    return Binding((BindingPart(version, scale_first=scale, scale_last=scale),))
+def _binding(entry: Entry, version: str, scale: float = 1.0) -> Binding:
+    """As a request for the adapter would be bound."""
+    start = start_of(_ids(entry), entry.invocation) if entry.invocation else 0
+    return Binding((BindingPart(version, scale, scale, start or 0),))
 
 
 async def _probe(engine: Any, ids: tuple[int, ...], binding: Binding) -> Tensor:

@@ -36,7 +36,8 @@ class Entry:
     ``kind`` is the kind's name in the table of docs/adapter-kinds.md, ``variant`` tells its rows apart. ``write(bench,
     folder)`` makes the files, ``writer`` says whose code did. ``oracle`` defaults to PEFT itself with the same files,
     ``judge`` says so. ``has_strength`` off: the kind has no strengths between 0 and 1, so strength 0 is not asked.
-    ``warm_ids`` begin the probe's tokens (invocation tokens, trained tokens).
+    ``warm_ids`` begin the probe's tokens (trained tokens). ``invocation``: tokens put in the middle, from which on the
+    adapter acts.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Entry:
     judge: str = "PEFT"
     has_strength: bool = True
     warm_ids: tuple[int, ...] = ()
+    invocation: tuple[int, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     """For the upload: ``accept_base`` and the like."""
 

@@ -254,9 +254,12 @@ def test_serving_compiles_nothing_after_the_warm_up(
     warm = set(binaries)
     served = {*STEP, *MATRICES, *TURNS, *PROMPT, *BY_ROW - {"gather_rows"}, *VOCABULARY}
     assert {name for name, _ in warm} == {*served, *fused}
-    for _ in range(12):
+    for i in range(12):
         rig.change_adapters()
         rig.fill(0, ("lora", "sparse"), rank=rig.draw.choice([1, 300]))
+        if i % 3:
+            rig.clear(1)
+            rig.fill_vocabulary(1, num_added=rig.draw.choice([1, 16]))
         runner.execute(rig.random_batch(max_parts=3))
         batch = [*prompts(rig.draw, rig.num_blocks), *rig.random_batch()[: rig.draw.randint(0, 3)]]
         for seq in batch:

@@ -81,7 +81,7 @@ Y = randn(NUM_ROWS, VOCAB, dtype=DTYPE, seed=7).to(DEVICE)
 def run(step: VocabularyStep) -> tuple[torch.Tensor, torch.Tensor]:
     rows, logits = WEIGHT[IDS], Y.clone()
     change_embeddings(rows, IDS, WEIGHT, step, lambda found: found)
-    change_head(logits, X, step)
+    change_head(logits, X, step, VOCAB)
     return rows, logits
 
 

@@ -21,6 +21,7 @@ from deltaserve_kernels import (
     change_head,
     split_vocabulary,
     use_backend,
+    widened,
 )
 from deltaserve_kernels.triton_ops import guard, vocabulary
 from deltatest.kernel_cases import Parts, randn
@@ -82,7 +83,7 @@ def test_embedding_and_head_equal_the_definition(kind, dtype):
         use_backend(backend)
         embedded, logits = rows.clone(), y.clone()
         change_embeddings(embedded, IDS, weight, step, lambda given: given * 2)
-        change_head(logits, x, step)
+        change_head(logits, x, step, VOCAB)
         results.append((embedded, logits))
     (embedded, logits), (wanted_rows, wanted) = results
     exact = {"rtol": 2e-6, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2**-9, "atol": 2e-3}
@@ -94,6 +95,33 @@ def test_embedding_and_head_equal_the_definition(kind, dtype):
         assert all(not torch.equal(found[row], before[row]) for row in changed)
 
 
+def test_tokens_beyond_the_base_equal_the_definition_and_leave_low_rank_s_bits():
+    """Rows with more tokens beside rows without, in logits that are wider."""
+    family, weight = filled(torch.float32), randn(VOCAB, WIDTH, seed=9)
+    alone = split_vocabulary([(row, 1, parts) for row, parts in enumerate(BINDINGS)], len(BINDINGS), None, family)
+    added = RowsEntry(torch.tensor([5, VOCAB, VOCAB + 2], dtype=torch.int32), randn(3, WIDTH, seed=12))
+    family.set_all(2, VocabularyEntries(rows=((EMBEDDING, added), (HEAD, added))))
+    bindings = [*BINDINGS[:5], ((1, 1.0, 1.0), (2, 1.0, 1.0)), *BINDINGS[6:]]
+    step = split_vocabulary([(row, 1, parts) for row, parts in enumerate(bindings)], len(bindings), None, family)
+    ids = torch.where(torch.arange(len(bindings)) == 5, VOCAB + 2, IDS)
+    x, y = randn(len(bindings), WIDTH, seed=10), randn(len(bindings), VOCAB, seed=11)
+    before, results = weight[ids.clamp(max=VOCAB - 1)], []
+    for backend in ("triton", "reference"):
+        use_backend(backend)
+        embedded, logits = before.clone(), widened(y, step)
+        change_embeddings(embedded, ids, weight, step, lambda given: given)
+        change_head(logits, x, step, VOCAB)
+        results.append((embedded, logits))
+    assert results[0][1].shape == (len(bindings), VOCAB + 3)
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=2e-6, atol=2e-5)
+    assert torch.equal(results[0][0][5], added.values[2])
+    assert results[0][1][5, VOCAB + 2] != 0
+    use_backend("triton")
+    change_head(y, x, alone, VOCAB)
+    assert torch.equal(results[0][1][[0, 2, 3, 6], :VOCAB], y[[0, 2, 3, 6]])
+
+
 def test_arguments_that_do_not_fit_are_refused():
     step, weight = step_of("captured", torch.float32), randn(VOCAB, WIDTH)
     rows = weight[IDS]
@@ -102,4 +130,4 @@ def test_arguments_that_do_not_fit_are_refused():
             change_embeddings(rows, ids, matrix, step, lambda given: given)
     for y, x in ((randn(3, VOCAB), randn(8, WIDTH)), (randn(8, VOCAB), randn(8, 9)), (randn(8, VOCAB), rows.half())):
         with pytest.raises(KernelError):
-            change_head(y, x, step)
+            change_head(y, x, step, VOCAB)

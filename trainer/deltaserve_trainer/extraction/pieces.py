@@ -1,58 +1,109 @@
-"""The parts that plans are made of: for every linear the longest factors and the most entries that some plan takes.
-
-Singular vectors and entries are ordered by what they are worth, so a smaller plan takes the beginning of a larger one's
-and each matrix is decomposed once.
-"""
+"""The deltas that plans mean. A matrix is made, and decomposed, once for all plans."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from deltaserve_trainer.extraction.plan import Form, Plan
-from deltaserve_trainer.merging.low_rank import Factors
-from deltaserve_trainer.merging.update import Entries, LinearUpdate, Update
+from deltaserve_store.dense_deltas import WORD_BITS, DenseDelta, SignDelta
+from deltaserve_store.packed_factors import PackedFactors, pack_rows
+from deltaserve_store.parsed import LoraDelta, SparseDelta
+from deltaserve_trainer.extraction.activations import Measure
+from deltaserve_trainer.extraction.plan import Choice, Plan
+from deltaserve_trainer.extraction.quantise import quantised, scale_dtype
+from deltaserve_trainer.extraction.worth import SPAN, Directions, directions_of, heaviest, signs_of
+
+Piece = LoraDelta | PackedFactors | SparseDelta | DenseDelta | SignDelta
 
 
-class Pieces:
-    """``matrix(name)`` makes a linear's delta [out, in], float32. Numbers are kept in ``dtype``."""
-
-    def __init__(self, plans: Sequence[Plan], matrix: Callable[[str], Tensor], dtype: torch.dtype) -> None:
-        self._factors: dict[str, Factors] = {}
-        self._entries: dict[str, tuple[Tensor, Tensor]] = {}
-        self._shapes: dict[str, tuple[int, int]] = {}
-        for name in dict.fromkeys(name for plan in plans for name in plan.choices):
-            delta = matrix(name)
-            self._shapes[name] = (delta.shape[0], delta.shape[1])
-            if rank := _largest(plans, name, "low rank"):
-                u, s, v = torch.linalg.svd(delta.double(), full_matrices=False)
-                root = s[:rank].sqrt()
-                a, b = root[:, None] * v[:rank], u[:, :rank] * root
-                self._factors[name] = Factors(a.to(dtype).contiguous(), b.to(dtype).contiguous())
-            if count := _largest(plans, name, "sparse"):
-                keys = delta.flatten().abs().topk(count).indices
-                self._entries[name] = keys, delta.flatten()[keys].to(dtype)
-
-    def update(self, plan: Plan, biases: Mapping[str, Tensor], norms: Mapping[str, Mapping[str, Tensor]]) -> Update:
-        """The approximation that a plan means, with the vectors that every plan takes whole."""
-        linears: dict[str, LinearUpdate] = {}
-        for name, choice in plan.choices.items():
-            if choice.form == "low rank":
-                found = self._factors[name]
-                factors = Factors(found.a[: choice.size].clone(), found.b[:, : choice.size].clone())
-                linears[name] = LinearUpdate(self._shapes[name], factors=factors)
-            else:
-                keys, values = (part[: choice.size] for part in self._entries[name])
-                order = keys.argsort()
-                linears[name] = LinearUpdate(self._shapes[name], entries=Entries(keys[order], values[order]))
-        for name, bias in biases.items():
-            change = linears.get(name) or LinearUpdate(self._shapes.get(name, (len(bias), 0)))
-            linears[name] = LinearUpdate(change.shape, change.factors, change.entries, {"bias": bias})
-        return Update(linears, norms)
+def pieces_of(
+    plans: Sequence[Plan],
+    matrix: Callable[[str], Tensor],
+    measure: Callable[[str], Measure],
+    dtype: torch.dtype,
+) -> list[dict[str, Piece]]:
+    """For each plan the delta of each linear that it has chosen something for. ``matrix(name)`` makes a linear's delta
+    [out, in], float32, ``measure(name)`` tells how its errors count. Numbers are kept in ``dtype``."""
+    made: list[dict[str, Piece]] = [{} for _ in plans]
+    for name in dict.fromkeys(name for plan in plans for name in plan.choices):
+        delta, how = matrix(name), measure(name)
+        wanted = [plan.choices.get(name) for plan in plans]
+        ranks = [max(len(choice.bits), choice.rank) for choice in wanted if choice and choice.form in _DIRECTED]
+        found = directions_of(delta, how, max(ranks)) if ranks else None
+        pieces: dict[Choice, Piece] = {}
+        for place, choice in enumerate(wanted):
+            if choice is not None:
+                if choice not in pieces:
+                    pieces[choice] = _piece(name, choice, delta, found, how, dtype)
+                made[place][name] = pieces[choice]
+    return made
 
 
-def _largest(plans: Sequence[Plan], name: str, form: Form) -> int:
-    choices = [plan.choices[name] for plan in plans if name in plan.choices]
-    return max((choice.size for choice in choices if choice.form == form), default=0)
+_DIRECTED = ("low rank", "mixed precision")
+
+
+def _piece(
+    name: str, choice: Choice, delta: Tensor, found: Directions | None, measure: Measure, dtype: torch.dtype
+) -> Piece:
+    if found is not None and choice.form == "low rank":
+        a, b = found.a[: choice.size], found.b[: choice.size].t()
+        return LoraDelta(name, a.to(dtype).contiguous(), b.to(dtype).contiguous(), 1.0)
+    if found is not None and choice.form == "mixed precision":
+        return packed_of(name, delta, found, torch.tensor(choice.bits), measure)
+    if choice.form == "sparse":
+        keys = heaviest(delta, measure, choice.size).sort().values
+        rows, columns = (keys // delta.shape[1]).int(), (keys % delta.shape[1]).int()
+        return SparseDelta(name, rows, columns, delta.flatten()[keys].to(dtype))
+    if choice.form == "dense":
+        return DenseDelta(name, delta.to(dtype))
+    signs, scale = signs_of(delta, measure, dtype)
+    return SignDelta(name, _words(signs), scale)
+
+
+def packed_of(name: str, delta: Tensor, found: Directions, bits: Tensor, measure: Measure) -> PackedFactors:
+    """The directions that have some of ``bits`` [r]. The rows of ``a`` are rounded first; ``b`` is then fitted to what
+    they became, all directions at once, and rounded."""
+    dtype = scale_dtype(found.a, found.b)
+    bands = sorted(set(bits.tolist()) - {0}, reverse=True)
+    chosen = [(width, (bits == width).nonzero().flatten()) for width in bands]
+    sides_a = [quantised(found.a[place], width, SPAN, measure.diagonal, dtype) for width, place in chosen]
+    rooted = measure.rooted(torch.cat([values for *_, values in sides_a]))
+    fitted = torch.linalg.lstsq(rooted.t(), measure.rooted(delta).t()).solution
+    sides_b, start = [], 0
+    for width, place in chosen:
+        sides_b.append(quantised(fitted[start : start + len(place)], width, SPAN, dtype=dtype))
+        start += len(place)
+    codes, scales = [], []
+    for (width, _), *sides in zip(chosen, sides_a, sides_b, strict=True):
+        for levels, scale, _ in sides:
+            codes.append(pack_rows(levels, width).flatten())
+            scales.append(scale.flatten())
+    ranks = {width: len(place) for width, place in chosen}
+    return PackedFactors(name, (delta.shape[0], delta.shape[1]), ranks, SPAN, torch.cat(codes), torch.cat(scales))
+
+
+def dense_of(piece: Piece, shape: tuple[int, int]) -> Tensor:
+    """What a piece stands for, float32 [out, in]."""
+    if isinstance(piece, LoraDelta):
+        return piece.b.float() @ piece.a.float()
+    if isinstance(piece, PackedFactors):
+        a, b = piece.factors()
+        return b @ a
+    if isinstance(piece, DenseDelta):
+        return piece.delta.float()
+    if isinstance(piece, SignDelta):
+        return piece.dense(shape[1])
+    total = torch.zeros(shape)
+    total[piece.rows.long(), piece.cols.long()] = piece.values.float()
+    return total
+
+
+def _words(signs: Tensor) -> Tensor:
+    """int32 [out, ceil(in / 32)] of bool [out, in], as ``SignDelta`` has them."""
+    rows, columns = signs.shape
+    padded = torch.zeros(rows, -(-columns // WORD_BITS) * WORD_BITS, dtype=torch.int64)
+    padded[:, :columns] = signs.long()
+    words = (padded.view(rows, -1, WORD_BITS) << torch.arange(WORD_BITS)).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)

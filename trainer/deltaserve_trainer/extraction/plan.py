@@ -1,7 +1,7 @@
-"""How many bytes each linear gets, and in which form: low rank or sparse.
+"""How many bytes each linear gets, and in which form.
 
-A linear's delta is worth the squares that a form keeps of it (what is left over is the squared error). Singular values
-and magnitudes fall, so each form's worth is concave in its bytes, and one price per byte settles everything: at a price
+A linear's delta is worth the squares that a form keeps of it (what is left over is the squared error). In every form
+the next item is worth less for its bytes than the one before, and one price per byte settles everything: at a price
 each linear takes what is worth more than it costs, in the form that gains more (Everett, 1963). The price is halved
 between two bounds until the budget is met; what is left after the last step goes to the next best items.
 """
@@ -10,173 +10,198 @@ from __future__ import annotations
 
 import heapq
 import math
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-Form = Literal["low rank", "sparse"]
-FORMS: tuple[Form, ...] = ("low rank", "sparse")
-INDEX_BYTES = 8
-"""Row and column of an entry, int32 each."""
-MAX_RANK = 1024
-NUM_BINS = 4096
-PRICE_STEPS = 100
-ROUNDING = 1e-10
-"""Of all squares: singular values below that are what two models in float32 differ by anyway."""
+Form = Literal["low rank", "mixed precision", "sparse", "dense", "signs"]
+FORMS: tuple[Form, ...] = get_args(Form)
+PRICE_PRECISION = 1e-9
+"""Relative; below that nothing is between two prices."""
+Floats: TypeAlias = "array[float]"
 
 
 @dataclass(frozen=True, slots=True)
-class Spectrum:
-    """What a delta [out, in] would be worth. ``singular`` float64: squared singular values, falling, as many as may be
-    served. ``bins``: mean square and number of the entries in a histogram over magnitudes, falling; float64 each.
+class Curve:
+    """Worth over bytes for one form of one delta; ``fixed_bytes`` are paid with the first item.
+
+    Steps are items of one sort: ``gains`` is what one is worth and ``item_bytes`` what it takes; their quotient falls
+    from step to step, and ``negated`` is minus that. ``ends``: items up to and with each step; ``sums`` and ``costs``:
+    what these are worth and take. Arrays of floats, since they are looked into one by one, many times. ``upgrades``
+    int64 [steps, 2], of mixed precision: a direction, and its bits from then on.
     """
+
+    form: Form
+    fixed_bytes: int
+    gains: Floats
+    item_bytes: Floats
+    negated: Floats
+    ends: Floats
+    sums: Floats
+    costs: Floats
+    upgrades: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        form: Form,
+        fixed_bytes: int,
+        gains: Tensor,
+        item_bytes: Tensor,
+        counts: Tensor | None = None,
+        upgrades: Tensor | None = None,
+    ) -> Self:
+        """float64 [steps] each. ``counts``: items of each step; None: one."""
+        counts = torch.ones(len(gains), dtype=torch.float64) if counts is None else counts
+        return cls(
+            form,
+            fixed_bytes,
+            gains=_floats(gains),
+            item_bytes=_floats(item_bytes),
+            negated=_floats(-gains / item_bytes),
+            ends=_floats(counts.cumsum(0)),
+            sums=_floats((gains * counts).cumsum(0)),
+            costs=_floats((item_bytes * counts).cumsum(0)),
+            upgrades=upgrades,
+        )
+
+    def at(self, price: float) -> tuple[int, float, int]:
+        """Items that are worth more than ``price`` for each of their bytes; what they are worth, and take."""
+        step = bisect_left(self.negated, -price)
+        if step == 0:
+            return 0, 0.0, 0
+        return int(self.ends[step - 1]), self.sums[step - 1], self.fixed_bytes + round(self.costs[step - 1])
+
+    def cost(self, size: int) -> int:
+        return self.fixed_bytes + round(self._up_to(size, self.costs, self.item_bytes)) if size else 0
+
+    def worth(self, size: int) -> float:
+        return self._up_to(size, self.sums, self.gains) if size else 0.0
+
+    def most_for(self, num_bytes: int) -> int:
+        """Items that so many bytes buy from nothing."""
+        left = num_bytes - self.fixed_bytes
+        step = bisect_right(self.costs, left)
+        whole = int(self.ends[step - 1]) if step else 0
+        if step == len(self.ends):
+            return whole
+        left -= round(self.costs[step - 1]) if step else 0
+        return whole + max(0, int(left // self.item_bytes[step]))
+
+    def next_gain(self, size: int) -> float:
+        """Of one more item, for each of its bytes; 0 where there is none."""
+        step = bisect_right(self.ends, size)
+        return -self.negated[step] if step < len(self.gains) else 0.0
+
+    def more_for(self, size: int, num_bytes: int) -> int:
+        """Items of the step that comes after ``size`` ones, as many as so many bytes buy."""
+        step = bisect_right(self.ends, size)
+        if step == len(self.gains):
+            return 0
+        return min(int(num_bytes // self.item_bytes[step]), int(self.ends[step]) - size)
+
+    def _up_to(self, size: int, sums: Floats, each: Floats) -> float:
+        step = bisect_left(self.ends, size)
+        before = (self.ends[step - 1], sums[step - 1]) if step else (0.0, 0.0)
+        return before[1] + (size - before[0]) * each[step]
+
+
+@dataclass(frozen=True, slots=True)
+class Worth:
+    """What a delta [out, in] is worth in each form that it may have; ``total`` is all of its squares."""
 
     shape: tuple[int, int]
     total: float
-    singular: Tensor
-    bins: tuple[Tensor, Tensor]
+    curves: Mapping[Form, Curve]
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """``size`` is the rank, or the number of entries."""
+    """``size``: the rank of low rank, the number of entries, 1 of dense and signs; of mixed precision the steps that
+    are taken, and ``bits`` what they give each direction (0: nothing)."""
 
     form: Form
     size: int
+    num_bytes: int = 0
+    bits: tuple[int, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """Directions that are held."""
+        return sum(map(bool, self.bits)) if self.form == "mixed precision" else self.size
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``num_bytes`` of numbers and indices, without headers. ``kept``: squares kept, as far as bins can tell."""
+    """``num_bytes`` with what names and headers take. ``kept``: squares kept, as far as curves can tell."""
 
     choices: Mapping[str, Choice]
     num_bytes: int
     kept: float
 
 
-def spectrum(delta: Tensor) -> Spectrum:
-    """Reads a float32 delta [out, in] once; its singular vectors are not computed."""
-    rows, columns = delta.shape
-    squares = delta.flatten().double().square()
-    total = float(squares.sum())
-    singular = torch.linalg.svdvals(delta.double()).square()[:MAX_RANK]
-    return Spectrum((rows, columns), total, singular[singular > ROUNDING * total], _bins(squares))
-
-
-def plan(
-    spectra: Mapping[str, Spectrum],
-    budget: int,
-    *,
-    number_bytes: int,
-    entry_bytes: int = 0,
-    forms: Sequence[Form] = FORMS,
-) -> Plan:
-    """The best use of ``budget`` bytes that one price finds; never above it.
-
-    ``number_bytes``: of one number. ``entry_bytes``: what a tensor costs beside its numbers, and its name; a linear
-    pays for its tensors and once more for being listed.
-    """
-    curves: dict[str, list[_Curve]] = {}
-    for name, found in spectra.items():
-        entry = entry_bytes + len(name) if entry_bytes else 0
-        if found.total:
-            curves[name] = [_Curve.of(found, form, number_bytes, entry) for form in forms]
+def plan(worths: Mapping[str, Worth], budget: int, *, forms: Sequence[Form] = FORMS) -> Plan:
+    """The best use of ``budget`` bytes that one price finds; never above it."""
+    curves: dict[str, list[Curve]] = {}
+    for name, found in worths.items():
+        offered = [found.curves[form] for form in forms if form in found.curves and len(found.curves[form].gains)]
+        if found.total and offered:
+            curves[name] = offered
+    if not curves:
+        return Plan({}, 0, 0.0)
     low, high = _price_bounds([curve for choices in curves.values() for curve in choices])
     taken = {name: (choices[0], 0) for name, choices in curves.items()}
-    for _ in range(PRICE_STEPS):
+    while high > low * (1 + PRICE_PRECISION):
         price = math.sqrt(low * high)
         trial = {name: _best(choices, price) for name, choices in curves.items()}
-        if sum(curve.cost(size) for curve, size in trial.values()) <= budget:
-            high, taken = price, trial
+        if sum(cost for *_, cost in trial.values()) <= budget:
+            high, taken = price, {name: (curve, size) for name, (curve, size, _) in trial.items()}
         else:
             low = price
     left = budget - sum(curve.cost(size) for curve, size in taken.values())
     taken = _spend(taken, curves, left)
-    choices = {name: Choice(curve.form, size) for name, (curve, size) in taken.items() if size}
+    choices = {name: _choice(curve, size) for name, (curve, size) in taken.items() if size}
     num_bytes = sum(curve.cost(size) for curve, size in taken.values())
     return Plan(choices, num_bytes, sum(curve.worth(size) for curve, size in taken.values()))
 
 
-def best_plan(spectra: Mapping[str, Spectrum], budget: int, *, number_bytes: int, entry_bytes: int = 0) -> Plan:
-    """The mixture, or one form alone where rounding to whole ranks makes that better."""
-    plans = [
-        plan(spectra, budget, number_bytes=number_bytes, entry_bytes=entry_bytes, forms=forms)
-        for forms in (FORMS, FORMS[:1], FORMS[1:])
-    ]
-    return max(plans, key=lambda found: found.kept)
+def best_plan(worths: Mapping[str, Worth], budget: int, *, forms: Sequence[Form] = FORMS) -> Plan:
+    """The mixture, or one form alone where rounding to whole items makes that better."""
+    some = [forms, *((form,) for form in forms)] if len(forms) > 1 else [forms]
+    return max((plan(worths, budget, forms=these) for these in some), key=lambda found: found.kept)
 
 
-@dataclass(frozen=True, slots=True)
-class _Curve:
-    """Worth over size for one form of one delta; ``fixed_bytes`` are paid with the first item.
-
-    Steps: ``gains`` of one item each, falling; ``ends``: items up to and with each step; ``sums``: worth of them.
-    """
-
-    form: Form
-    item_bytes: int
-    fixed_bytes: int
-    gains: Tensor
-    ends: Tensor
-    sums: Tensor
-
-    @classmethod
-    def of(cls, found: Spectrum, form: Form, number_bytes: int, entry_bytes: int) -> _Curve:
-        if form == "low rank":
-            count, gains = torch.ones(len(found.singular), dtype=torch.float64), found.singular
-            item_bytes, num_entries = sum(found.shape) * number_bytes, 3
-        else:
-            gains, count = found.bins
-            item_bytes, num_entries = INDEX_BYTES + number_bytes, 4
-        return cls(form, item_bytes, num_entries * entry_bytes, gains, count.cumsum(0), (gains * count).cumsum(0))
-
-    def cost(self, size: int) -> int:
-        return self.fixed_bytes + size * self.item_bytes if size else 0
-
-    def most_for(self, num_bytes: int) -> int:
-        """Items that so many bytes buy from nothing."""
-        return min(
-            max(0, (num_bytes - self.fixed_bytes) // self.item_bytes), int(self.ends[-1]) if len(self.ends) else 0
-        )
-
-    def size_at(self, price: float) -> int:
-        """Items that are worth more than ``price`` for each of their bytes."""
-        step = int((self.gains > price * self.item_bytes).sum())
-        return int(self.ends[step - 1]) if step else 0
-
-    def worth(self, size: int) -> float:
-        if size == 0:
-            return 0.0
-        step = int(torch.searchsorted(self.ends, float(size)))
-        before = float(self.ends[step - 1]) if step else 0.0
-        worth_before = float(self.sums[step - 1]) if step else 0.0
-        return worth_before + (size - before) * float(self.gains[step])
-
-    def next_gain(self, size: int) -> float:
-        """Of one more item, for each of its bytes; 0 where there is none."""
-        step = int(torch.searchsorted(self.ends, float(size), right=True))
-        return float(self.gains[step]) / self.item_bytes if step < len(self.gains) else 0.0
-
-    def room(self, size: int) -> int:
-        """Items left on the step that comes next."""
-        step = int(torch.searchsorted(self.ends, float(size), right=True))
-        return int(self.ends[step]) - size
+def _floats(column: Tensor) -> Floats:
+    return array("d", column.tolist())
 
 
-def _best(curves: Sequence[_Curve], price: float) -> tuple[_Curve, int]:
-    sizes = [(curve, curve.size_at(price)) for curve in curves]
-    gain, place = max(
-        (curve.worth(size) - price * curve.cost(size), place) for place, (curve, size) in enumerate(sizes)
-    )
-    return sizes[place] if gain > 0 else (curves[0], 0)
+def _choice(curve: Curve, size: int) -> Choice:
+    if curve.upgrades is None:
+        return Choice(curve.form, size, curve.cost(size))
+    taken = curve.upgrades[:size]
+    bits = torch.zeros(int(taken[:, 0].max()) + 1, dtype=torch.int64)
+    bits.scatter_reduce_(0, taken[:, 0], taken[:, 1], "amax")
+    return Choice(curve.form, size, curve.cost(size), tuple(bits.tolist()))
+
+
+def _best(curves: Sequence[Curve], price: float) -> tuple[Curve, int, int]:
+    """The curve that gains the most at a price, with the items taken of it and what they take."""
+    best, most = (curves[0], 0, 0), 0.0
+    for curve in curves:
+        size, worth, cost = curve.at(price)
+        if worth - price * cost > most:
+            best, most = (curve, size, cost), worth - price * cost
+    return best
 
 
 def _spend(
-    taken: Mapping[str, tuple[_Curve, int]], curves: Mapping[str, Sequence[_Curve]], left: int
-) -> dict[str, tuple[_Curve, int]]:
+    taken: Mapping[str, tuple[Curve, int]], curves: Mapping[str, Sequence[Curve]], left: int
+) -> dict[str, tuple[Curve, int]]:
     """More items, the most worthy first, until none fits: of the form already chosen, or of any where there is none."""
     result = dict(taken)
     waiting: list[tuple[float, str, int]] = []
@@ -192,8 +217,7 @@ def _spend(
         curve, (chosen, size) = curves[name][place], result[name]
         if gain == 0 or (size and curve is not chosen):
             continue
-        free = left if size else left - curve.fixed_bytes
-        more = min(free // curve.item_bytes, curve.room(size))
+        more = curve.more_for(size, left if size else left - curve.fixed_bytes)
         if more < 1:
             continue
         result[name] = (curve, size + more)
@@ -202,22 +226,8 @@ def _spend(
     return result
 
 
-def _price_bounds(curves: Sequence[_Curve]) -> tuple[float, float]:
+def _price_bounds(curves: Sequence[Curve]) -> tuple[float, float]:
     """A price at which everything is bought, and one at which nothing is."""
-    gains = [curve.gains[curve.gains > 0] / curve.item_bytes for curve in curves]
-    gains = [found for found in gains if len(found)]
-    return min(float(found.min()) for found in gains) / 2, max(float(found.max()) for found in gains) * 2
-
-
-def _bins(squares: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean square and number of the numbers that are not zero, in bins of equal ratio, falling."""
-    found = squares[squares > 0]
-    if not len(found):
-        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
-    logs = found.log()
-    low, high = float(logs.min()), float(logs.max())
-    place = ((high - logs) * ((NUM_BINS - 1) / max(high - low, 1e-12))).long().clamp(0, NUM_BINS - 1)
-    counts = torch.bincount(place, minlength=NUM_BINS).double()
-    sums = torch.bincount(place, weights=found, minlength=NUM_BINS)
-    used = counts > 0
-    return sums[used] / counts[used], counts[used]
+    gains = [(-curve.negated[0], -curve.negated[-1]) for curve in curves if curve.negated[0] < 0]
+    most = max((first for first, _ in gains), default=1.0)
+    return min((last for _, last in gains if last > 0), default=most) / 2, most * 2

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deltaserve_store.bottleneck_deltas import BottleneckDelta
+from deltaserve_store.dense_deltas import DenseDelta, SignDelta
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter, SparseDelta
 from deltaserve_store.spec import BaseSpec
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
@@ -90,7 +91,7 @@ def update_of(adapter: ParsedAdapter, spec: BaseSpec, base: BaseWeights) -> Upda
         _check_known(delta, _KNOWN, delta.module)
         if isinstance(delta, NormDelta):
             norms[delta.module] = _norm_change(delta, base)
-        elif isinstance(delta, LoraDelta | SparseDelta | VectorDelta) and delta.module in spec.linears:
+        elif isinstance(delta, _TERMS) and delta.module in spec.linears:
             linear = spec.linears[delta.module]
             shape = (linear.out_features, linear.in_features)
             change = _linear_change(delta, shape, base)
@@ -98,22 +99,23 @@ def update_of(adapter: ParsedAdapter, spec: BaseSpec, base: BaseWeights) -> Upda
             linears[delta.module] = change if before is None else add_linears([(1.0, before), (1.0, change)])
         else:
             raise MergeRefused(
-                f"{type(delta).__name__} of {delta.module} is no low-rank, sparse or vector term of a linear; "
+                f"{type(delta).__name__} of {delta.module} is no low-rank, sparse, dense or vector term of a linear; "
                 "only those add up"
             )
     return Update(linears, norms)
 
 
+_TERMS = (LoraDelta, SparseDelta, DenseDelta, SignDelta, VectorDelta)
 _KNOWN_OF_ADAPTER = frozenset(
     {
         *("kind", "more_kinds", "file_format", "deltas", "weight_deltas", "config", "base_name", "base_fingerprint"),
-        *("rank", "num_parameters", "chat_template", "stop_token_ids", "skipped"),
+        *("rank", "num_parameters", "chat_template", "stop_token_ids", "skipped", "notes"),
     }
 )
 _KNOWN = frozenset(
     {
         *("module", "a", "b", "scaling", "magnitude", "dense", "rows", "cols", "values", "gain", "shift", "replaces"),
-        *("out_scale", "in_scale", "bias", "new_bias", "scales_bias"),
+        *("out_scale", "in_scale", "bias", "new_bias", "scales_bias", "delta", "signs", "scale"),
     }
 )
 
@@ -160,8 +162,11 @@ def _add_entries(parts: Sequence[tuple[float, Entries]]) -> Entries:
 
 
 def _linear_change(
-    delta: LoraDelta | SparseDelta | VectorDelta, shape: tuple[int, int], base: BaseWeights
+    delta: LoraDelta | SparseDelta | DenseDelta | SignDelta | VectorDelta, shape: tuple[int, int], base: BaseWeights
 ) -> LinearUpdate:
+    if isinstance(delta, DenseDelta | SignDelta):  # a matrix is as many entries as it has numbers
+        matrix = delta.delta.float() if isinstance(delta, DenseDelta) else delta.dense(shape[1])
+        return LinearUpdate(shape, entries=entries_of(matrix))
     if isinstance(delta, SparseDelta):
         keys = delta.rows.long() * shape[1] + delta.cols.long()
         order = keys.argsort()

@@ -16,6 +16,7 @@ from deltaserve_store.formats.peft_fields import FieldRule, is_int
 from deltaserve_store.spec import LinearSpec
 
 MAX_BLOCK = 1024
+MAX_TERMS = 64
 ORTHOGONAL_WITHIN = 1e-5
 """Of the largest entry of ``R' R - I``."""
 
@@ -32,6 +33,17 @@ def cayley(skew: Tensor) -> Tensor:
     """R of float64 Q [..., b, b], as PEFT writes it."""
     identity = torch.eye(skew.shape[-1], dtype=skew.dtype).expand_as(skew)
     return torch.linalg.solve(identity + skew, identity - skew, left=False)
+
+
+def series_change(skew: Tensor, terms: int) -> Tensor:
+    """``R - I`` of the polynomial that PEFT takes for ``(I + Q)(I - Q)^-1`` with ``use_cayley_neumann``: the last power
+    counts once, the others twice; 4 terms are its 3."""
+    changes, power = torch.zeros_like(skew), skew
+    factors = {1: (), 2: (2.0,)}.get(terms, (2.0, *[2.0] * max(1, terms - 3), 1.0))
+    for factor in factors:
+        changes = changes + factor * power
+        power = power @ skew
+    return changes
 
 
 def check_orthogonal(skew: Tensor, name: str, findings: Findings) -> None:

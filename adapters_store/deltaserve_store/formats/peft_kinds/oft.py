@@ -32,12 +32,14 @@ from deltaserve_store.formats.peft_fields import (
 )
 from deltaserve_store.formats.peft_kinds.cayley import (
     MAX_BLOCK,
+    MAX_TERMS,
     SIZE,
     cayley,
     cayley_change,
     check_block,
     check_orthogonal,
     check_sizes,
+    series_change,
     turn_columns,
 )
 from deltaserve_store.formats.peft_kinds.reader import PeftReader, TensorRule
@@ -46,7 +48,6 @@ from deltaserve_store.parsed import Kind
 from deltaserve_store.rotation_deltas import RotationBlocks, RotationDelta
 from deltaserve_store.spec import LinearSpec
 
-MAX_TERMS = 64
 _SWITCH = FieldRule("understood", is_bool, "true or false", required=True)
 
 
@@ -94,7 +95,7 @@ class Oft(PeftReader):
     def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> RotationDelta:
         skew = self._skew(parts["oft_R.weight"].double(), self._block_size(linear))
         if self.config["use_cayley_neumann"]:
-            changes = self._series(skew)
+            changes = series_change(skew, self.config["num_cayley_neumann_terms"])
         else:
             changes = cayley_change(skew)
             check_orthogonal(skew, f"{PEFT_PREFIX}{linear.name}.oft_R.weight", findings)
@@ -121,16 +122,6 @@ class Oft(PeftReader):
         longest = self.config["eps"] / math.sqrt(len(upper))
         lengths = torch.linalg.matrix_norm(skew, keepdim=True)
         return torch.where(lengths <= longest, skew, skew * (longest / lengths))
-
-    def _series(self, skew: Tensor) -> Tensor:
-        """PEFT's polynomial less the identity. The last power counts once, the others twice; 4 terms are its 3."""
-        terms = self.config["num_cayley_neumann_terms"]
-        changes, power = torch.zeros_like(skew), skew
-        factors = {1: (), 2: (2.0,)}.get(terms, (2.0, *[2.0] * max(1, terms - 3), 1.0))
-        for factor in factors:
-            changes = changes + factor * power
-            power = power @ skew
-        return changes
 
     def _turn(self, weight: Tensor, skew: Tensor) -> Tensor:
         """``W R'`` with R as PEFT computes it, step by step."""

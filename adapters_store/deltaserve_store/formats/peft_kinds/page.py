@@ -99,9 +99,9 @@ _OWN = (
     (
         "deltaserve terms",
         "`deltaserve-terms`",
-        "`a`, `b`; `rows`, `cols`, `values`; named vectors",
+        "`a`, `b`; `codes`, `scales`; `rows`, `cols`, `values`; `delta` or `signs`, `scale`; named vectors",
         "the sum of them",
-        "low rank, sparse, vector",
+        "low rank, sparse, dense, vector",
         "see adapter-format.md",
     ),
 )
@@ -155,10 +155,15 @@ the file holds what was trained beside the rest. On the base itself that is `alp
   the span of its first r columns, times `alpha / r`), and is computed when the adapter is read, as PEFT does when it
   loads such a file. It costs a decomposition of each targeted weight. Where the base leaves `W_0` open (singular values
   that hardly differ), the file is refused (`seed_not_usable`); so is DoRA on top (`unsupported_feature`).
-- `pissa_niter_n` draws random numbers, CorDA and LoRA-GA look at data, LoftQ quantises: `unsupported_feature`. PEFT can
-  save PiSSA, OLoRA and CorDA as a plain LoRA of twice the rank: give `save_pretrained` the option
-  `path_initial_model_for_weight_conversion` with the folder of the adapter as it was before training. The result says
-  `init_lora_weights: true` and is served as any LoRA.
+- With the initial factors in the upload, as `initial_model.safetensors`, all of them but LoftQ are served, and nothing
+  is computed from the base: the tensor file of the adapter as PEFT saved it before the first step, under that name
+  beside the other two ([adapter-format.md](adapter-format.md#peft-lora)). `W_0` is `alpha / r · B_0 A_0`.
+- Without them `pissa_niter_n`, which draws random numbers, CorDA and LoRA-GA, which look at data, are refused
+  (`unsupported_feature`). PEFT can also save PiSSA, OLoRA, CorDA and LoRA-GA as a plain LoRA of twice the rank: give
+  `save_pretrained` the option `path_initial_model_for_weight_conversion` with the folder of the adapter as it was
+  before training. The result says `init_lora_weights: true` and is served as any LoRA.
+- LoftQ trains beside a quantised base. What quantising took from the base is in no file and no matrix of low rank:
+  `unsupported_feature`.
 
 ## Refused by name
 
@@ -176,9 +181,16 @@ at the door, by one float32 pass of the base over them.
 
 The virtual tokens count against the context, `prompt + max_tokens + p`; an adapter that leaves no room for a token of
 prompt and one of answer is refused (`prefix_too_long`). They are not reported as prompt tokens. A prefix has the
-strengths 0 (the base) and 1, and is not composed with other adapters. Its proof runs the base over embeddings and
-tokens in one go, or puts the given K and V before the tokens' own in plain float32 attention; an effect that hardly
-stands out of rounding cannot be amplified and leaves a warning.
+strengths 0 (the base) and 1. Its proof runs the base over embeddings and tokens in one go, or puts the given K and V
+before the tokens' own in plain float32 attention; an effect that hardly stands out of rounding cannot be amplified and
+leaves a warning.
+
+Composed with others, prefixes follow each other in the order of the request and its tokens come after them all. Given K
+and V stay as they are. Embeddings are then run anew, when a sequence starts, by the engine itself: at their positions,
+with all terms of the other adapters, reading the virtual tokens before them. So a prompt's order counts, while given K
+and V, which have no position, are the same to a token in any order (but for windows). Every layer has the same number
+of virtual tokens: prefixes pruned layer by layer (E2VPT) are not served, since blocks of the KV cache hold the same
+positions of all layers and attention masks nothing in them.
 
 Answers equal PEFT's `forward`. Its `generate` agrees where it keeps its cache: PEFT 0.21.2 looks for it under a name
 that transformers 5.24 no longer uses, and then begins anew at each token.

@@ -52,7 +52,8 @@ class PeftReader(ABC):
     """Reads one adapter of one PEFT type; made once per file, after the config's fields were accepted.
 
     ``linears`` are the targeted linears of the base, in its order; ``where`` is the config file's name; ``conversion``
-    says how large the term of a delta of high rank may be.
+    says how large the term of a delta of high rank may be. ``registered`` are the targeted linears of the model in the
+    order in which it registers them, empty where that is not known.
     """
 
     peft_type: ClassVar[str]
@@ -66,6 +67,8 @@ class PeftReader(ABC):
     limits: ClassVar[str]
     """What is refused of this type, for the documentation."""
     kind: ClassVar[Kind] = "lora"
+    notes: ClassVar[tuple[str, ...]] = ()
+    """What whoever uploads such a file is told."""
     fields: ClassVar[Mapping[str, FieldRule]]
 
     def __init__(
@@ -74,11 +77,13 @@ class PeftReader(ABC):
         linears: tuple[LinearSpec, ...],
         where: str,
         conversion: ConversionLimits = DEFAULT_LIMITS,
+        registered: tuple[str, ...] = (),
     ) -> None:
         self.config = config
         self.linears = linears
         self.where = where
         self.conversion = conversion
+        self.registered = registered
 
     def check(self, findings: Findings) -> None:
         """Constraints between config and base that no single field shows (divisibility, ...)."""
@@ -134,7 +139,9 @@ def read_kind(
             if base.linears[module].transposed:
                 allowed = f"linears stored as [out, in]: PEFT's {reader_type.title} has no others"
                 findings.add("unsupported_target", f"{where}:target_modules", module, allowed)
-    reader = reader_type(config, tuple(base.linears[module] for module in modules), where, limits)
+    linears = tuple(base.linears[module] for module in modules)
+    registered = tuple(name for name in base.registered if targets.matches(name))
+    reader = reader_type(config, linears, where, limits, registered)
     if not findings:
         reader.check(findings)
         _check_ranks(reader, findings)
@@ -155,6 +162,7 @@ def read_kind(
         rank=max((delta.rank for delta in deltas if isinstance(delta, _RANKED)), default=None),
         num_parameters=sum(_count(info.shape) for info in tensors.header.tensors.values()),
         weight_deltas=tuple(delta for delta in deltas if isinstance(delta, WeightDelta | FunctionDelta)),
+        notes=reader.notes,
     )
 
 

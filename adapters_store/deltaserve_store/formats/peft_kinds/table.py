@@ -15,17 +15,21 @@ from deltaserve_store.formats.peft_kinds.c3a import C3a
 from deltaserve_store.formats.peft_kinds.deft import Deft
 from deltaserve_store.formats.peft_kinds.delora import DeLora
 from deltaserve_store.formats.peft_kinds.fourierft import FourierFt
+from deltaserve_store.formats.peft_kinds.frod import Frod
+from deltaserve_store.formats.peft_kinds.glora import Glora
 from deltaserve_store.formats.peft_kinds.hira import Hira
 from deltaserve_store.formats.peft_kinds.hra import Hra
 from deltaserve_store.formats.peft_kinds.oft import Oft
 from deltaserve_store.formats.peft_kinds.products import LoHa, LoKr
+from deltaserve_store.formats.peft_kinds.psoft import Psoft
 from deltaserve_store.formats.peft_kinds.randlora import RandLora
 from deltaserve_store.formats.peft_kinds.reader import PeftReader
 from deltaserve_store.formats.peft_kinds.road import Road
-from deltaserve_store.formats.peft_kinds.seeded import TinyLora, UniLora
 from deltaserve_store.formats.peft_kinds.supertuning import SuperTuning
+from deltaserve_store.formats.peft_kinds.tinylora import TinyLora
+from deltaserve_store.formats.peft_kinds.unilora import UniLora
 from deltaserve_store.formats.peft_kinds.vblora import VbLora
-from deltaserve_store.formats.peft_kinds.vera import Vera
+from deltaserve_store.formats.peft_kinds.vera import Pvera, Vera
 from deltaserve_store.formats.peft_kinds.wavelets import WaveFt
 from deltaserve_store.formats.peft_prefixes import PREFIX_KINDS
 from deltaserve_store.formats.peft_vectors import VECTOR_READERS
@@ -53,6 +57,10 @@ _ALL: tuple[type[PeftReader], ...] = (
     Road,
     Boft,
     Beft,
+    Pvera,
+    Psoft,
+    Glora,
+    Frod,
 )
 READERS: Mapping[str, type[PeftReader]] = MappingProxyType({reader.peft_type: reader for reader in _ALL})
 """Types that are converted. ``LORA``, ``SHIRA`` and ``TRAINABLE_TOKENS`` have readers of their own: no conversion."""
@@ -66,20 +74,18 @@ SERVED_PEFT_TYPES = (
     *sorted(READERS),
 )
 
-_NOT_YET = "not served yet"
 _NOT_LINEAR = "it is not a fixed sum on a linear: its effect depends on the input"
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        "ADAMSS": _NOT_YET,
+        "ADAMSS": (
+            "which outputs its parts change is found by scikit-learn's k-means over the base's singular vectors when "
+            "PEFT loads it, and is not in its file"
+        ),
         "ADAPTION_PROMPT": _NOT_LINEAR,
-        "FROD": _NOT_YET,
-        "GLORA": "it scales the base's weights; its delta has full rank",
         "LILY": _NOT_LINEAR,
         "OSF": "it rewrites the base's spectrum",
         "PEANUT": _NOT_LINEAR,
         "POLY": "it is routed by task ids, which a request does not carry",
-        "PSOFT": "it turns singular vectors of the base that are not in its file; their signs depend on the build",
-        "PVERA": _NOT_YET,
         "SHADOW": "it brings a second model",
         "XLORA": "it is a router over several adapters; upload those one by one",
     }

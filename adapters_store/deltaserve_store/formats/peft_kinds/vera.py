@@ -26,12 +26,12 @@ from deltaserve_store.formats.peft_fields import (
     SELECTION_FIELDS,
     FieldRule,
     is_int,
+    one_of,
 )
 from deltaserve_store.formats.peft_kinds.reader import PeftReader, TensorRule
 from deltaserve_store.parsed import LoraDelta
 from deltaserve_store.spec import LinearSpec
 
-SHARED_A, SHARED_B = "base_model.vera_A", "base_model.vera_B"
 _KNOWN_DRAW = (0.06984508037567139, -0.602393627166748, -0.5212045907974243)
 """``uniform_(-1, 1)`` of a generator with seed 7, values 0, 1 and 4099 of 5000: from a short and a long stretch."""
 
@@ -49,6 +49,9 @@ def is_known_generator() -> bool:
 
 
 class Vera(PeftReader):
+    _prefix: ClassVar[str] = "vera"
+    _parts: ClassVar[int] = 1
+    """Stretches of r rows that A and the vector of ``lambda_d`` have; the first counts."""
     peft_type = "VERA"
     title = "VeRA"
     source = "`vera_lambda_b`, `vera_lambda_d`; shared `vera_A`, `vera_B`, or their seed"
@@ -77,7 +80,10 @@ class Vera(PeftReader):
         rank = int(self.config["r"])
         widest = max(linear.in_features for linear in self.linears)
         tallest = max(linear.out_features for linear in self.linears)
-        return (rank, widest), (tallest, rank)
+        return (self._parts * rank, widest), (tallest, rank)
+
+    def _names(self) -> tuple[str, str]:
+        return f"base_model.{self._prefix}_A", f"base_model.{self._prefix}_B"
 
     def check(self, findings: Findings) -> None:
         if not self._is_saved() and not is_known_generator():
@@ -90,28 +96,52 @@ class Vera(PeftReader):
     def shared_layout(self) -> Mapping[str, TensorRule]:
         if not self._is_saved():
             return {}
-        shape_a, shape_b = self._shapes()
-        return {SHARED_A: TensorRule(shape_a), SHARED_B: TensorRule(shape_b)}
+        return {name: TensorRule(shape) for name, shape in zip(self._names(), self._shapes(), strict=True)}
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
         return {
-            "vera_lambda_b": TensorRule((linear.out_features,)),
-            "vera_lambda_d": TensorRule((int(self.config["r"]),)),
+            f"{self._prefix}_lambda_b": TensorRule((linear.out_features,)),
+            f"{self._prefix}_lambda_d": TensorRule((self._parts * int(self.config["r"]),)),
         }
 
     def begin(self, shared: Mapping[str, Tensor], findings: Findings) -> None:
         if self._is_saved():
-            self._a, self._b = shared[SHARED_A].float(), shared[SHARED_B].float()
+            self._a, self._b = (shared[name].float() for name in self._names())
             return
         shape_a, shape_b = self._shapes()
         generator = torch.Generator(device="cpu").manual_seed(self.config.get("projection_prng_key", 0))
         self._a, self._b = uniform(shape_a, generator), uniform(shape_b, generator)
 
     def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> LoraDelta:
-        a, b = self._a[:, : linear.in_features], self._b[: linear.out_features]
-        scale_b, scale_d = parts["vera_lambda_b"].float(), parts["vera_lambda_d"].float()
+        rank = int(self.config["r"])
+        a, b = self._a[:rank, : linear.in_features], self._b[: linear.out_features]
+        scale_b, scale_d = parts[f"{self._prefix}_lambda_b"].float(), parts[f"{self._prefix}_lambda_d"].float()[:rank]
 
         def dense() -> Tensor:
             return torch.einsum("o,or,r,ri->oi", scale_b, b, scale_d, a)
 
         return LoraDelta(linear.name, scale_d[:, None] * a, scale_b[:, None] * b, 1.0, dense=dense)
+
+
+class Pvera(Vera):
+    """PVeRA (arXiv:2512.07703): A and ``pvera_lambda_d`` have 2 r rows, for means and logarithms of variances of what B
+    gets; unless samples are asked for, an answer is made of the means alone: VeRA with the first r rows."""
+
+    _prefix: ClassVar[str] = "pvera"
+    _parts: ClassVar[int] = 2
+    peft_type = "PVERA"
+    title = "PVeRA"
+    source = "`pvera_lambda_b`, `pvera_lambda_d`; shared `pvera_A`, `pvera_B`, or their seed"
+    delta = "`diag(b) B diag(d) A` of the means, the first r rows of A and d"
+    limits = "samples (`sample_at_inference: true`); a seed that is not usable, as of VeRA"
+    fields: ClassVar[Mapping[str, FieldRule]] = {
+        **{name: rule for name, rule in Vera.fields.items() if name != "vera_dropout"},
+        "pvera_dropout": FRACTION,
+        "sample_at_inference": FieldRule(
+            "understood",
+            one_of(False),
+            "false (random numbers for every token are no fixed delta)",
+            "unsupported_feature",
+        ),
+        "generator_seed": FieldRule("descriptive", lambda value: value is None or is_int(value), "null or an integer"),
+    }

@@ -18,7 +18,7 @@ def _scale(value: Any) -> tuple[float, float]:
     ends = value if isinstance(value, list) else [value, value]
     if len(ends) != 2 or not all(type(end) in (int, float) and _is_finite(end) for end in ends):
         raise ValueError("must be a finite number, or two: [at the first layer, at the last layer]")
-    return float(ends[0]), float(ends[1])
+    return float(ends[0]) + 0.0, float(ends[1]) + 0.0  # minus zero is zero
 
 
 def _is_finite(number: float) -> bool:

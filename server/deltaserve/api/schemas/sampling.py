@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from deltaserve.api.schemas.composition import Adapters
+from deltaserve.api.schemas.ensemble import EnsembleChoice
 from deltaserve.core import SamplingParams
 from deltaserve.errors import InvalidRequest
 
@@ -71,6 +72,7 @@ class GenerationFields(Strict):
 
     model: Annotated[str, Field(min_length=1, max_length=_MODEL_CHARS)]
     adapters: Adapters = Field(default_factory=list)
+    ensemble: EnsembleChoice | None = None
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 0
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0

@@ -1,0 +1,81 @@
+"""Rows of embedding and head for the tokens that an adapter adds.
+
+They come with the rows it has trained, with a matrix that it holds whole, or with the copy of the resized matrix that
+PEFT writes when the vocabulary has grown. What the base's matrix has room for (checkpoints are padded) may be left out;
+beyond that each token needs a row at both ends, and a tied head takes the embedding's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from deltaserve_store.added_tokens import AddedToken
+from deltaserve_store.block_deltas import RowsDelta
+from deltaserve_store.findings import Findings
+from deltaserve_store.formats.vocabulary_rows import rows_shape, sorted_rows, tied_head
+from deltaserve_store.parsed import Delta, LoraDelta, ParsedAdapter
+from deltaserve_store.spec import BaseSpec
+
+
+def with_added_tokens(
+    parsed: ParsedAdapter, tokens: Sequence[AddedToken], base: BaseSpec, findings: Findings
+) -> ParsedAdapter:
+    """``parsed`` was read against ``base.with_added_tokens(len(tokens))``. Rows that are missing are findings."""
+    size = base.first_added_token + len(tokens)
+    if not tokens:
+        return parsed
+    if size > base.vocab_size and (base.embedding is None or base.head is None):
+        found = f"{size - base.vocab_size} tokens more than rows"
+        findings.add("added_tokens", "tokenizer", found, "tokens of the base: its embedding or head cannot be changed")
+        return parsed
+    deltas: list[Delta] = [delta for delta in parsed.deltas if not isinstance(delta, RowsDelta)]
+    copies = {d.module: d.values for d in parsed.deltas if isinstance(d, RowsDelta) and d.is_copy}
+    trained = {d.module: d for d in parsed.deltas if isinstance(d, RowsDelta) and not d.is_copy}
+    low_rank = {delta.module for delta in deltas if isinstance(delta, LoraDelta)}
+    head = tied_head(base)
+    for module in base.vocabulary:
+        added = range(rows_shape(module, base)[0], size)
+        copied = copies.get(module)
+        if copied is not None:
+            deltas.append(RowsDelta(module, None, copied[: added.start], is_copy=True))
+        elif module == head and base.embedding is not None:
+            copied = copies.get(base.embedding.name)  # the same matrix, as it was before anything was trained
+        if not added:
+            deltas += [trained[module]] if module in trained else []
+            continue
+        if module in low_rank:
+            allowed = "trained rows of a matrix that grows (trainable_token_indices or modules_to_save)"
+            findings.add("unsupported_feature", module, "low rank and added tokens", allowed)
+        rows = _joined(module, trained.get(module), None if copied is None else copied[added.start :], added)
+        if rows is not None:
+            deltas.append(rows)
+        if missing := _missing(rows, added):
+            found = f"no row for token {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            allowed = "a row for every added token (PEFT writes them with save_embedding_layers=True)"
+            findings.add("missing_tensor", module, found, allowed)
+    return replace(parsed, deltas=tuple(deltas), added_tokens=tuple(tokens))
+
+
+def _joined(module: str, trained: RowsDelta | None, copied: Tensor | None, added: range) -> RowsDelta | None:
+    """The trained rows, and beside them those of ``added`` tokens that only the copy of the matrix has."""
+    if copied is None or (trained is not None and trained.ids is None):
+        return trained
+    known = set() if trained is None or trained.ids is None else set(trained.ids.tolist())
+    others = [token for token in added if token not in known]
+    values = copied[[token - added.start for token in others]]
+    if trained is None or trained.ids is None:
+        return sorted_rows(module, others, values)
+    dtype = torch.promote_types(trained.values.dtype, values.dtype)
+    both = torch.cat([trained.values.to(dtype), values.to(dtype)])
+    return sorted_rows(module, [*trained.ids.tolist(), *others], both)
+
+
+def _missing(rows: RowsDelta | None, needed: range) -> list[int]:
+    if rows is None:
+        return list(needed)
+    known = set(range(len(rows.values)) if rows.ids is None else rows.ids.tolist())
+    return [token for token in needed if token not in known]
