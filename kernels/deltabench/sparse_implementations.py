@@ -80,7 +80,6 @@ def _csr_loop(case: SparseCase) -> AddDelta:
 OURS = (
     Implementation("sparse kernel", "ours", _form("DECODE"), exact=True),
     Implementation("sparse for prompts", "ours", _form("PROMPTS"), decode=False, prefill=True),
-    Implementation("sparse in buckets", "ours", _form("PREFILL"), decode=False, prefill=True),
 )
 BASELINES = (
     Implementation("merge and GEMM", "baseline", _merge_and_multiply, layers=1, replaces_base=True, prefill=True),

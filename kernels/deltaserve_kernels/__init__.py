@@ -7,6 +7,15 @@ from __future__ import annotations
 
 from deltaserve_kernels.apart_family import ApartEntries, ApartFamily, ApartStep, split_apart
 from deltaserve_kernels.apart_reference import add_modules, dense_linear
+from deltaserve_kernels.apart_rows import (
+    ApartRows,
+    dense_rows,
+    module_rows,
+    put_module_rows_back,
+    set_module_rows_aside,
+    shares_points,
+    split_apart_rows,
+)
 from deltaserve_kernels.backend import BACKENDS, select, use_backend
 from deltaserve_kernels.block_tables import BlockEntry, BlockTables
 from deltaserve_kernels.checks import BLOCK_SIZE
@@ -32,6 +41,17 @@ from deltaserve_kernels.tables import LoraTables, SparseEntry, SparseTables
 from deltaserve_kernels.terms import block_linear, lora_vector_linear, rms_norm, rotate_and_write_kv, scale_shift
 from deltaserve_kernels.transfer import upload
 from deltaserve_kernels.vector_family import VectorEntries, VectorFamily, VectorStep, split_runs
+from deltaserve_kernels.vector_rows import (
+    VectorRows,
+    change_norm,
+    changed_rms_norm,
+    fan_out,
+    gather_members,
+    put_back,
+    scaled_input,
+    set_aside,
+    split_vectors,
+)
 from deltaserve_kernels.vector_tables import NormTables, VectorEntry, VectorTables
 from deltaserve_kernels.vocabulary import (
     EMBEDDING,
@@ -40,13 +60,13 @@ from deltaserve_kernels.vocabulary import (
     VocabularyEntries,
     VocabularyFamily,
     VocabularyStep,
-    change_head,
     changed_embeddings,
     hide_added,
     split_vocabulary,
     stored_rows,
     widened,
 )
+from deltaserve_kernels.vocabulary_rows import change_embeddings, change_head
 from deltaserve_kernels.worklist import WorkList, build_work_list, build_work_list_runs
 
 __all__ = [
@@ -57,6 +77,7 @@ __all__ = [
     "HEAD",
     "ApartEntries",
     "ApartFamily",
+    "ApartRows",
     "ApartStep",
     "BackendUnavailable",
     "BlockEntry",
@@ -86,6 +107,7 @@ __all__ = [
     "VectorEntries",
     "VectorEntry",
     "VectorFamily",
+    "VectorRows",
     "VectorStep",
     "VectorTables",
     "VocabularyEntries",
@@ -96,24 +118,39 @@ __all__ = [
     "block_linear",
     "build_work_list",
     "build_work_list_runs",
+    "change_embeddings",
     "change_head",
+    "change_norm",
     "changed_embeddings",
+    "changed_rms_norm",
     "dense_linear",
+    "dense_rows",
+    "fan_out",
+    "gather_members",
     "hide_added",
     "lora_linear",
     "lora_vector_linear",
+    "module_rows",
     "pack_bits",
     "paged_attention",
+    "put_back",
+    "put_module_rows_back",
     "rms_norm",
     "rotate_and_write_kv",
     "rotate_blocks",
     "rotation_change",
     "scale_shift",
+    "scaled_input",
     "select",
+    "set_aside",
+    "set_module_rows_aside",
+    "shares_points",
     "source_digest",
     "sparse_linear",
     "split_apart",
+    "split_apart_rows",
     "split_runs",
+    "split_vectors",
     "split_vocabulary",
     "stored_rows",
     "unpack_bits",

@@ -45,6 +45,7 @@ class ApartFamily:
         self.modules = ModuleTables(num_points, num_slots, device)
         self.num_slots = num_slots
         self._used: set[int] = set()
+        self.version = 0  # rises with every change: what was made of the tables before may be of another form
 
     @property
     def is_empty(self) -> bool:
@@ -55,6 +56,7 @@ class ApartFamily:
 
     def set_all(self, slot: int, entries: ApartEntries) -> None:
         """Point a slot at an adapter's terms. Raises a KernelError; ``clear`` the slot then."""
+        self.version += 1
         if entries.dense:
             self.dense.set_all(slot, entries.dense)
             self._used.add(slot)
@@ -65,6 +67,7 @@ class ApartFamily:
     def clear(self, slot: int) -> None:
         """Empty a slot and let go of its tensors."""
         if slot in self._used:
+            self.version += 1
             self._used.remove(slot)
             self.dense.clear(slot)
             self.modules.clear(slot)

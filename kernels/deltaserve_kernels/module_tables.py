@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from deltaserve_kernels.errors import OutOfRange, ShapeMismatch
 from deltaserve_kernels.pointer_tables import FLOAT_DTYPES, PointerTables
+from deltaserve_kernels.tables import RANK_TILE
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -29,6 +30,9 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
         "identity": _identity,
     }
 )
+
+
+_PLACES = {name: place for place, name in enumerate(ACTIVATIONS)}
 
 
 class ModuleEntry(NamedTuple):
@@ -66,17 +70,39 @@ class ModuleEntry(NamedTuple):
 
 
 class ModuleTables(PointerTables):
-    """Residual modules by (point, slot), at most one at each. No kernel reads them: there are no device arrays."""
+    """Residual modules by (point, slot), at most one at each.
 
-    ARRAYS: ClassVar[tuple[str, ...]] = ()
+    pointers: int64 [num_points, 4, num_slots]  addresses of down, up_t, down_bias, up_bias; 0 where there is none
+    sizes:    int32 [num_points, 3, num_slots]  rank; place of the activation in ACTIVATIONS; 1 + the point that is read
+    rank_capacity: ranks that launches have room for, a multiple of 16: the most ever set or reserved
+    """
+
+    ARRAYS: ClassVar[tuple[str, ...]] = ("pointers", "sizes")
     NOUN: ClassVar[str] = "point"
 
     def __init__(self, num_points: int, num_slots: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_points, num_slots, device)
+        self.pointers = self._array(4)
+        self.sizes = self._array(3, dtype=torch.int32)
+        self.rank_capacity = RANK_TILE
+        # By point: other points that modules here read, or once did.
+        self._reads: list[frozenset[int]] = [frozenset()] * num_points
         self._entries: dict[tuple[int, int], ModuleEntry] = {}
 
     def entry(self, point: int, slot: int) -> ModuleEntry | None:
         return self._entries.get((point, slot))
+
+    def reserve_rank(self, rank: int) -> None:
+        """Let launches from now on have room for modules of this rank."""
+        self.rank_capacity = max(self.rank_capacity, -(-rank // RANK_TILE) * RANK_TILE)
+
+    def largest_rank(self, slot: int) -> int:
+        """Of the modules in a slot; 0 when it has none."""
+        return max((e.down.shape[0] for (_, held), e in self._entries.items() if held == slot), default=0)
+
+    def reads(self, point: int) -> frozenset[int]:
+        """Other points whose rows modules at this one may read."""
+        return self._reads[point] if self.has_any(point) else frozenset()
 
     def set_all(self, slot: int, entries: Sequence[tuple[int, ModuleEntry]]) -> None:
         """Put the modules of a whole adapter into a slot. Raises a KernelError and leaves the table as it was."""
@@ -106,8 +132,24 @@ class ModuleTables(PointerTables):
         if not entries:
             return
         sizes = [(0, entry.down.shape[1]) for _, entry in entries]
-        self._put(slot, points, [tuple(entry.tensors()) for _, entry in entries], sizes)
+        modules = [entry for _, entry in entries]
+        self.reserve_rank(max(entry.down.shape[0] for entry in modules))
+        self._put(
+            slot,
+            points,
+            [tuple(entry.tensors()) for entry in modules],
+            sizes,
+            pointers=[[_address(t) for t in (e.down, e.up_t, e.down_bias, e.up_bias)] for e in modules],
+            sizes=[(e.down.shape[0], _PLACES[e.activation], 1 + e.reads) for e in modules],
+        )
+        for point, entry in entries:
+            if entry.reads >= 0:
+                self._reads[point] |= {entry.reads}
         self._entries |= {(point, slot): entry for point, entry in entries}
 
     def _forget(self, linear: int, slot: int) -> None:
         self._entries.pop((linear, slot), None)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

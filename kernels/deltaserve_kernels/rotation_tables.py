@@ -40,14 +40,17 @@ RotationEntry = tuple[RotationFactor, ...]
 class RotationTables(PointerTables):
     """``factors`` answers those of an entry.
 
-    pointers: int64 [num_linears, num_slots]  addresses of what the C++ operator reads of an entry; kept on the host
-    alone: elsewhere the PyTorch definition reads the tensors themselves.
+    pointers: int64 [num_linears, num_slots]  addresses of what kernels read of an entry (``_tell``), on the same device
+    max_factors: factors that launches have room for: the most ever set
     """
 
     def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_linears, num_slots, device)
         self.pointers = self._array()
+        self.max_factors = 1
         self._factors: dict[tuple[int, int], RotationEntry] = {}
+        # By linear: (size of a block, width or 0) of the factors that it has, or once had.
+        self._cuts: list[set[tuple[int, int]]] = [set() for _ in range(num_linears)]
 
     def factors(self, linear: int, slot: int) -> RotationEntry | None:
         """The factors of an entry, or None."""
@@ -74,14 +77,32 @@ class RotationTables(PointerTables):
                 self._check_dim(linear, 1, widths[-1])
         if not entries:
             return
-        described = [_describe(factors) for _, factors in entries]
+        self.max_factors = max(self.max_factors, *(len(factors) for _, factors in entries))
+        # One upload for all of an adapter.
+        numbers = [_tell(factors) for _, factors in entries]
+        described = self._upload([number for told in numbers for number in told]).split([len(n) for n in numbers])
         tensors = [
             (told, *(tensor for factor in factors for tensor in factor.tensors()))
             for told, (_, factors) in zip(described, entries, strict=True)
         ]
-        addresses = [told.data_ptr() if self.is_on_host else 0 for told in described]
-        self._put(slot, linears, tensors, [(0, width) for width in widths], pointers=addresses)
+        self._put(
+            slot,
+            linears,
+            tensors,
+            [(0, width) for width in widths],
+            pointers=[told.data_ptr() for told in described],
+        )
         self._factors.update({(linear, slot): factors for linear, factors in entries})
+        for linear, factors in entries:
+            self._cuts[linear] |= {(factor.blocks.shape[1], factor.width) for factor in factors}
+
+    def check_width(self, linear: int, width: int) -> None:
+        """Raises a ShapeMismatch where an entry of the linear does not cut rows of ``width`` columns."""
+        for size, whole in self._cuts[linear]:
+            if width % size or whole not in (0, width):
+                raise ShapeMismatch(
+                    f"linear {linear}: blocks of {size} for {whole or 'any'} do not cut {width} columns"
+                )
 
     def _check_factor(self, linear: int, factor: RotationFactor, held: torch.dtype | None) -> torch.dtype:
         blocks, order = factor
@@ -100,11 +121,11 @@ class RotationTables(PointerTables):
         del self._factors[linear, slot]
 
 
-def _describe(factors: RotationEntry) -> Tensor:
-    """int64 [1 + 5 factors], see ``cpu/rotation_ops.inc``: addresses of blocks and order, how many blocks of what size,
-    and the width."""
+def _tell(factors: RotationEntry) -> list[int]:
+    """How many factors; then of each, as in ``cpu/rotation_ops.inc``: addresses of blocks and order, how many blocks of
+    what size, and the width."""
     numbers = [len(factors)]
     for factor in factors:
         order = 0 if factor.order is None else factor.order.data_ptr()
         numbers += [factor.blocks.data_ptr(), order, *factor.blocks.shape[:2], factor.width]
-    return torch.tensor(numbers)
+    return numbers

@@ -32,15 +32,20 @@ def rotate_blocks(
 
     x [T, N] is what is turned, y [T, N] what the change is added to: mostly a copy of x, and not x itself. R are a
     part's factors one after the other. A part at scale 0, rows and members without an entry change nothing, to the
-    bit. fp32 sums in binding order; members, ``depth`` and errors as in ``lora_linear``. No Triton twin: the definition
-    runs on a GPU.
+    bit. fp32 sums in binding order; members, ``depth`` and errors as in ``lora_linear``. On a GPU steps with prompts
+    run by the definition: the kernels' planes would be large.
     """
     if work.is_empty or not work.concerns(tables, members):
         return
-    if y.device.type == "cpu" and select(y.device, backend) == "cpu":
+    selected = select(y.device, backend)
+    if selected == "cpu":
         from deltaserve_kernels import cpu
 
         cpu.rotate_blocks(y, x, work, tables, members, depth)
+    elif selected == "triton" and not work.has_prompts:
+        from deltaserve_kernels.triton_ops import rotations
+
+        rotations.rotate_blocks(y, x, work, tables, members, depth)
     else:
         _definition(y, x, work, tables, members, depth)
 

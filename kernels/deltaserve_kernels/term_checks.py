@@ -39,6 +39,11 @@ def check_scale_shift(
 ) -> None:
     """Raise a KernelError unless ``scale_shift`` arguments fit together."""
     check_linear(y, y, work, tables, members, has_dtype=False)
+    check_gains(members, gain, shift)
+
+
+def check_gains(members: Sequence[Member], gain: Tensor | None, shift: Tensor | None) -> None:
+    """Raise a ShapeMismatch unless a gain and a shift, where given, are fp32 vectors of the one member."""
     for name, vector in (("gain", gain), ("shift", shift)):
         if vector is None:
             continue

@@ -88,7 +88,7 @@ def scale_shift(
 
     With ``gain`` and ``shift`` (fp32 [N], for one member) f starts from the gain and t from the shift; ``unit`` 0 tells
     that the tables hold differences: ``f = gain + sum of scale * s_part``. y [T, N] as in ``lora_linear``, of any float
-    dtype. fp32 sums in binding order. Raises a KernelError. No Triton twin: the definition runs on a GPU.
+    dtype. fp32 sums in binding order. Raises a KernelError.
     """
     if work.is_empty or not work.concerns(tables, members):
         return
@@ -97,7 +97,7 @@ def scale_shift(
 
         cpu.scale_shift(y, work, tables, members, depth, gain, shift, unit)
     else:
-        term_reference.scale_shift(y, work, tables, members, depth, gain, shift, unit)
+        _implementation(y.device, backend).scale_shift(y, work, tables, members, depth, gain, shift, unit)
 
 
 def rms_norm(

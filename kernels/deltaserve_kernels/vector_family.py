@@ -7,7 +7,7 @@ A row's terms are found once a step, by its binding. Rows with vectors take a pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -77,6 +77,9 @@ class VectorFamily:
         self.out_rotations = RotationTables(num_linears, num_slots, device)
         self.num_slots = num_slots
         self._used: set[int] = set()
+        self.version = 0  # rises with every change: what was made of the tables before may be of another form
+        # int32 [num_slots], 1 where a slot has anything: what kernels know rows with vectors by.
+        self.flags = torch.zeros(num_slots, dtype=torch.int32, device=device)
 
     @property
     def is_empty(self) -> bool:
@@ -88,6 +91,7 @@ class VectorFamily:
 
     def set_all(self, slot: int, entries: VectorEntries) -> None:
         """Point a slot at an adapter's vectors. Raises a KernelError; ``clear`` the slot then."""
+        self.version += 1
         for tables, given in zip((self.outputs, self.inputs, self.norms), entries[:3], strict=True):
             if given:
                 self._used.add(slot)
@@ -96,11 +100,15 @@ class VectorFamily:
             if factors:
                 self._used.add(slot)
                 turns.set_all(slot, factors)
+        if slot in self._used:
+            self.flags[slot] = 1
 
     def clear(self, slot: int) -> None:
         """Empty a slot and let go of its tensors."""
         if slot in self._used:
+            self.version += 1
             self._used.remove(slot)
+            self.flags[slot] = 0
             for tables in (self.outputs, self.inputs, self.norms, self.in_rotations, self.out_rotations):
                 if tables.has_slot(slot):
                     tables.clear(slot)
@@ -155,6 +163,8 @@ def split_runs(
     sizes = [sum(run[1] for run in chosen if run[2] == binding) for binding in bindings]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     compact = build_work_list_runs(list(zip(starts, sizes, bindings, strict=True)), sum(sizes), device)
+    # What the step is, not how many rows share a binding: forms of operators go by it.
+    compact = replace(compact, has_prompts=work.has_prompts)
     return VectorStep(
         family=family,
         work=work,

@@ -1,9 +1,9 @@
 """Terms of the embedding and of the head: low rank, and single rows that an adapter has trained.
 
 The embedding is a matrix with one row a token, read by token id; the head one with one row a token, multiplied. Both
-are numbered here as tables number linears. Trained rows run as this PyTorch definition on every device; a low-rank head
-is ``lora_linear`` over the rows that get logits. fp32 sums in binding order, each in an order that depends on nothing
-but the row itself, so that nobody's bits depend on who else is in the step.
+are numbered here as tables number linears. This is the PyTorch definition, which runs on a CPU (``vocabulary_rows``
+chooses); a low-rank head is ``lora_linear`` over the rows that get logits. fp32 sums in binding order, each in an order
+that depends on nothing but the row itself, so that nobody's bits depend on who else is in the step.
 """
 
 from __future__ import annotations
@@ -34,10 +34,19 @@ class RowsEntry(NamedTuple):
 
 
 class RowsTables(PointerTables):
-    """Trained rows, by embedding and head. ``get`` answers (ids, values). No kernel reads them: no arrays."""
+    """Trained rows, by embedding and head. ``get`` answers (ids, values).
 
-    ARRAYS = ()
+    pointers: int64 [2, 2, num_slots]  addresses of ids and values; 0 where there are none
+    counts:   int32 [2, num_slots]
+    """
+
+    ARRAYS = ("pointers", "counts")
     NOUN = "matrix"
+
+    def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(num_linears, num_slots, device)
+        self.pointers = self._array(2)
+        self.counts = self._array(dtype=torch.int32)
 
     def set_all(self, slot: int, entries: Sequence[tuple[int, RowsEntry]]) -> None:
         """Point a slot at an adapter's rows. Raises a KernelError and leaves the table as it was."""
@@ -56,7 +65,12 @@ class RowsTables(PointerTables):
         if entries:
             matrices = [matrix for matrix, _ in entries]
             self._put(
-                slot, matrices, [tuple(entry) for _, entry in entries], [(0, e.values.shape[1]) for _, e in entries]
+                slot,
+                matrices,
+                [tuple(entry) for _, entry in entries],
+                [(0, e.values.shape[1]) for _, e in entries],
+                pointers=[[e.ids.data_ptr(), e.values.data_ptr()] for _, e in entries],
+                counts=[e.ids.numel() for _, e in entries],
             )
 
 
@@ -164,7 +178,7 @@ def changed_embeddings(ids: Tensor, weight: Tensor, step: VocabularyStep) -> Ite
     """(rows int64 [n], weights fp32 [n, width]): rows of the step whose token has another embedding than ``weight``
     [vocab, width] says, and that embedding. ``ids`` int64 [T]: the step's tokens."""
     for rows, parts in items_of(step.embedding) if step.embedding is not None else ():
-        index = torch.tensor(rows, device=ids.device)
+        index = torch.tensor(rows, dtype=torch.int64, device=ids.device)
         tokens = ids[index]
         total = torch.zeros(len(rows), weight.shape[1], device=ids.device)
         touched = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
@@ -172,7 +186,8 @@ def changed_embeddings(ids: Tensor, weight: Tensor, step: VocabularyStep) -> Ite
             low_rank, trained = step.family.lora.get(EMBEDDING, slot), step.family.rows.get(EMBEDDING, slot)
             if scale and low_rank is not None:
                 a, b_t = low_rank
-                shrunk = a[:, tokens].float() * scale
+                # Of tokens that another adapter of the binding adds, low rank knows nothing.
+                shrunk = stored_rows(a.t(), tokens).t().float() * scale
                 for factors, row in zip(shrunk, b_t.float(), strict=True):
                     total += factors[:, None] * row
                 touched[:] = True

@@ -220,7 +220,18 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
     graphs = None
     if has_graphs:
         max_blocks = -(-max_model_len // BLOCK_SIZE)
-        graphs = DecodeGraphs(base, kv, lora, sparse, max_seqs=limits.max_num_seqs, max_blocks=max_blocks)
+        graphs = DecodeGraphs(
+            base,
+            kv,
+            lora,
+            sparse,
+            vectors=vectors,
+            blocks=block_tables,
+            apart=apart,
+            vocabulary=vocabulary,
+            max_seqs=limits.max_num_seqs,
+            max_blocks=max_blocks,
+        )
     runner = ModelRunner(
         base,
         kv,

@@ -14,8 +14,26 @@ from deltaserve.engine.graph_capture import Pass
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
-from deltaserve_kernels import LoraTables, PaddedLayout, SparseTables
-from deltatest.kernel_cases import csr
+from deltaserve_kernels import (
+    ACTIVATIONS,
+    EMBEDDING,
+    HEAD,
+    ApartEntries,
+    ApartFamily,
+    BlockTables,
+    LoraTables,
+    PaddedLayout,
+    RowsEntry,
+    SparseTables,
+    VectorEntries,
+    VectorEntry,
+    VectorFamily,
+    VocabularyEntries,
+    VocabularyFamily,
+)
+from deltatest.apart_cases import full, module, packed
+from deltatest.block_cases import listed
+from deltatest.kernel_cases import csr, randn
 
 NUM_SLOTS = 5
 LONGEST_TABLE = 6  # blocks of a sequence; all sequences of the largest step have blocks of their own
@@ -28,7 +46,12 @@ def rerun(run: Pass) -> Pass:
 
 
 class GraphRig:
-    """``capture`` defaults to running the same pass again. Slots: any of low-rank, sparse, both or nothing."""
+    """``capture`` defaults to running the same pass again. Slots: any of low-rank, sparse, both or nothing; with
+    ``has_vectors`` also scales, biases and norms ("vectors") and input scales of linears that share theirs ("fed");
+    with ``has_blocks`` row and column blocks ("blocks"); with ``has_apart`` dense differences ("dense") and modules at
+    attach points ("modules"): slot 0 alone has modules, so that a binding has one at a point; with ``has_vocabulary``
+    low rank and trained rows of embedding and head ("vocabulary"). ``tables``: what a runner is given beside low-rank
+    and sparse tables."""
 
     def __init__(
         self,
@@ -38,6 +61,10 @@ class GraphRig:
         capture_now: bool = True,
         seed: int = 0,
         max_seqs: int = 6,
+        has_vectors: bool = False,
+        has_blocks: bool = False,
+        has_apart: bool = False,
+        has_vocabulary: bool = False,
         **options: Any,
     ) -> None:
         self.base = base
@@ -47,16 +74,38 @@ class GraphRig:
         device = base.device
         self.lora = LoraTables(len(base.linears), NUM_SLOTS, device)
         self.sparse = SparseTables(len(base.linears), NUM_SLOTS, device)
+        self.vectors = VectorFamily(len(base.linears), len(base.norms), NUM_SLOTS, device) if has_vectors else None
+        self.blocks = BlockTables(len(base.linears), NUM_SLOTS, device) if has_blocks else None
+        self.apart = ApartFamily(len(base.linears), len(base.points), NUM_SLOTS, device) if has_apart else None
+        self.vocabulary = VocabularyFamily(NUM_SLOTS, device) if has_vocabulary else None
+        self.tables: dict[str, Any] = {
+            "vectors": self.vectors,
+            "blocks": self.blocks,
+            "apart": self.apart,
+            "vocabulary": self.vocabulary,
+        }
         self.num_blocks = max(40, LONGEST_TABLE * max(options.get("row_counts") or [max_seqs]))
         self.kv = KVCache(base.kv_layout, self.num_blocks, device, has_scratch=True)
         self.kv.pool.normal_(generator=torch.Generator(device).manual_seed(seed))
         self.graphs = DecodeGraphs(
-            base, self.kv, self.lora, self.sparse, max_seqs=max_seqs, max_blocks=8, capture=self._count, **options
+            base,
+            self.kv,
+            self.lora,
+            self.sparse,
+            **self.tables,
+            max_seqs=max_seqs,
+            max_blocks=8,
+            capture=self._count,
+            **options,
         )
         if capture_now:
             self.graphs.capture()
         self.eager_kv = KVCache(base.kv_layout, self.num_blocks, device)
-        self.eager = ModelRunner(base, self.eager_kv, self.lora, self.sparse)
+        self.eager = self.new_runner()
+
+    def new_runner(self) -> ModelRunner:
+        """Over the same tables, without graphs, and the cache that is a copy."""
+        return ModelRunner(self.base, self.eager_kv, self.lora, self.sparse, **self.tables)
 
     def _count(self, run: Pass) -> Pass:
         self.num_captures += 1
@@ -67,20 +116,134 @@ class GraphRig:
 
     def change_adapters(self) -> None:
         """Empty some slots and fill some, with terms of other kinds, ranks and targets than before."""
+        kinds: list[tuple[str, ...]] = [(), ("lora",), ("sparse",), ("lora", "sparse")]
+        if self.vectors is not None:
+            kinds += [("vectors",), ("vectors", "fed"), ("lora", "vectors"), ("lora", "sparse", "vectors", "fed")]
+        if self.blocks is not None:
+            kinds += [("blocks",), ("lora", "blocks")]
+        if self.apart is not None:
+            kinds += [("dense",), ("lora", "dense")]
+        if self.vocabulary is not None:
+            everything = (*self.graphs.families, *(() if self.apart is None else ("dense",)))
+            kinds += [("vocabulary",), ("lora", "vocabulary"), everything]
+        with_modules = [] if self.apart is None else [("modules",), ("dense", "modules"), ("lora", "modules")]
         for slot in range(NUM_SLOTS):
             if self.draw.random() < 0.4:
-                self.lora.clear(slot)
-                self.sparse.clear(slot)
-                self.fill(slot, self.draw.choice([(), ("lora",), ("sparse",), ("lora", "sparse")]))
+                self.clear(slot)
+                self.fill(slot, self.draw.choice(kinds if slot else kinds + 3 * with_modules))
+
+    def clear(self, slot: int) -> None:
+        self.lora.clear(slot)
+        self.sparse.clear(slot)
+        for tables in self.tables.values():
+            if tables is not None:
+                tables.clear(slot)
+
+    def fill_apart(self, slot: int, families: Sequence[str], targets: Sequence[int], share: float = 0.7) -> None:
+        """Differences of some targets, full or packed, and modules at some points, some of them parallel."""
+        if self.apart is None:
+            raise ValueError("a rig without has_apart")
+        seed, dtype, size = self.draw.randrange(1 << 20), self.base.dtype, self.base.spec.hidden_size
+        dense, modules = [], []
+        for linear in targets if "dense" in families else ():
+            spec = self.base.spec.linears[self.base.linears[linear]]
+            shape = (spec.out_features, spec.in_features)
+            dense.append(
+                (linear, self.draw.choice([full(*shape, seed + linear, dtype), packed(*shape, seed + linear)]))
+            )
+        for point, name in enumerate(self.base.points) if "modules" in families else ():
+            if self.draw.random() < share and name in self.base.spec.points:
+                reads = point - 1 if name.endswith(("attn_out", "mlp_out")) and self.draw.random() < 0.5 else -1
+                phi, rank = self.draw.choice(list(ACTIVATIONS)), self.draw.choice([1, 4, 9])
+                has_biases = self.draw.random() < 0.5
+                options = {"has_biases": has_biases, "reads": reads, "dtype": dtype}
+                modules.append((point, module(size, rank, phi, seed + 7 * point, **options)))
+        self.apart.set_all(slot, ApartEntries(tuple(dense), tuple(modules)).to(self.base.device))
+
+    def fill_block(self, slot: int, linear: int) -> None:
+        """Listed rows, listed columns or both."""
+        if self.blocks is None:
+            raise ValueError("a rig without has_blocks")
+        spec = self.base.spec.linears[self.base.linears[linear]]
+        seed, which = self.draw.randrange(1 << 20), self.draw.choice(["rows", "columns", "both"])
+        rows = listed(spec.out_features, None if which == "columns" else self.draw.choice([1, 9]), seed)
+        cols = listed(spec.in_features, None if which == "rows" else self.draw.choice([1, 9]), seed + 1)
+        shape = (spec.out_features if rows is None else len(rows), spec.in_features if cols is None else len(cols))
+        d = randn(*shape, dtype=self.base.dtype, seed=seed, scale=0.2)
+        device = self.base.device
+        d, rows, cols = (
+            None if t is None else t.to(device) for t in (d.t().contiguous() if rows is None else d, rows, cols)
+        )
+        self.blocks.set(linear, slot, d, spec.in_features, spec.out_features, out_rows=rows, in_cols=cols)
+
+    def fill_vectors(self, slot: int, targets: Sequence[int], *, fed: bool, share: float = 0.7) -> None:
+        """Scales and biases of some targets' outputs, differences of some norms, scales of some inputs; ``fed``: of
+        inputs that several linears share too."""
+        if self.vectors is None:
+            raise ValueError("a rig without has_vectors")
+        generator = torch.Generator().manual_seed(self.draw.randrange(1 << 30))
+
+        def vector(size: int, mean: float) -> torch.Tensor:
+            return (mean + 0.2 * torch.randn(size, generator=generator)).to(self.base.device)
+
+        def pair(size: int, mean: float, has_bias: bool = True) -> VectorEntry:
+            which = self.draw.choice([(1, 0), (0, 1), (1, 1)]) if has_bias else (1, 0)
+            return VectorEntry(vector(size, mean) if which[0] else None, vector(size, 0.0) if which[1] else None)
+
+        specs = [self.base.spec.linears[name] for name in self.base.linears]
+        alone = {group[0] for group in self.base.groups() if len(group) == 1}
+        outputs = [(i, pair(specs[i].out_features, 1.0)) for i in targets]
+        inputs = [
+            (i, pair(specs[i].in_features, 1.0, has_bias=False))
+            for i in targets
+            if (fed or self.base.linears[i] in alone) and self.draw.random() < share
+        ]
+        norms = [
+            (i, pair(self.base.norm(name)[0].numel(), 0.0, self.base.norm(name)[1] is not None))
+            for i, name in enumerate(self.base.norms)
+            if self.draw.random() < share
+        ]
+        self.vectors.set_all(slot, VectorEntries(tuple(outputs), tuple(inputs), tuple(norms)))
+
+    def fill_vocabulary(self, slot: int, num_added: int = 0) -> None:
+        """Low rank and trained rows, each of the embedding, the head or both; with tokens beyond the base's rows of
+        both."""
+        if self.vocabulary is None:
+            raise ValueError("a rig without has_vocabulary")
+        generator = torch.Generator().manual_seed(self.draw.randrange(1 << 30))
+        vocab, width = self.base.vocab_size, self.base.hidden_size
+
+        def matrix(rows: int, columns: int) -> torch.Tensor:
+            return (0.1 * torch.randn(rows, columns, generator=generator)).to(self.base.device, self.base.dtype)
+
+        def rows() -> RowsEntry:
+            known = sorted(self.draw.sample(range(vocab), vocab // 2))
+            ids = torch.tensor([*known, *range(vocab, vocab + num_added)], dtype=torch.int32)
+            return RowsEntry(ids.to(self.base.device), matrix(len(ids), width))
+
+        which = [self.draw.choice([(EMBEDDING,), (HEAD,), (EMBEDDING, HEAD)]) for _ in range(2)]
+        if num_added:
+            which[1] = (EMBEDDING, HEAD)
+        sizes = {EMBEDDING: (vocab, width), HEAD: (width, vocab)}
+        low_rank = tuple((m, matrix(3, sizes[m][0]), matrix(3, sizes[m][1])) for m in which[0])
+        self.vocabulary.set_all(slot, VocabularyEntries(low_rank, tuple((m, rows()) for m in which[1])))
 
     def fill(self, slot: int, families: Sequence[str], rank: int | None = None, share: float = 0.7) -> None:
         """``rank`` None: a random one for each linear; ``share`` of the linears get terms."""
         generator = torch.Generator().manual_seed(self.draw.randrange(1 << 30))
         device, dtype = self.base.device, self.base.dtype
         targets = [i for i in range(len(self.base.linears)) if self.draw.random() < share]
+        if "vectors" in families:
+            self.fill_vectors(slot, targets, fed="fed" in families, share=share)
+        if "dense" in families or "modules" in families:
+            self.fill_apart(slot, families, targets, share)
+        if "vocabulary" in families:
+            self.fill_vocabulary(slot)
         for linear in targets:
             spec = self.base.spec.linears[self.base.linears[linear]]
             out_features, in_features = spec.out_features, spec.in_features
+            if "blocks" in families:
+                self.fill_block(slot, linear)
             if "lora" in families:
                 r = rank or self.draw.choice([1, 2, 8, 17])
                 a = torch.randn(r, in_features, generator=generator) * 0.1

@@ -17,6 +17,7 @@ from deltaserve_kernels import (
     change_head,
     changed_embeddings,
     split_vocabulary,
+    widened,
 )
 from deltatest.kernel_cases import Parts, randn
 
@@ -142,6 +143,26 @@ def test_parts_of_no_strength_are_in_no_list() -> None:
     assert step.embedding is not None
     assert step.head is not None
     assert (step.embedding.rows.tolist(), step.head.rows.tolist()) == ([2], [0, 1])
+
+
+def test_low_rank_knows_nothing_of_tokens_that_another_part_adds() -> None:
+    family, added = filled(), randn(1, WIDTH, seed=12)
+    entry = RowsEntry(torch.tensor([VOCAB + 1], dtype=torch.int32), added)
+    family.set_all(2, VocabularyEntries(rows=((EMBEDDING, entry), (HEAD, entry))))
+    ids, weight = torch.tensor([VOCAB + 1, 5]), randn(VOCAB, WIDTH, seed=9)
+    step = split_vocabulary([(0, 2, ((1, 1.0, 1.0), (2, 1.0, 1.0)))], 2, None, family)
+    assert step.num_token_ids == VOCAB + 2
+    ((rows, weights),) = changed_embeddings(ids, weight, step)
+    assert rows.tolist() == [0, 1]
+    assert torch.equal(weights[0], added[0])
+    torch.testing.assert_close(weights[1], (weight.double() + matrix_change(EMBEDDING, 1))[5].float())
+    # Neither does a low-rank head.
+    x, before = randn(2, WIDTH, seed=1), randn(2, VOCAB, seed=2)
+    y, alone = widened(before, step), before.clone()
+    change_head(y, x, step, VOCAB)
+    change_head(alone, x, split_vocabulary([(0, 2, ((1, 1.0, 1.0),))], 2, None, family), VOCAB)
+    assert torch.equal(y[:, :VOCAB], alone)
+    torch.testing.assert_close(y[:, VOCAB:], torch.stack([torch.zeros(2), x @ added[0]], dim=1))
 
 
 def test_slots_come_and_go() -> None:

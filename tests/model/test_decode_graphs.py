@@ -19,7 +19,7 @@ from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.engine.static_step import StaticStep
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve.model.kv_cache import KVCache
-from deltaserve_kernels import LoraTables, use_backend
+from deltaserve_kernels import EMBEDDING, LoraTables, RotationFactor, VectorEntries, VocabularyEntries, use_backend
 from deltatest.engine_fakes import request as make_request
 from deltatest.graph_rig import GraphRig, rerun
 from deltatest.real_engine import real_rig
@@ -48,6 +48,45 @@ def test_random_steps_equal_the_eager_runner_to_the_bit(base: BaseModel) -> None
         rig.change_adapters()
         rig.check(rig.random_batch(), f"step {step}")
     assert rig.num_captures == rig.graphs.num_graphs == len(rig.graphs.row_counts) * 4
+
+
+def test_random_steps_with_vectors_and_vocabularies_equal_the_eager_runner(base: BaseModel) -> None:
+    """Scales, biases, norms, inputs, embeddings and heads, in rows of several parts, at strengths that vary by depth,
+    in company; the eager runner finds its rows on the host and shares nothing but the tables."""
+    rig = GraphRig(base, has_vectors=True, has_vocabulary=True)
+    for step in range(15):
+        rig.change_adapters()
+        rig.check(rig.random_batch(), f"step {step}")
+    assert rig.num_captures == rig.graphs.num_graphs == len(rig.graphs.row_counts) * 7
+
+
+def test_random_steps_with_blocks_equal_the_eager_runner(base: BaseModel) -> None:
+    rig = GraphRig(base, has_blocks=True, row_counts=[2, 5])
+    for step in range(8):
+        rig.change_adapters()
+        rig.check(rig.random_batch(), f"step {step}")
+    assert rig.num_captures == rig.graphs.num_graphs == 2 * 5
+
+
+def test_random_steps_with_differences_and_modules_equal_the_eager_runner(base: BaseModel) -> None:
+    """The eager runner goes by items that it finds on the host, the graphs by tables and lists alone."""
+    rig = GraphRig(base, has_apart=True, row_counts=[2, 5])
+    for step in range(12):
+        rig.change_adapters()
+        rig.check(rig.random_batch(), f"step {step}")
+    assert rig.num_captures == rig.graphs.num_graphs == 2 * 6
+
+
+def test_two_adapters_with_modules_in_one_binding_are_in_no_graph(llama: BaseModel) -> None:
+    """One reads what the other added, which takes launches that follow the binding."""
+    rig = GraphRig(llama, has_apart=True, row_counts=[2])
+    for slot in (0, 1):
+        rig.fill(slot, ("modules",), share=1.0)
+    rig.fill(2, ("dense",), share=1.0)
+    batch = rig.random_batch(2, max_parts=0)
+    for slots, is_served in (([0, 2], True), ([0], True), ([0, 1], False)):
+        batch[1].parts = tuple(ScheduledPart(slot, 0.5, 1.0) for slot in slots)
+        assert (rig.graphs.run(batch) is not None) == is_served
 
 
 def low_rank_adapter(base: BaseModel, rank: int, seed: int) -> FoldedAdapter:
@@ -122,6 +161,62 @@ def test_a_step_takes_the_smallest_graph_that_has_its_rows_and_families(llama: B
     assert recorded.replayed == [(2, frozenset({"lora", "sparse"}))]
     with pytest.raises(ValueError, match="only \\['lora', 'sparse'\\] have tables"):
         DecodeGraphs(llama, narrow.kv, narrow.lora, narrow.sparse, keys=[["blocks"]], capture=rerun)
+
+
+def test_graphs_of_every_family_at_start_up_are_as_many_as_the_docs_say(llama: BaseModel) -> None:
+    rig = GraphRig(llama, capture_now=False, has_vectors=True, has_blocks=True, has_apart=True, has_vocabulary=True)
+    light = {"lora", "sparse", "vectors", "blocks", "vocabulary"}
+    alone = [{"apart"}, {"lora"}, {"sparse"}, {"vectors"}]
+    assert list(rig.graphs.keys) == [set(), *alone, {"lora", "sparse"}, light, {*light, "fed", "apart"}]
+    assert len(buckets(64)) * len(rig.graphs.keys) == 72
+
+
+def test_vectors_have_graphs_of_their_own_and_inputs_of_several_linears_the_largest(llama: BaseModel) -> None:
+    rig = GraphRig(llama, has_vectors=True)
+    recorded = Recorded(rig.graphs)
+    rig.fill(0, ("vectors",))
+    rig.fill(1, ("vectors", "fed"), share=1.0)
+    rig.fill(2, ("lora",))
+    everything = frozenset({"lora", "sparse", "vectors", "fed"})
+    light = everything - {"fed"}
+    for slots, families in (([0], {"vectors"}), ([1], everything), ([0, 2], light), ([2], {"lora"})):
+        batch = rig.random_batch(2, max_parts=0)
+        batch[1].parts = tuple(ScheduledPart(slot, 0.5, 1.0) for slot in slots)
+        rig.check(batch)
+        assert recorded.replayed.pop() == (2, frozenset(families))
+    # At strength 0, and where nobody has such an adapter, the bits are the base's.
+    plain = [ScheduledSequence(0, [7], 3, [1]), ScheduledSequence(1, [9], 3, [2])]
+    wanted = rig.graphs.run(plain).clone()
+    for strengths in ((0.0, 0.0), (1.0, 1.0)):
+        plain[0].parts = (ScheduledPart(1, *strengths),)
+        found = rig.graphs.run(plain)
+        assert recorded.replayed.pop() == (2, everything)
+        assert torch.equal(found[1], wanted[1])
+        assert torch.equal(found[0], wanted[0]) == (strengths == (0.0, 0.0))
+    # Embedding and head are in the largest, as far as graphs have room.
+    tokens = GraphRig(llama, has_vocabulary=True, max_rank=32)
+    recorded_tokens = Recorded(tokens.graphs)
+    tokens.fill(0, ("vocabulary",))
+    plain[0].parts = (ScheduledPart(0),)
+    tokens.check(plain)
+    assert recorded_tokens.replayed == [(2, frozenset({"lora", "sparse", "vocabulary"}))]
+    a, b_t = torch.zeros(33, llama.vocab_size), torch.zeros(33, llama.hidden_size)
+    tokens.vocabulary.set_all(1, VocabularyEntries(((EMBEDDING, a, b_t),)))
+    plain[0].parts = (ScheduledPart(1),)
+    assert tokens.graphs.run(plain) is None
+    # Nor do tokens that an adapter adds, for which logits are wider.
+    for num_added, is_served in ((0, True), (1, False)):
+        tokens.clear(1)
+        tokens.fill_vocabulary(1, num_added)
+        assert (tokens.graphs.run(plain) is not None) == is_served
+    assert tokens.eager.execute(plain).shape == (2, llama.vocab_size + 1)
+    # Rotations are in no graph.
+    blocks = torch.randn(llama.spec.linears[llama.linears[0]].in_features // 4, 4, 4) * 0.1
+    rig.vectors.clear(0)
+    rig.vectors.set_all(0, VectorEntries(in_rotations=((0, (RotationFactor(blocks, None),)),)))
+    plain[0].parts = (ScheduledPart(0),)
+    assert rig.graphs.run(plain) is None
+    assert rig.eager.execute(plain) is not None
 
 
 def test_what_no_graph_serves_is_left_to_the_eager_runner(llama: BaseModel) -> None:

@@ -29,12 +29,19 @@ from deltaserve.model.base import BaseModel, load_base
 from deltaserve_kernels import use_backend
 from deltaserve_kernels.triton_ops import (
     attention_kernels,
+    block_kernels,
+    block_rows,
+    dense_kernels,
     guard,
     lora_programs,
+    module_kernels,
     pointwise_kernels,
     rotary,
+    row_items,
     sparse_kernels,
     tile_kernels,
+    vector_row_kernels,
+    vocabulary_kernels,
 )
 from deltatest.graph_rig import GraphRig
 from deltatest.tape import Tape
@@ -48,7 +55,13 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "
 KERNELS = (
     lora_programs.shrink, lora_programs.expand, sparse_kernels.sparse, tile_kernels.build_tiles,
     attention_kernels.decode, attention_kernels.combine, attention_kernels.prefill, rotary.rotate_and_store,
-    pointwise_kernels.rms_norm_rows, pointwise_kernels.gated_rows,
+    pointwise_kernels.rms_norm_rows, pointwise_kernels.gated_rows, block_rows.blocks_by_row,
+    block_kernels.shrink_blocks, block_kernels.expand_blocks, dense_kernels.dense, module_kernels.module_down,
+    module_kernels.module_up,
+    row_items.store_items, row_items.flag_rows,
+    vector_row_kernels.scale_rows, vector_row_kernels.feed_rows, vector_row_kernels.gather_rows,
+    vector_row_kernels.set_rows_aside, vector_row_kernels.put_rows_back, vector_row_kernels.changed_norm_rows,
+    vocabulary_kernels.embedding_rows, vocabulary_kernels.put_rows, vocabulary_kernels.head_rows,
 )  # fmt: skip
 
 
@@ -76,7 +89,9 @@ def _triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def rig_of(base: BaseModel, **options: object) -> GraphRig:
     capture = CudaCapture(base.device) if ON_GPU else Tape()
     if not ON_GPU:
-        options = {"row_counts": [3], "keys": [["lora", "sparse"]], **options}
+        families = ["vectors", "fed"] if "has_vectors" in options else ["lora", "sparse"]
+        options = {"row_counts": [3], "keys": [families], **options}
+    options = {"has_blocks": ON_GPU, "has_apart": ON_GPU, **options}
     return GraphRig(base, capture=capture, max_seqs=20 if ON_GPU else 3, **options)  # type: ignore[arg-type]
 
 
@@ -109,9 +124,43 @@ def test_replays_equal_launches_and_follow_the_tables(base: BaseModel) -> None:
     assert rig.num_captures == rig.graphs.num_graphs
 
 
+def test_replays_with_vectors_equal_launches_and_follow_the_tables(base: BaseModel) -> None:
+    rig = rig_of(base, has_vectors=True, has_vocabulary=ON_GPU)
+    for step in range(60 if ON_GPU else 1):
+        rig.change_adapters()
+        if not ON_GPU:
+            rig.lora.clear(0), rig.sparse.clear(0)
+            rig.fill(0, ("vectors", "fed"))
+        batch = rig.random_batch(max_parts=step % 3)
+        if not ON_GPU:
+            for seq in batch:
+                seq.parts = (ScheduledPart(0),)
+        check_against_launches(rig, batch, f"step {step}")
+    assert rig.num_captures == rig.graphs.num_graphs
+
+
+def test_a_row_s_bits_do_not_follow_the_vectors_of_others(base: BaseModel) -> None:
+    """Of one bucket: rows of the base, of low rank and of vectors at strength 0 beside rows with vectors."""
+    rig = rig_of(base, has_vectors=True)
+    families = ("vectors", "fed") if not ON_GPU else ("lora", "vectors", "fed")
+    rig.fill(0, families, share=1.0)
+    batch = rig.random_batch(3, max_parts=0)
+    batch[1].parts = (ScheduledPart(0, 0.0, 0.0),)
+
+    def replay(strength: float) -> torch.Tensor:
+        batch[2].parts = (ScheduledPart(0, strength, strength),)
+        found = rig.graphs.run(batch)
+        assert found is not None
+        return found.clone()
+
+    without, found = replay(0.0), replay(1.0)
+    assert torch.equal(found[:2], without[:2])
+    assert not torch.equal(found[2], without[2])
+
+
 def test_replays_are_near_the_eager_runner(base: BaseModel) -> None:
     """Whose steps are not padded: a library's products may differ in the last bits with the number of rows."""
-    rig = rig_of(base)
+    rig = rig_of(base, **({"has_vectors": True, "has_vocabulary": True} if ON_GPU else {}))
     for _ in range(20 if ON_GPU else 1):
         rig.change_adapters()
         batch = rig.random_batch()
@@ -125,8 +174,8 @@ def test_replays_are_near_the_eager_runner(base: BaseModel) -> None:
 
 @pytest.mark.skipif(not ON_GPU, reason="the tape raises on what would sync, in graph_cases")
 def test_a_step_does_not_wait_and_sampling_waits_once(base: BaseModel) -> None:
-    rig = rig_of(base, capture_now=False)
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=rig.graphs)
+    rig = rig_of(base, capture_now=False, has_vectors=True, has_vocabulary=True)
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=rig.graphs, **rig.tables)
     runner.warm_up()
     rig.change_adapters()
     batch = rig.random_batch(7)
@@ -173,12 +222,13 @@ def sampling_sequences(count: int) -> list:  # type: ignore[type-arg]
 
 @pytest.mark.skipif(not ON_GPU, reason="no compiler and no device memory")
 def test_a_thousand_replays_take_no_memory_and_compile_nothing(base: BaseModel) -> None:
-    rig = rig_of(base, capture_now=False)
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=rig.graphs)
+    rig = rig_of(base, capture_now=False, has_vectors=True, has_vocabulary=True)
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=rig.graphs, **rig.tables)
     runner.warm_up(max_tokens=256)
     compiled = num_compiled()
     assert compiled >= len(KERNELS)
-    for slot, families in enumerate((("lora",), ("sparse",), ("lora", "sparse"))):
+    together = (("dense", "modules"), ("sparse", "vectors", "vocabulary"), ("lora", "blocks", "vectors", "fed"))
+    for slot, families in enumerate(together):
         rig.fill(slot, families, rank=20)
     batches = [rig.random_batch() for _ in range(20)]
     for batch in batches:

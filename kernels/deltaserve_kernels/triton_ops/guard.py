@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from deltaserve_kernels import checks
+from deltaserve_kernels import checks, row_checks
 from deltaserve_kernels.checks import AnyTables, Member
+from deltaserve_kernels.dense_tables import DenseTables
 from deltaserve_kernels.errors import DtypeMismatch, OutOfRange, ShapeMismatch
+from deltaserve_kernels.module_tables import ModuleTables
 from deltaserve_kernels.tables import FLOAT_DTYPES
 from deltaserve_kernels.worklist import WorkList
 
@@ -19,14 +21,16 @@ def may_look(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def check_linear(y: Tensor, x: Tensor, work: WorkList, tables: AnyTables, members: Sequence[Member]) -> None:
+def check_linear(
+    y: Tensor, x: Tensor, work: WorkList, tables: AnyTables, members: Sequence[Member], *, has_dtype: bool = True
+) -> None:
     """``checks.check_linear`` on the host; on a GPU all of it but the list's contents. Raises a KernelError."""
     if may_look(x):
-        checks.check_linear(y, x, work, tables, members)
+        checks.check_linear(y, x, work, tables, members, has_dtype=has_dtype)
         return
     if y.dim() != 2 or x.dim() != 2 or y.shape[0] != x.shape[0] or x.shape[0] != work.num_rows:
         raise ShapeMismatch(f"y {list(y.shape)} and x {list(x.shape)} must be [T, N] and [T, K], T = {work.num_rows}")
-    if x.dtype not in FLOAT_DTYPES or y.dtype != x.dtype or tables.dtype not in (None, x.dtype):
+    if x.dtype not in FLOAT_DTYPES or y.dtype != x.dtype or (has_dtype and tables.dtype not in (None, x.dtype)):
         raise DtypeMismatch(f"y is {y.dtype}, x {x.dtype}, the tables hold {tables.dtype}; one float dtype is needed")
     if y.stride(1) != 1 or x.stride(1) != 1:
         raise ShapeMismatch(f"rows of y {y.stride()} and x {x.stride()} must be contiguous")
@@ -36,6 +40,36 @@ def check_linear(y: Tensor, x: Tensor, work: WorkList, tables: AnyTables, member
             raise OutOfRange(f"linear {linear} has {known_out} outputs; columns {start}:{stop} of {y.shape[1]} differ")
         if known_in and known_in != x.shape[1]:
             raise ShapeMismatch(f"linear {linear} has {known_in} inputs; x has {x.shape[1]}")
+
+
+def check_apart(y: Tensor, x: Tensor, work: WorkList, tables: DenseTables, members: Sequence[Member]) -> None:
+    """Raise a KernelError unless arguments of ``dense.dense_linear`` fit together; no list is looked into."""
+    row_checks.check_rows(y, work, name="y")
+    row_checks.check_rows(x, work, name="x")
+    if y.dtype != x.dtype or tables.matrix_dtype not in (None, x.dtype):
+        raise DtypeMismatch(f"y is {y.dtype}, x {x.dtype}, matrices are {tables.matrix_dtype}; one dtype is needed")
+    for linear, start, stop in members:
+        known_in, known_out = tables.shape_of(linear)
+        if not 0 <= start < stop <= y.shape[1] or (known_out and (known_in, known_out) != (x.shape[1], stop - start)):
+            raise ShapeMismatch(
+                f"linear {linear}: a difference [{known_out}, {known_in}]; [{stop - start}, {x.shape[1]}] is needed"
+            )
+
+
+def check_modules(y: Tensor, work: WorkList, tables: ModuleTables, point: int, read: Mapping[int, Tensor]) -> Tensor:
+    """What modules at ``point`` read of another point, ``y`` itself where nothing is given: at most one other has been
+    told to the tables. Raises a KernelError unless arguments fit together."""
+    row_checks.check_rows(y, work, tables, (point,), y.shape[-1], name="y")
+    if tables.dtype not in (None, y.dtype):
+        raise DtypeMismatch(f"y is {y.dtype} and modules {tables.dtype}; one dtype is needed")
+    others = sorted(tables.reads(point))
+    if len(others) > 1 or not read.keys() >= set(others):
+        raise OutOfRange(f"modules at point {point} read {others}; given are {sorted(read)}, and one is read at most")
+    # Before there is any such module, and so in a captured pass, what the sublayer is fed: all that a base knows.
+    other = read.get(others[0] if others else point - 1, y)
+    if other.shape != y.shape or other.dtype != y.dtype or other.stride(1) != 1:
+        raise ShapeMismatch(f"what is read at {others} is {other.dtype} {list(other.shape)}, not as y {list(y.shape)}")
+    return other
 
 
 def check_attention(

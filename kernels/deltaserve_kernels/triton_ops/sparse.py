@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.tables import SparseTables
-from deltaserve_kernels.triton_ops import bucketed, guard, jagged, sparse_kernels, sparse_wide
+from deltaserve_kernels.triton_ops import guard, jagged, sparse_kernels, sparse_wide
 from deltaserve_kernels.triton_ops.early import early
 from deltaserve_kernels.triton_ops.members import groups_of
 from deltaserve_kernels.triton_ops.tiles import RowTiles, row_tiles
@@ -27,19 +27,13 @@ class SparseForm:
             launch of its own. Otherwise rows are taken one after another
     staged: a row of x goes through shared memory, where it fits, instead of one load an element
     step:   diagonals that are read at a time, each up to four entries of 128 outputs
-    bucket: columns of a bucket where ``wide``, at most 16,384; None: all. Each bucket size in use needs a copy of the
-            adapters
     """
 
     tile_rows: int = 2
     wide: bool = False
     staged: bool = True
     step: int = 4
-    bucket: int | None = None
     num_warps: int = 4
-
-    def bucket_of(self, in_features: int) -> int:
-        return in_features if self.bucket is None else min(self.bucket, in_features)
 
     def stage(self, in_features: int) -> int:
         """Columns shared memory takes; 0 where x is gathered: by choice, or because a row does not fit."""
@@ -49,7 +43,6 @@ class SparseForm:
 
 DECODE = SparseForm()
 PROMPTS = SparseForm(wide=True, tile_rows=32)
-PREFILL = SparseForm(wide=True, tile_rows=32, bucket=2048)
 MAX_STAGE = 16384  # columns: 32 KB of 16 bits, of the 48 KB that a decode kernel may take
 _TRANSPOSE_K = 128
 
@@ -66,7 +59,7 @@ def sparse_linear(
     """``y[row, start:stop] += sum over parts of scale * (S x[row])``; see ``operators.sparse_linear``.
 
     No form: ``PROMPTS`` for a step with prompts, else ``DECODE``. The first call has the tables convert what they hold,
-    and a form with buckets converts what it meets first; that blocks. Raises a KernelError.
+    which blocks. Raises a KernelError.
     """
     if form is None:
         form = PROMPTS if work.has_prompts else DECODE
@@ -77,8 +70,6 @@ def sparse_linear(
     pointers = tables.keep_jagged()
     for linear, _, _ in members:
         tables.expect_columns(linear, in_features)
-    if form.wide and form.bucket is not None and form.bucket < in_features:
-        pointers = bucketed.pointers(tables, [linear for linear, _, _ in members], in_features, form.bucket)
     tiles = row_tiles(work, form.tile_rows)
     x_t = _transposed(x, work, tiles) if form.wide else x
     for group in groups_of(members):
@@ -89,7 +80,7 @@ def sparse_linear(
         if form.wide:
             sparse_wide.sparse_wide[grid](
                 y, y.stride(0), x_t, tiles.tile_item, tiles.tile_first, work.rows, work.item_rows, work.item_parts,
-                *last, K=in_features, BUCKET=form.bucket_of(in_features), TILE_ROWS=form.tile_rows,
+                *last, K=in_features, TILE_ROWS=form.tile_rows,
                 num_warps=form.num_warps, **group.place,
             )  # fmt: skip
         else:

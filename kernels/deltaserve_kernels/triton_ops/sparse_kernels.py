@@ -36,16 +36,16 @@ def entries_of(x, pointers, linear, slot, num_slots):
 
 
 @triton.jit
-def cell_of(pointers, linear, slot, num_slots, cell):
-    """(first diagonal, end, lanes of the rows) of one cell of (linear, slot); nothing where there is no entry."""
+def window_of(pointers, linear, slot, num_slots, window):
+    """(first diagonal, end, lanes of the rows) of one window of (linear, slot); nothing where there is no entry."""
     first = array(pointers, 3, linear, slot, num_slots)
     has = first != 0
     at = tl.multiple_of(first.to(tl.pointer_type(tl.int32)), 16)
-    begin = tl.load(at + cell, mask=has, other=0)
-    end = tl.load(at + cell + 1, mask=has, other=0)
+    begin = tl.load(at + window, mask=has, other=0)
+    end = tl.load(at + window + 1, mask=has, other=0)
     lanes = tl.multiple_of(array(pointers, 4, linear, slot, num_slots).to(tl.pointer_type(tl.int16)), 16)
     row = tl.arange(0, WINDOW)
-    word = tl.load(lanes + cell * WINDOW + row, mask=has & (row >= 0), other=0)
+    word = tl.load(lanes + window * WINDOW + row, mask=has & (row >= 0), other=0)
     return begin, end, word.to(tl.int32) & 255
 
 
@@ -101,7 +101,7 @@ def sparse(
         count = 0
         slot = first_slot
         for part in range(part_begin, part_end):
-            begin, end, lane = cell_of(pointers, linear, slot, num_slots, window)
+            begin, end, lane = window_of(pointers, linear, slot, num_slots, window)
             cols, values, diagonals = entries_of(x, pointers, linear, slot, num_slots)
             sums = tl.zeros((WINDOW,), dtype=tl.float32)
             for step in range(begin, end, STEP):

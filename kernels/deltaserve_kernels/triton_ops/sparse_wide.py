@@ -1,7 +1,7 @@
 """Sparse kernels for many rows an adapter (prefill), and the transposed copy of x that they read.
 
 A program takes one window of 128 outputs and a tile of 64 rows. One nonzero reads one line of x transposed, all rows of
-the tile at once; columns come bucket by bucket, so that the lines in use stay in the first-level cache.
+the tile at once.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from deltaserve_kernels.triton_ops.sparse_kernels import (
     WINDOW,
     add_to_y,
     array,
-    cell_of,
     entries_of,
     load_diagonals,
+    window_of,
 )
 
 
@@ -64,12 +64,11 @@ def sparse_wide(
     y, y_stride, x_t,
     tile_item, tile_first, rows, item_rows, item_parts, part_slot, part_scale, pointers, num_slots,
     linear0, linear1, linear2, depth,
-    K: tl.constexpr, BUCKET: tl.constexpr, TILE_ROWS: tl.constexpr,
+    K: tl.constexpr, TILE_ROWS: tl.constexpr,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     COLUMN0: tl.constexpr, COLUMN1: tl.constexpr, COLUMN2: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, windows of all members). One sum over a lane's entries in order: not the bits of ``sparse``."""
-    BUCKETS: tl.constexpr = (K + BUCKET - 1) // BUCKET
     tile = tl.program_id(0)
     item = tl.load(tile_item + tile)
     if item >= 0:
@@ -84,19 +83,18 @@ def sparse_wide(
             if array(pointers, 3, linear, slot, num_slots) != 0:
                 cols, values, diagonals = entries_of(x_t, pointers, linear, slot, num_slots)
                 scale = scale_of(part_scale, part, depth)
-                for bucket in range(BUCKETS):
-                    begin, end, lane = cell_of(pointers, linear, slot, num_slots, window * BUCKETS + bucket)
-                    acc = tl.zeros((WINDOW, TILE_ROWS), dtype=tl.float32)
-                    for step in range(begin, end):
-                        col, value, inside = load_diagonals(cols, values, diagonals, step, end, 1)
-                        c0, c1, c2, c3 = quarters(col)
-                        v0, v1, v2, v3 = quarters(value)
-                        acc = add_entry(acc, block, c0, v0, inside, TILE_ROWS)
-                        acc = add_entry(acc, block, c1, v1, inside, TILE_ROWS)
-                        acc = add_entry(acc, block, c2, v2, inside, TILE_ROWS)
-                        acc = add_entry(acc, block, c3, v3, inside, TILE_ROWS)
-                    total += tl.gather(acc, tl.broadcast_to(lane[:, None], (WINDOW, TILE_ROWS)), 0) * scale
-                    count += end - begin
+                begin, end, lane = window_of(pointers, linear, slot, num_slots, window)
+                acc = tl.zeros((WINDOW, TILE_ROWS), dtype=tl.float32)
+                for step in range(begin, end):
+                    col, value, inside = load_diagonals(cols, values, diagonals, step, end, 1)
+                    c0, c1, c2, c3 = quarters(col)
+                    v0, v1, v2, v3 = quarters(value)
+                    acc = add_entry(acc, block, c0, v0, inside, TILE_ROWS)
+                    acc = add_entry(acc, block, c1, v1, inside, TILE_ROWS)
+                    acc = add_entry(acc, block, c2, v2, inside, TILE_ROWS)
+                    acc = add_entry(acc, block, c3, v3, inside, TILE_ROWS)
+                total += tl.gather(acc, tl.broadcast_to(lane[:, None], (WINDOW, TILE_ROWS)), 0) * scale
+                count += end - begin
         if count > 0:
             position = first + tl.arange(0, TILE_ROWS)
             live = position < tl.load(item_rows + item + 1)

@@ -1,34 +1,38 @@
 """Decode steps as captured graphs: one for each bucket of rows and each set of term families, all made at start-up.
 
-A *family* is a kind of term with tables of its own (low-rank, sparse). Which families a step needs is known on the
+A *family* is a kind of term with tables of its own (``graph_families``). Which families a step needs is known on the
 host from its slots; the graph with no family has no launch for adapters at all. Inside a family adapters are data:
-tables say where their matrices are and what ranks they have, and a step's list says which rows use them, so no load,
-eviction, rank or mixture of them captures anything again.
+tables say where their numbers are and how many, and a step's list says which rows use them, so no load, eviction, rank
+or mixture of them captures anything again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltaserve.engine.batch import ScheduledSequence
 from deltaserve.engine.graph_capture import Capture, CudaCapture, Pass
+from deltaserve.engine.graph_families import Family, default_keys, give, known_families
 from deltaserve.engine.static_step import RowBinding, StaticStep
 from deltaserve.model.base import BaseModel
 from deltaserve.model.context import ForwardContext
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
-from deltaserve_kernels import LoraTables, PaddedLayout, SparseTables
+from deltaserve_kernels import (
+    ApartFamily,
+    BlockTables,
+    LoraTables,
+    PaddedLayout,
+    SparseTables,
+    VectorFamily,
+    VocabularyFamily,
+)
 
 MAX_RANK = 256
 """Ranks that graphs have room for. Adapters of a higher one are served without graphs."""
-
-Family = str
-FAMILIES: tuple[Family, ...] = ("lora", "sparse")
-"""Names of ``ForwardContext``'s tables."""
 
 
 def buckets(max_seqs: int) -> tuple[int, ...]:
@@ -41,10 +45,10 @@ class DecodeGraphs:
     """Runs decode steps (one token a sequence, logits "last") of at most ``max_seqs`` sequences by replay.
 
     ``kv`` needs a scratch block. ``max_blocks``: longest block table (default: the base's whole context). ``max_rank``:
-    rank that low-rank terms have room for. ``keys``: the sets of families to capture (default: none, each alone, all);
-    a step takes the smallest one that covers its own, and launches it does not need cost little and change nothing.
-    ``row_counts``: the buckets. ``capture``: CUDA graphs unless said otherwise; those need operators that look into no
-    tensor, which are the Triton ones.
+    rank that low-rank terms have room for. ``keys``: the sets of families to capture (default: see
+    ``default_keys``); a step takes the smallest one that covers its own, and launches it does not need cost little and
+    change nothing. ``row_counts``: the buckets. ``capture``: CUDA graphs unless said otherwise; those need operators
+    that look into no tensor, which are the Triton ones.
 
         graphs = DecodeGraphs(base, KVCache(layout, num_blocks, device, has_scratch=True), lora, sparse, max_seqs=64)
         graphs.capture()              # before traffic
@@ -60,6 +64,10 @@ class DecodeGraphs:
         lora: LoraTables | None = None,
         sparse: SparseTables | None = None,
         *,
+        vectors: VectorFamily | None = None,
+        blocks: BlockTables | None = None,
+        apart: ApartFamily | None = None,
+        vocabulary: VocabularyFamily | None = None,
         max_seqs: int = 64,
         max_blocks: int | None = None,
         max_rank: int = MAX_RANK,
@@ -73,12 +81,17 @@ class DecodeGraphs:
         if max_blocks is None:
             max_blocks = min(-(-base.max_context // BLOCK_SIZE), kv.num_blocks)
         self.step = StaticStep(kv, max_seqs=self.row_counts[-1], max_blocks=max_blocks, has_regimes=base.has_kv_regimes)
-        given: dict[Family, Any] = {"lora": lora, "sparse": sparse}
-        self._tables = {family: tables for family, tables in given.items() if tables is not None}
-        if lora is not None:
-            lora.reserve_rank(max_rank)
-        self._max_rank = lora.rank_capacity if lora is not None else 0
-        self._num_slots = {family: tables.num_slots for family, tables in self._tables.items()}
+        self.families = known_families(
+            base,
+            lora=lora,
+            sparse=sparse,
+            vectors=vectors,
+            blocks=blocks,
+            apart=apart,
+            vocabulary=vocabulary,
+            max_rank=max_rank,
+        )
+        self._num_slots = {name: family.num_slots() for name, family in self.families.items()}
         self.keys = self._sorted_keys(keys)
         self._capture: Capture = capture or CudaCapture(kv.pool.device)
         self._replays: dict[tuple[int, frozenset[Family]], Pass] = {}
@@ -87,11 +100,10 @@ class DecodeGraphs:
 
     def _sorted_keys(self, keys: Iterable[Iterable[Family]] | None) -> tuple[frozenset[Family], ...]:
         """Smallest first, the empty one always among them."""
-        wanted = [[], *([family] for family in self._tables), self._tables] if keys is None else [[], *keys]
-        unique = {frozenset(key) for key in wanted}
+        unique = {frozenset(key) for key in (default_keys(self.families) if keys is None else [[], *keys])}
         for key in unique:
-            if not key <= set(self._tables):
-                raise ValueError(f"families {sorted(key)}: only {sorted(self._tables)} have tables")
+            if not key <= set(self.families):
+                raise ValueError(f"families {sorted(key)}: only {sorted(self.families)} have tables")
         return tuple(sorted(unique, key=lambda key: (len(key), sorted(key))))
 
     @property
@@ -134,15 +146,17 @@ class DecodeGraphs:
 
     def _families(self, bindings: list[RowBinding]) -> frozenset[Family] | None:
         """Families that some row's adapters have; None when an adapter or a table has outgrown the graphs."""
-        if any(tables.num_slots != self._num_slots[family] for family, tables in self._tables.items()):
-            return None
         slots = {slot for binding in set(bindings) for slot, _, _ in binding}
-        lora = self._tables.get("lora")
-        if lora is not None and any(lora.largest_rank(slot) > self._max_rank for slot in slots):
-            return None
-        return frozenset(
-            family for family, tables in self._tables.items() if any(tables.has_slot(slot) for slot in slots)
-        )
+        together = [[part[0] for part in binding] for binding in set(bindings) if len(binding) > 1]
+        needed = []
+        for name, family in self.families.items():
+            if family.num_slots() != self._num_slots[name] or any(family.refuses(slot) for slot in slots):
+                return None
+            if any(map(family.refuses_together, together)):
+                return None
+            if any(family.has_slot(slot) for slot in slots):
+                needed.append(name)
+        return frozenset(needed)
 
     def _pass(self, num_rows: int, key: frozenset[Family]) -> None:
         inputs = self.step.inputs(num_rows)
@@ -154,11 +168,10 @@ class DecodeGraphs:
             kv_index=inputs.kv_index,
             kv=self.kv,
             work=inputs.work if key else None,
-            lora=self._tables["lora"] if "lora" in key else None,
-            sparse=self._tables["sparse"] if "sparse" in key else None,
             kv_regimes=inputs.regimes,
             is_decode=True,
         )
+        give(self.families, key, ctx)
         hidden = self.base.forward(inputs.ids, ctx)
         self.base.logits(hidden, ctx, out=self._logits[:num_rows])
 

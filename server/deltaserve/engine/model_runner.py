@@ -24,27 +24,35 @@ from deltaserve.model.context import ForwardContext
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
 from deltaserve_kernels import (
     ApartFamily,
+    ApartRows,
     ApartStep,
     BlockTables,
     LoraTables,
     PaddedLayout,
     PrefixTables,
+    RotationTables,
     SparseTables,
     VectorFamily,
+    VectorRows,
     VectorStep,
     VocabularyFamily,
     VocabularyStep,
     WorkList,
     build_work_list_runs,
+    rotate_blocks,
     select,
-    split_apart,
-    split_runs,
+    split_apart_rows,
+    split_vectors,
     split_vocabulary,
     upload,
 )
 
+# Rows of a rehearsal that enters products several times: what compiles for few rows has compiled for many.
+MOST_ROWS_FANNED_OUT = 64
+
 # (first row, number of rows, active parts as (slot, scale_first, scale_last))
 Run = tuple[int, int, tuple[tuple[int, float, float], ...]]
+Held = tuple[frozenset[int], int] | None
 
 
 class ModelRunner:
@@ -79,10 +87,10 @@ class ModelRunner:
         self._runs: list[Run] = []
         self._num_rows = -1
         self._work: WorkList | None = None
-        self._vector_slots: frozenset[int] = frozenset()
-        self._vector_step: VectorStep | None = None
-        self._apart_slots: frozenset[int] = frozenset()
-        self._apart_step: ApartStep | None = None
+        self._vector_slots: Held = None
+        self._vector_step: VectorStep | VectorRows | None = None
+        self._apart_slots: Held = None
+        self._apart_step: ApartStep | ApartRows | None = None
 
     @torch.inference_mode()
     def execute(self, batch: Sequence[ScheduledSequence]) -> Tensor:
@@ -112,6 +120,20 @@ class ModelRunner:
         empty = layout.work_list(torch.zeros(layout.size, dtype=torch.int32, device=self.base.device))
         # Planes as for one adapter a row; more would only take memory.
         ctx.work = replace(empty, num_planes=len(input_ids), has_prompts=len(input_ids) > len(batch))
+        if self.vectors is not None:
+            ctx.vectors = VectorRows(self.vectors, ctx.work, fans_out=len(input_ids) <= MOST_ROWS_FANNED_OUT)
+            if not ctx.work.has_prompts:
+                rows = torch.zeros(len(input_ids), 16, dtype=self.base.dtype, device=self.base.device)
+                rotate_blocks(rows.clone(), rows, ctx.work, RotationTables(1, 1, rows.device), ((0, 0, 16),))
+        ctx.blocks = self.blocks
+        if self.apart is not None:
+            ctx.apart = ApartRows(self.apart, ctx.work)
+        if self.vocabulary is not None:
+            count = len(input_ids) if logit_rows is None else len(logit_rows)
+            layout = PaddedLayout(count)
+            head = layout.work_list(torch.zeros(layout.size, dtype=torch.int32, device=self.base.device))
+            head = replace(head, num_planes=count, has_prompts=ctx.work.has_prompts)
+            ctx.vocabulary = VocabularyStep(self.vocabulary, ctx.work, head)
         self._forward(ctx, input_ids, logit_rows)
 
     def warm_up(self, max_tokens: int = 2 * BLOCK_SIZE) -> None:
@@ -259,15 +281,15 @@ class ModelRunner:
         if not is_same or self._work is None:
             self._work = build_work_list_runs(runs, num_rows, self.base.device)
             self._runs, self._num_rows = runs, num_rows
-        if not slots or self.vectors is None:
+        if slots is None or self.vectors is None:
             self._vector_step = None
         elif not is_same or slots != self._vector_slots or self._vector_step is None:
-            self._vector_step = split_runs(runs, num_rows, self.vectors, self.base.device)
+            self._vector_step = split_vectors(runs, num_rows, self.vectors, self.base.device)
             self._vector_slots = slots
-        if not apart or self.apart is None:
+        if apart is None or self.apart is None:
             self._apart_step = None
         elif not is_same or apart != self._apart_slots or self._apart_step is None:
-            self._apart_step = split_apart(runs, self.apart, self.base.device)
+            self._apart_step = split_apart_rows(runs, num_rows, self.apart, self.base.device)
             self._apart_slots = apart
         return self._work
 
@@ -288,8 +310,9 @@ class ModelRunner:
 
     def _is_eager(self, batch: Sequence[ScheduledSequence]) -> bool:
         """Whether some row has terms that captured graphs do not know."""
-        families = (self.vectors, self.apart, self.vocabulary, self.blocks)
-        held = [family for family in families if family is not None and not family.is_empty]
+        families = {"vectors": self.vectors, "apart": self.apart, "vocabulary": self.vocabulary, "blocks": self.blocks}
+        known = () if self.graphs is None else self.graphs.families
+        held = [f for name, f in families.items() if name not in known and f is not None and not f.is_empty]
         return bool(held) and any(f.has_slot(part[0]) for seq in batch for part in seq.parts for f in held)
 
     def _regimes(self, batch: Sequence[ScheduledSequence], owner: Any) -> Tensor | None:
@@ -301,11 +324,13 @@ class ModelRunner:
         return upload(torch.from_numpy(per_sequence[owner]), self.base.device)
 
 
-def _slots_in(family: VectorFamily | ApartFamily | None, runs: Iterable[Run]) -> frozenset[int]:
-    """Slots with terms of a family: one may hold another adapter than it did in an equal step before."""
+def _slots_in(family: VectorFamily | ApartFamily | None, runs: Iterable[Run]) -> Held:
+    """Slots with terms of a family, None for none, and the version of its tables: a slot may hold another adapter than
+    it did in an equal step before, of which a step is made in another form."""
     if family is None or family.is_empty:
-        return frozenset()
-    return frozenset(slot for _, _, parts in runs for slot, _, _ in parts if family.has_slot(slot))
+        return None
+    slots = frozenset(slot for _, _, parts in runs for slot, _, _ in parts if family.has_slot(slot))
+    return (slots, family.version) if slots else None
 
 
 def rehearsals(table: Sequence[int], longest: int) -> list[list[ScheduledSequence]]:

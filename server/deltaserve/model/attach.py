@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from deltaserve.model.apart_rows import apply_apart_rows, change_apart_rows
 from deltaserve.model.context import FoldedContext, ForwardContext, current_or_none
-from deltaserve_kernels import ApartStep, WorkList, add_modules, dense_linear
+from deltaserve_kernels import ApartRows, ApartStep, WorkList, add_modules, dense_linear
 
 if TYPE_CHECKING:
     from deltaserve.model.linear import BaseLinear, ProjectionGroup
@@ -100,10 +101,12 @@ def apply_apart(
     rows: Tensor,
     work: WorkList,
     ctx: ForwardContext,
-    step: ApartStep,
+    step: ApartStep | ApartRows,
     residual: Tensor | None = None,
 ) -> Tensor:
     """``ProjectionGroup.apply`` in a step where some rows have dense differences or residual modules."""
+    if isinstance(step, ApartRows):
+        return apply_apart_rows(group, rows, work, ctx, step, residual)
     ends, modules = group.ends, step.family.modules
     if ends.changes >= 0 and modules.has_any(ends.changes):
         rows = rows.clone()
@@ -133,8 +136,10 @@ def apply_apart(
     return total
 
 
-def change_rows(hidden: Tensor, step: ApartStep, point: int, depth: float) -> Tensor:
+def change_rows(hidden: Tensor, step: ApartStep | ApartRows, point: int, depth: float) -> Tensor:
     """``hidden`` [T, H] with the modules at ``point`` added; the tensor itself stays as it is."""
+    if isinstance(step, ApartRows):
+        return change_apart_rows(hidden, step, point, depth)
     if not step.family.modules.has_any(point):
         return hidden
     changed = hidden.clone()

@@ -16,10 +16,6 @@ if TYPE_CHECKING:
 def add_blocks(
     y: Tensor, rows: Tensor, work: WorkList, blocks: BlockTables, members: Sequence[Member], depth: float
 ) -> None:
-    """Add the blocks of ``members`` to ``y`` [T, N] in place; ``rows`` [T, K].
-
-    On a GPU the PyTorch definition runs too: the Triton operator is not among the launches that are warmed up.
-    """
+    """Add the blocks of ``members`` to ``y`` [T, N] in place; ``rows`` [T, K]."""
     if work.concerns(blocks, members):
-        backend = None if y.device.type == "cpu" else "reference"
-        block_linear(y, rows, work, blocks, members, depth, backend=backend)
+        block_linear(y, rows, work, blocks, members, depth)

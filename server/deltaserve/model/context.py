@@ -17,10 +17,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from deltaserve.model.kv_cache import KVCache
     from deltaserve_kernels import (
+        ApartRows,
         ApartStep,
         BlockTables,
         LoraTables,
         SparseTables,
+        VectorRows,
         VectorStep,
         VocabularyStep,
         WorkList,
@@ -49,10 +51,10 @@ class ForwardContext(PassContext):
     ``positions`` int64 [T]; ``cu_seqlens_q`` int32 [S+1], row ranges of the sequences; ``kv_lens`` int32 [S], positions
     valid after this step; ``block_tables`` int32 [S, B]; ``kv_index`` int64 [T] = block * 16 + offset, where each row's
     K and V go. ``work`` groups rows by binding; None or empty means base only. ``is_decode``: every sequence has one
-    row, which spares a launch. Rows of ``work`` with further terms, each None when no row has any: ``vectors``;
-    ``apart``, dense differences and residual modules; ``vocabulary``, changes of embedding or head; ``blocks``, the
-    tables of row and column blocks. ``stream`` is what a fused layer returned last: a tensor of its own, which the next
-    layer may add onto in place.
+    row, which spares a launch. Rows of ``work`` with further terms, each None when no row has any: ``vectors``, in the
+    form of the device's operators; ``apart``, dense differences and residual modules; ``vocabulary``, changes of
+    embedding or head; ``blocks``, the tables of row and column blocks. ``stream`` is what a fused layer returned last:
+    a tensor of its own, which the next layer may add onto in place.
     """
 
     positions: Tensor
@@ -64,12 +66,14 @@ class ForwardContext(PassContext):
     work: WorkList | None = None
     lora: LoraTables | None = None
     sparse: SparseTables | None = None
-    vectors: VectorStep | None = None
-    apart: ApartStep | None = None
+    vectors: VectorStep | VectorRows | None = None
+    apart: ApartStep | ApartRows | None = None
     vocabulary: VocabularyStep | None = None
     blocks: BlockTables | None = None
     is_decode: bool = False
     stream: Tensor | None = None
+    # What sublayers were fed, by attach point: what parallel modules of ``ApartRows`` read.
+    inputs: dict[int, Tensor] = field(default_factory=dict)
     # Results of a projection group waiting for its other members: linear index -> (input rows, output slice).
     pending: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltaserve.model.context import FoldedContext, ForwardContext, current_or_none, use
 from deltaserve.model.folded import copy_with
-from deltaserve_kernels import changed_embeddings, stored_rows
+from deltaserve_kernels import change_embeddings, stored_rows
 from deltaserve_store.spec import LinearSpec
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,7 @@ class TunableEmbedding:
         known = ids.clamp(max=len(self.weight) - 1) if ctx.vocabulary.num_token_ids > len(self.weight) else ids
         y = self.run(**{**kwargs, "input": known}) if "input" in kwargs else self.run(known, *args[1:], **kwargs)
         flat = y.view(-1, y.shape[-1])
-        for rows, weights in changed_embeddings(ids.reshape(-1), self.weight, ctx.vocabulary):
-            flat[rows] = self.look_up(weights.to(self.weight.dtype))
+        change_embeddings(flat, ids.reshape(-1), self.weight, ctx.vocabulary, self.look_up)
         return y
 
     def _folded(self, change: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from deltaserve.model.attention import AttentionSpec, attend_paged, dense_attent
 from deltaserve.model.context import FoldedContext, ForwardContext, current_or_none, use
 from deltaserve.model.linear import BaseLinear
 from deltaserve.model.norms import TunableForward, TunableNorm
-from deltaserve_kernels import cpu, pointwise
+from deltaserve_kernels import VectorRows, changed_rms_norm, cpu, pointwise
 
 logger = logging.getLogger(__name__)
 
@@ -156,9 +156,13 @@ class FusedNorm:
         if not isinstance(ctx, ForwardContext) or x.dtype is not self.weight.dtype or not self.operators.are_selected():
             return self.otherwise(x)
         rows = x.reshape(-1, x.shape[-1])
+        norm, step = self.tunable, ctx.vectors
+        if isinstance(step, VectorRows) and norm is not None and step.may_have(step.family.norms, (norm.index,)):
+            y = changed_rms_norm(rows, self.weight, self.eps, self.offset, norm.gain, step, norm.index, norm.depth)
+            return y.view(x.shape)
         y = self.operators.module.rms_norm(rows, self.weight, self.eps, self.offset).view(x.shape)
-        if ctx.vectors is not None and self.tunable is not None:
-            self.tunable.adjust(y, x, ctx.vectors)
+        if step is not None and norm is not None:
+            norm.adjust(y, x, step)
         return y
 
 

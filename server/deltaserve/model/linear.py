@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from deltaserve.model.attach import Ends, apply_apart, folded_input, folded_output
 from deltaserve.model.blocks import add_blocks
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, current
+from deltaserve.model.vector_rows import apply_rows
 from deltaserve.model.vectors import apply_with_vectors
 from deltaserve.model.weight import BaseWeight
-from deltaserve_kernels import WorkList, change_head, sparse_linear, widened
+from deltaserve_kernels import VectorRows, WorkList, change_head, sparse_linear, widened
 
 # Folded mode widens weights piece by piece; a piece holds at most this many elements (64 MiB in fp32).
 MAX_FOLDED_ELEMENTS = 16 * 1024 * 1024
@@ -57,6 +58,8 @@ class ProjectionGroup:
 
     def apply_terms(self, rows: Tensor, work: WorkList, ctx: ForwardContext, residual: Tensor | None = None) -> Tensor:
         """``apply`` of the base product and every term that is one operator for the whole step."""
+        if isinstance(ctx.vectors, VectorRows):
+            return apply_rows(self, rows, work, ctx, ctx.vectors, residual)
         if ctx.vectors is not None:
             y = apply_with_vectors(self, rows, ctx, ctx.vectors)
             if residual is None:

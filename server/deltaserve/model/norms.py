@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltaserve.model.context import FoldedContext, ForwardContext, current_or_none, use
 from deltaserve.model.folded import copy_with
-from deltaserve_kernels import VectorStep, scale_shift
+from deltaserve_kernels import VectorRows, VectorStep, change_norm, scale_shift
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +90,14 @@ class TunableNorm:
         """``n(rows)`` [R, H] in fp32."""
         return self._neutral.forward(rows.float())
 
-    def adjust(self, y: Tensor, x: Tensor, step: VectorStep) -> None:
+    def adjust(self, y: Tensor, x: Tensor, step: VectorStep | VectorRows) -> None:
         """Compute the rows of ``y`` anew whose bindings have a difference for this norm; x and y [1, T, H]."""
         tables = step.family.norms
+        if isinstance(step, VectorRows):
+            if step.may_have(tables, (self.index,)):
+                normalised = self.normalise(x.reshape(-1, self.size)).contiguous()
+                change_norm(y.view(-1, self.size), normalised, self.gain, self.shift, step, self.index, self.depth)
+            return
         if not tables.has_any(self.index):
             return
         chosen = step.rows_with(tables, self.index)

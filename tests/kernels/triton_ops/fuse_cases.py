@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
 from deltaserve.engine.model_runner import ModelRunner
@@ -21,9 +22,11 @@ from deltaserve_kernels.triton_ops import attention, entry, guard
 from deltatest.apart_adapters import make_bottleneck
 from deltatest.graph_rig import GraphRig
 from deltatest.mixed_batch import MixedBatch
+from deltatest.peft_adapters import make_bitfit, make_gates
 from deltatest.real_engine import fold_folder
 from deltatest.tape import Tape
 from deltatest.tiny_models import build_tiny_model, save_random, tiny_config
+from deltatest.vocabulary_adapters import make_vocabulary_adapter
 
 torch.set_num_threads(1)
 KINDS = {FusedNorm: "norm", FusedGated: "gated", FusedAttention: "attention", FusedLayer: "layer"}
@@ -138,6 +141,27 @@ def test_residual_modules_have_the_sublayer_s_output_to_themselves(tmp_path, mon
     monkeypatch.setattr(base_module, "fuse", lambda _: None)
     wanted = rows(load(tmp_path))
     assert (found[0] - wanted[0]).norm() <= 1e-5 * wanted[0].norm()
+
+
+@pytest.mark.parametrize("kind", ["bitfit", "gates", "tokens-apart"])
+def test_prompts_with_vectors_or_a_vocabulary_of_their_own_run_by_triton(kind, tmp_path):
+    """Eagerly, in fused layers, in one step with a prompt of the base, whose bits stay; held to the definition."""
+    base = small_llama(tmp_path, layers=1)
+    if kind == "tokens-apart":
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        make_vocabulary_adapter(kind, model, tmp_path / kind, target="q_proj", norm="norm")
+    else:
+        (make_bitfit if kind == "bitfit" else make_gates)(base.spec, tmp_path / kind)
+    batch = MixedBatch(base).load_all({kind: fold_folder(tmp_path / kind, base)})
+    ids = [[40, 41, 42], [7, 8]]
+    found, without = batch.logits(ids, [kind, None]), batch.logits(ids, [None, None])
+    at_zero = batch.logits(ids, [(kind, 0.0), None])
+    use_backend("reference")
+    wanted = batch.logits(ids, [kind, None])
+    assert (found[0] - wanted[0]).norm() <= 1e-5 * wanted[0].norm()
+    assert (found[0] - without[0]).norm() > 0.01 * without[0].norm()
+    assert torch.equal(found[1], without[1])
+    assert torch.equal(at_zero[0], without[0])
 
 
 def test_a_layer_is_ten_launches_and_a_step_few_more(tmp_path, monkeypatch):

@@ -11,7 +11,9 @@ import torch
 
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
 from deltaserve.engine.model_runner import ModelRunner
+from deltaserve.model import base as base_module
 from deltaserve.model.base import BaseModel, load_base
+from deltaserve.model.fuse_layer import FusedLayer
 from deltaserve_kernels import use_backend
 from deltaserve_kernels.triton_ops import guard
 from deltatest.graph_rig import NUM_SLOTS, GraphRig
@@ -35,6 +37,54 @@ def _triton_as_on_a_gpu(monkeypatch):
     before = use_backend("triton")
     yield
     use_backend(before)
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory) -> BaseModel:
+    """Layers and norms fused for Triton's operators, as on a GPU; two layers, so that strengths may differ by depth."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+    folder = save_random(tiny_config("llama", num_hidden_layers=2, **sizes), tmp_path_factory.mktemp("fused"))
+    before = use_backend("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_module, "verify", lambda *_: None)  # minutes of attention in the interpreter
+        loaded = load_base(folder, dtype=torch.float32, cache_dir=folder / "cache")
+    use_backend(before)
+    assert any(isinstance(module.__dict__.get("forward"), FusedLayer) for module in loaded._model.modules())
+    return loaded
+
+
+def test_replays_follow_vectors_and_vocabularies_and_leave_everybody_else_s_bits(fused):
+    """Held to the PyTorch definition, which finds its rows on the host, and once to eager launches to the bit."""
+    keys = [["lora", "vectors", "fed", "vocabulary"]]
+    rig = GraphRig(fused, capture=Tape(), row_counts=[2], keys=keys, has_vectors=True, has_vocabulary=True)
+    for slot, families in enumerate((("vectors", "fed"), ("lora", "vectors", "vocabulary"))):
+        rig.fill(slot, families, share=1.0)
+    batch = rig.random_batch(2, max_parts=0)
+    base_alone = rig.graphs.run(batch).clone()
+
+    def replay(*parts: tuple[ScheduledPart, ...]) -> torch.Tensor:
+        for seq, own in zip(batch, parts, strict=True):
+            seq.parts = own
+        found = rig.graphs.run(batch).clone()
+        rig.eager_kv.pool.copy_(rig.kv.pool[: rig.num_blocks])
+        use_backend("reference")
+        wanted = rig.new_runner().execute(batch)
+        use_backend("triton")
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+        return found
+
+    found = replay((ScheduledPart(1), ScheduledPart(0, 0.0, 1.0)), ())
+    assert torch.equal(found[1], base_alone[1])
+    assert not torch.equal(found[0], base_alone[0])
+    rig.check(batch, "eager launches")
+    assert torch.equal(replay((ScheduledPart(1, 0.0, 0.0),), (ScheduledPart(0, 0.0, 0.0),)), base_alone)
+    # Other adapters in the slots, and none.
+    rig.clear(0)
+    rig.clear(1)
+    rig.fill(1, ("vectors", "fed", "vocabulary"), share=0.5)
+    found = replay((ScheduledPart(0),), (ScheduledPart(1),))
+    assert torch.equal(found[0], base_alone[0])
+    assert not torch.equal(found[1], base_alone[1])
 
 
 def many(count: int, first: int) -> tuple[ScheduledPart, ...]:
@@ -65,6 +115,32 @@ def test_replays_follow_adapters_ranks_counts_and_rows_to_the_bit(base):
     for seq, slots in zip(batch, ([0], [1, 0], [1]), strict=True):
         seq.parts = tuple(ScheduledPart(slot) for slot in slots)
     rig.check(batch, "rank 40")
+
+
+def test_replays_follow_blocks_to_the_bit(base):
+    rig = GraphRig(base, capture=Tape(), row_counts=[2], keys=[["lora", "blocks"]], has_blocks=True)
+    for step in range(2):
+        for slot in range(NUM_SLOTS):
+            rig.clear(slot)
+            rig.fill(slot, ("blocks",) if slot % 2 else ("lora", "blocks"))
+        rig.check(rig.random_batch(2, max_parts=2), f"step {step}")
+
+
+def test_replays_follow_differences_and_modules_and_are_near_the_definition(base):
+    rig = GraphRig(base, capture=Tape(), row_counts=[2], keys=[["apart"]], has_apart=True)
+    rig.fill(0, ("dense", "modules"))
+    rig.fill(1, ("dense",), share=0.4)
+    batch = rig.random_batch(2, max_parts=0)
+    batch[0].parts = (ScheduledPart(0, 0.5, 1.0), ScheduledPart(1))
+    rig.check(batch)
+    found = rig.graphs._logits[:2].clone()
+    use_backend("reference")
+    torch.testing.assert_close(found, rig.eager.execute(batch), rtol=0, atol=1e-4)
+    assert not torch.equal(found[0], rig.eager.execute([ScheduledSequence(0, *_plain(batch[0]))])[0])
+
+
+def _plain(seq):
+    return seq.token_ids, seq.start, seq.block_table
 
 
 def test_an_operator_that_looks_cannot_be_captured(base):

@@ -15,14 +15,13 @@ TOLERANCE = {
     torch.float16: {"rtol": 2**-11, "atol": 1e-4},
 }
 DENSITIES = [0.01, 0.0, 0.3, 1.0]
-# Small tiles and steps, so that a few rows meet every path; the buckets are no multiple of anything.
+# Small tiles and steps, so that a few rows meet every path.
 DECODE = sparse.SparseForm(tile_rows=4, step=2)
 FORMS = {
     "decode": DECODE,
     "gathered": sparse.SparseForm(tile_rows=4, step=2, staged=False),
     "all at once": sparse.SparseForm(step=32),
-    "wide": sparse.SparseForm(tile_rows=16, bucket=50, wide=True),
-    "wide, one bucket": sparse.SparseForm(tile_rows=16, wide=True),
+    "wide": sparse.SparseForm(tile_rows=16, wide=True),
 }
 
 
@@ -81,7 +80,7 @@ def test_where_x_is_read_from_does_not_change_a_bit(dtype):
 @pytest.mark.parametrize(
     ("in_features", "widths"), [(1, (1,)), (16, (16,)), (100, (127, 128, 129)), (40, (7, 9, 8, 5)), (30, (300,))]
 )
-@pytest.mark.parametrize("form", [DECODE, FORMS["wide, one bucket"]], ids=["decode", "wide"])
+@pytest.mark.parametrize("form", [DECODE, FORMS["wide"]], ids=["decode", "wide"])
 def test_awkward_sizes(in_features, widths, form):
     check(filled(in_features, widths), bindings_of(6), form=form)
 

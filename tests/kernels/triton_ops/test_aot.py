@@ -23,35 +23,64 @@ from deltaserve_kernels.triton_ops import (
     attention,
     attention_kernels,
     block_kernels,
+    block_rows,
     blocks,
+    dense,
+    dense_kernels,
     lora,
     lora_programs,
     lora_rows,
     members,
+    module_kernels,
+    modules,
     norm_kernels,
     pointwise,
     pointwise_kernels,
     rotary,
+    rotation_kernels,
+    rotations,
     row_items,
     sparse,
     sparse_kernels,
     sparse_wide,
     tile_kernels,
+    vector_row_kernels,
+    vector_rows,
     vectors,
+    vocabulary,
+    vocabulary_kernels,
 )
 
 BF16, FP32 = "*bf16", "*fp32"
 TYPES = {
     **dict.fromkeys(
-        ("x", "x_t", "y", "q", "k", "v", "out", "both", "k_cache", "v_cache", "sinks", "weight", "cos", "sin"), BF16
+        ("x", "x_t", "y", "q", "k", "v", "out", "both", "kept", "k_cache", "v_cache", "sinks", "weight", "cos", "sin"),
+        BF16,
     ),
+    **dict.fromkeys(("other", "kept"), BF16),
     **dict.fromkeys(("h", "part_scale", "part_acc", "part_max", "part_sum"), FP32),
-    **dict.fromkeys(("pointers", "vectors", "kv_index"), "*i64"),
+    **dict.fromkeys(("gain", "shift", "normalised"), FP32),
+    **dict.fromkeys(("pointers", "vectors", "kv_index", "low_rank", "ids"), "*i64"),
     **dict.fromkeys(
         ("tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "part_slot", "records"), "*i32"
     ),
-    **dict.fromkeys(("ranks", "sizes", "row_item", "counters", "block_tables", "cu_seqlens_q", "kv_lens"), "*i32"),
-    **dict.fromkeys(("depth", "scale", "softcap", "eps", "offset"), "fp32"),
+    **dict.fromkeys(
+        (
+            "ranks",
+            "sizes",
+            "row_item",
+            "flags",
+            "found",
+            "counts",
+            "touched",
+            "counters",
+            "block_tables",
+            "cu_seqlens_q",
+            "kv_lens",
+        ),
+        "*i32",
+    ),
+    **dict.fromkeys(("depth", "scale", "softcap", "eps", "offset", "unit"), "fp32"),
 }
 
 
@@ -66,6 +95,7 @@ class Spec:
     shared: int = 48 * 1024
     types: dict[str, str] = field(default_factory=dict)
     num_warps: int = 4
+    num_stages: int = 3
 
 
 def of_kernel(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
@@ -111,10 +141,19 @@ FOLDED = {"h": BF16}
 def sparse_of(form: sparse.SparseForm, in_features: int) -> dict[str, Any]:
     return {
         "K": in_features,
-        "BUCKET": form.bucket_of(in_features),
         "TILE_ROWS": form.tile_rows,
         "STAGE": form.stage(in_features),
         "STEP": form.step,
+        **QKV,
+    }
+
+
+def dense_of(form: dense.DenseForm, in_features: int) -> dict[str, Any]:
+    return {
+        "K": in_features,
+        "BLOCK_K": form.block_k,
+        "TILE_ROWS": form.tile_rows,
+        "BLOCK_N": form.block_n,
         **QKV,
     }
 
@@ -226,32 +265,126 @@ SPECS = {
         narrow=32 + 2,
         wide=0,
     ),
-    # x through a list: 16 rows of 128 columns over 128 threads; 16 of 32.
+    # x through a list: 32 rows of 128 columns over 128 threads; 32 of 32.
     "shrink_blocks": Spec(
         block_kernels.shrink_blocks,
-        of_kernel(block_kernels.shrink_blocks, shrink_of(blocks.FORM, 14336)),
-        narrow=16,
+        of_kernel(block_kernels.shrink_blocks, shrink_of(blocks.PROMPTS, 14336)),
+        narrow=32,
         wide=3,
     ),
     "expand_blocks": Spec(
         block_kernels.expand_blocks,
-        {**of_kernel(block_kernels.expand_blocks, expand_of(blocks.FORM, 14336)), "BLOCK_C": blocks.BLOCK_COLUMNS},
-        narrow=4,
+        {**of_kernel(block_kernels.expand_blocks, expand_of(blocks.PROMPTS, 14336)), "BLOCK_C": blocks.BLOCK_COLUMNS},
+        narrow=8,
         wide=4,
     ),
+    # Narrow: x through a list, four a thread and one; y, one element a thread.
+    "blocks_by_row": Spec(
+        block_rows.blocks_by_row,
+        {
+            "K": 14336,
+            "CHUNK": blocks.DECODE.chunk,
+            "GROUP": blocks.DECODE.group,
+            "BLOCK_C": blocks.DECODE.block_c,
+            "BLOCK_N": blocks.DECODE.block_n,
+            **QKV,
+        },
+        narrow=6,
+        wide=6,
+        num_warps=blocks.DECODE.num_warps,
+    ),
+    "dense": Spec(
+        dense_kernels.dense,
+        dense_of(dense.DECODE, 14336),
+        wide=8,
+        num_warps=dense.DECODE.num_warps,
+        num_stages=dense.DECODE.num_stages,
+    ),
+    "dense_prompts": Spec(
+        dense_kernels.dense,
+        dense_of(dense.PROMPTS, 4096),
+        wide=8,
+        shared=64 * 1024,
+        num_warps=dense.PROMPTS.num_warps,
+        num_stages=dense.PROMPTS.num_stages,
+    ),
+    "module_down": Spec(
+        module_kernels.module_down,
+        {"SIZE": 4096, "CHUNK": modules.FORM.chunk, "GROUP": modules.FORM.group},
+        wide=4,
+    ),
+    "module_up": Spec(
+        module_kernels.module_up,
+        {"SIZE": 4096, "RANK_TILE": modules.FORM.rank_tile, "BLOCK_N": modules.FORM.block_n},
+        wide=2,
+    ),
+    "set_module_rows_aside": Spec(module_kernels.set_module_rows_aside, {"SIZE": 4096, "BLOCK_N": 1024}),
+    "put_module_rows_back": Spec(module_kernels.put_module_rows_back, {"SIZE": 4096, "BLOCK_N": 1024}, wide=2),
+    # Through lists, one number a thread.
+    "turn_rows": Spec(rotation_kernels.turn_rows, {"BLOCK_N": rotations.BLOCK_N}, narrow=32, wide=0),
+    "add_turned": Spec(rotation_kernels.add_turned, {"BLOCK_N": rotations.BLOCK_N}, narrow=1, wide=0),
     "transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 32}),
     "sparse_wide": Spec(
         sparse_wide.sparse_wide,
-        of_kernel(sparse_wide.sparse_wide, sparse_of(sparse.PREFILL, 14336)),
+        of_kernel(sparse_wide.sparse_wide, sparse_of(sparse.PROMPTS, 14336)),
         narrow=1,
         wide=4 * 4 + 4,
-        num_warps=sparse.PREFILL.num_warps,
+        num_warps=sparse.PROMPTS.num_warps,
+    ),
+    # Vector terms by row: a thread has eight columns, of which a row is one load, and fp32 vectors two each.
+    "scale_rows": Spec(
+        vector_row_kernels.scale_rows,
+        {"HAS_GAIN": False, "HAS_SHIFT": False, "BLOCK_N": vector_rows.BLOCK, **QKV},
+        wide=1 + 2 * 2,
+    ),
+    "scale_rows_of_norms": Spec(
+        vector_row_kernels.scale_rows,
+        {
+            "HAS_GAIN": True,
+            "HAS_SHIFT": True,
+            "BLOCK_N": vector_rows.BLOCK,
+            **members.place_of([4096, 0, 0], [0, 0, 0]),
+        },
+        types={"y": FP32},
+        wide=5 * 2,
+    ),
+    "feed_rows": Spec(vector_row_kernels.feed_rows, {"K": 14336, "BLOCK_K": vector_rows.BLOCK}, wide=1 + 2),
+    "gather_rows": Spec(vector_row_kernels.gather_rows, {"BLOCK_N": vector_rows.BLOCK, **QKV}),
+    "set_rows_aside": Spec(vector_row_kernels.set_rows_aside, {"N": 4096, "BLOCK_N": vector_rows.BLOCK}),
+    "put_rows_back": Spec(vector_row_kernels.put_rows_back, {"N": 4096, "BLOCK_N": vector_rows.BLOCK}, wide=2),
+    "changed_norm_rows": Spec(
+        vector_row_kernels.changed_norm_rows,
+        {"SIZE": 4096, "BLOCK": 4096},
+        wide=2 * 2 + 3 * 4,
+        num_warps=pointwise.norm_warps(4096),
+    ),
+    "change_norm_rows": Spec(
+        vector_row_kernels.change_norm_rows,
+        {"HAS_SHIFT": True, "SIZE": 4096, "BLOCK": vector_rows.BLOCK},
+        wide=5 * 2,
+    ),
+    # Narrow: the one factor of a token in A of a low-rank embedding; a head's logit.
+    "embedding_rows": Spec(
+        vocabulary_kernels.embedding_rows,
+        {"VOCAB": 128256, "WIDTH": 4096, "BLOCK": vector_rows.BLOCK},
+        types={"weight": BF16},
+        narrow=8,
+        wide=3,
+    ),
+    "put_rows": Spec(vocabulary_kernels.put_rows, {"WIDTH": 4096, "BLOCK": vector_rows.BLOCK}, types={"values": BF16}),
+    "head_rows": Spec(
+        vocabulary_kernels.head_rows, {"PROGRAMS": vocabulary.PROGRAMS, "WIDTH": 4096, "BLOCK": 4096}, narrow=2, wide=8
     ),
     # A few numbers an item: nothing to read wide.
+    "flag_rows": Spec(row_items.flag_rows, {"BLOCK": row_items.FLAG_ROWS}, wide=0),
     "store_items": Spec(row_items.store_items, {"TILE_ROWS": row_items.TILE_ROWS}, wide=0, num_warps=1),
     "build_tiles": Spec(tile_kernels.build_tiles, {"TILE_ROWS": 16}, wide=0),
 }
 
+BY_ROW = (
+    "scale_rows", "feed_rows", "gather_rows", "set_rows_aside", "put_rows_back", "changed_norm_rows",
+    "change_norm_rows",
+)  # fmt: skip
 COMPILED: dict[tuple[str, int], aot.Compiled] = {}
 
 
@@ -263,7 +396,7 @@ def compiled(name: str, arch: int) -> aot.Compiled:
             warnings.simplefilter("ignore")  # the compiler's notices about its own settings
             early = {"EARLY": arch >= 90} if "EARLY" in spec.kernel.arg_names else {}
             COMPILED[name, arch] = aot.compile_kernel(
-                spec.kernel, types, spec.constants | early, arch, num_warps=spec.num_warps
+                spec.kernel, types, spec.constants | early, arch, num_warps=spec.num_warps, num_stages=spec.num_stages
             )
     return COMPILED[name, arch]
 
@@ -279,14 +412,14 @@ def test_machine_code(name: str, arch: int) -> None:
     assert code.loads.get(128, 0) >= spec.wide, code
 
 
-@pytest.mark.parametrize("name", ["shrink", "expand", "fused", "decode", "prefill"])
+@pytest.mark.parametrize("name", ["shrink", "expand", "fused", "decode", "prefill", "dense"])
 def test_no_warpgroup_product_below_64_rows(name: str) -> None:
     """Their left operands come from registers, which ptxas before 13.3 may reuse under a warpgroup product."""
     assert "HGMMA" not in compiled(name, 90).instructions
     assert compiled(name, 90).instructions["HMMA"] > 0
 
 
-@pytest.mark.parametrize("name", ["prefill_shrink", "prefill_expand"])
+@pytest.mark.parametrize("name", ["prefill_shrink", "prefill_expand", "dense_prompts"])
 def test_warpgroup_products_take_both_operands_from_shared_memory(name: str) -> None:
     products = [line for line in compiled(name, 90).listing if "HGMMA" in line]
     assert products
@@ -310,7 +443,7 @@ def test_one_launch_asks_for_b_and_y_before_it_waits(name: str, arch: int) -> No
 
 
 def test_y_is_stored_wide() -> None:
-    for name in ("expand", "fused", "prefill_expand", "prefill", "store_kv", "rms_norm_rows", "gated_rows"):
+    for name in ("expand", "fused", "prefill_expand", "prefill", "store_kv", "rms_norm_rows", "gated_rows", *BY_ROW):
         assert compiled(name, 90).stores.get(128, 0) >= 1, name
         assert compiled(name, 90).stores.get(16, 0) == 0, name
 

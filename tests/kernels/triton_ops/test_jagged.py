@@ -56,7 +56,7 @@ def test_layout():
     assert delta.diagonals.tolist() == [0 * 256 + 3, 3 * 256 + 1]
     assert delta.cols.tolist() == [1, 2, 3, 4, 9, 9, 9, 9, 7, 8, 8, 8, 5, 6, 6, 6]
     assert delta.values.tolist() == [2, 3, 4, 5, 1, 0, 0, 0, 8, 9, 0, 0, 6, 7, 0, 0]
-    assert delta.cell_first.tolist() == [0, 2]
+    assert delta.window_first.tolist() == [0, 2]
 
 
 def test_storage_is_near_four_bytes_a_nonzero():
@@ -67,21 +67,3 @@ def test_storage_is_near_four_bytes_a_nonzero():
 def test_a_column_that_16_bits_cannot_hold_is_refused():
     with pytest.raises(OutOfRange, match="65536"):
         jagged.from_csr(*(torch.tensor(t, dtype=torch.int32) for t in ([0, 1], [65536])), torch.ones(1))
-
-
-@pytest.mark.parametrize(("bucket", "num_buckets"), [(8, 12), (90, 1), (64, 2), (1, 100)])
-def test_buckets_bound_the_columns_of_a_cell(bucket, num_buckets):
-    indptr, cols, values = random_csr(300, 90, 0.2, torch.float32, 3)
-    delta = jagged.from_csr(indptr, cols, values, bucket, num_buckets)
-    for got, given_ in zip(jagged.to_csr(delta), (indptr, cols, values), strict=True):
-        assert torch.equal(got, given_)
-    assert delta.cell_first.numel() == 3 * num_buckets + 1
-    for cell in range(3 * num_buckets):
-        for word in delta.diagonals[delta.cell_first[cell] : delta.cell_first[cell + 1]].tolist():
-            columns = delta.cols[word // 256 * 4 :][: word % 256 * 4].long()
-            assert (columns // bucket == cell % num_buckets).all()
-
-
-def test_a_column_past_the_buckets_is_refused():
-    with pytest.raises(OutOfRange, match="column 16: 2 buckets of 8"):
-        jagged.from_csr(*(torch.tensor(t, dtype=torch.int32) for t in ([0, 1], [16])), torch.ones(1), 8, 2)

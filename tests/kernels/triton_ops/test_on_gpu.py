@@ -20,18 +20,26 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed, and it compiles the kernels", allow_module_level=True)
 
 from deltaserve_kernels import (
+    ACTIVATIONS,
+    ApartFamily,
     BlockTables,
     LoraTables,
     NormTables,
+    RotationFactor,
+    RotationTables,
     SparseTables,
     VectorTables,
     WorkList,
+    apart_rows_reference,
     build_work_list,
     reference,
+    rotations,
     term_reference,
 )
 from deltaserve_kernels import pointwise as by_definition
-from deltaserve_kernels.triton_ops import attention, blocks, lora, pointwise, rotary, sparse, vectors
+from deltaserve_kernels.triton_ops import attention, blocks, dense, lora, modules, pointwise, rotary, sparse, vectors
+from deltaserve_kernels.triton_ops import rotations as by_triton
+from deltatest.apart_cases import full, module, packed
 from deltatest.kernel_cases import PagedCase, Parts, csr, randn
 
 pytestmark = pytest.mark.gpu
@@ -137,7 +145,7 @@ def test_lora_equals_the_definition(num_rows: int, form: lora.LoraForm, low_rank
 SPARSE_FORMS = {
     "decode": sparse.DECODE,
     "gathered": sparse.SparseForm(staged=False),
-    "prefill": sparse.PREFILL,
+    "prompts": sparse.PROMPTS,
 }
 
 
@@ -241,8 +249,12 @@ def test_write_kv_equals_the_definition() -> None:
     assert torch.equal(pool, expected)
 
 
+BLOCK_FORMS = {"by_row": blocks.DECODE, "prompts": blocks.PROMPTS}
+
+
+@pytest.mark.parametrize("form", BLOCK_FORMS.values(), ids=BLOCK_FORMS)
 @pytest.mark.parametrize("num_rows", [1, 17, 63 if ON_GPU else 20])
-def test_blocks_equal_the_definition(num_rows: int) -> None:
+def test_blocks_equal_the_definition(num_rows: int, form: blocks.RowForm | lora.LoraForm) -> None:
     step, tables = step_of(num_rows, num_rows, slots=4), BlockTables(len(WIDTHS), 4, DEVICE)
     for linear, width in enumerate(WIDTHS):
         rows = torch.arange(1, width, 13 + linear, dtype=torch.int32)
@@ -258,8 +270,70 @@ def test_blocks_equal_the_definition(num_rows: int) -> None:
             tables.set(linear, slot, d.to(DEVICE), IN_FEATURES, width, **lists)
     expected, out = step.y.clone(), step.y.clone()
     term_reference.block_linear(expected, step.x, step.work, tables, MEMBERS, 0.3)
-    blocks.block_linear(out, step.x, step.work, tables, MEMBERS, 0.3)
+    blocks.block_linear(out, step.x, step.work, tables, MEMBERS, 0.3, form)
     close(out, expected, 3e-3)
+
+
+DENSE_FORMS = {"decode": dense.DECODE, "prompts": dense.PROMPTS}
+
+
+@pytest.mark.parametrize("form", DENSE_FORMS.values(), ids=DENSE_FORMS)
+@pytest.mark.parametrize("num_rows", [1, 17, 200 if ON_GPU else 20])
+def test_differences_equal_the_definition(num_rows: int, form: dense.DenseForm) -> None:
+    step, tables = step_of(num_rows, num_rows, slots=3), ApartFamily(len(WIDTHS), 0, 3, DEVICE).dense
+    for slot in range(2):
+        entries = [
+            (i, full(width, IN_FEATURES, i, DTYPE) if (slot + i) % 2 else packed(width, IN_FEATURES, i))
+            for i, width in enumerate(WIDTHS)
+        ]
+        tables.set_all(slot, [(linear, entry.to(DEVICE)) for linear, entry in entries])
+    expected, out = step.y.clone(), step.y.clone()
+    apart_rows_reference.dense_linear(expected, step.x, step.work, tables, MEMBERS, 0.3)
+    dense.dense_linear(out, step.x, step.work, tables, MEMBERS, 0.3, form)
+    close(out, expected, 3e-3)
+
+
+def test_modules_equal_the_definition() -> None:
+    slots = len(ACTIVATIONS)
+    tables = ApartFamily(0, 2, slots, DEVICE).modules
+    for slot, activation in enumerate(ACTIVATIONS):
+        options = {"dtype": DTYPE, "reads": slot % 2 - 1, "has_biases": slot % 3 > 0}
+        tables.set_all(slot, [(1, module(IN_FEATURES, (5, 64, 130)[slot % 3], activation, slot, **options).to(DEVICE))])
+    bindings: list[Parts] = [((row % slots, 1.0, -0.5),) if row % 5 else () for row in range(33 if ON_GPU else 9)]
+    work, shape = build_work_list(bindings, DEVICE), (len(bindings), IN_FEATURES)
+    y, other = (randn(*shape, dtype=DTYPE, seed=seed).to(DEVICE) for seed in (1, 2))
+    results = []
+    for operators in (apart_rows_reference, modules):
+        out = y.clone()
+        kept = operators.set_module_rows_aside(out, work, tables, 1)
+        assert not out[1].any()
+        operators.put_module_rows_back(out, kept, work, tables, 1)
+        assert torch.equal(out, y)
+        operators.add_modules(out, work, tables, 1, 0.3, {0: other})
+        results.append(out)
+    close(results[1], results[0], 2e-2)
+    assert torch.equal(results[1][::5], y[::5])
+
+
+@pytest.mark.parametrize("num_rows", [1, 33 if ON_GPU else 9])
+def test_rotations_equal_the_definition(num_rows: int) -> None:
+    """One factor, several on permuted rows, one block that all share."""
+    step, tables = step_of(num_rows, num_rows, slots=3), RotationTables(len(WIDTHS), 3, DEVICE)
+
+    def factor(width: int, size: int, seed: int, is_shuffled: bool = False, count: int = 0) -> RotationFactor:
+        order = torch.randperm(width, generator=torch.Generator().manual_seed(seed)).int() if is_shuffled else None
+        blocks = randn(count or width // size, size, size, dtype=DTYPE, seed=seed, scale=0.3 * size**-0.5)
+        return RotationFactor(blocks.to(DEVICE), None if order is None else order.to(DEVICE))
+
+    for linear, width in enumerate(WIDTHS):
+        tables.set_all(0, [(linear, (factor(width, 8, linear),))])
+        several = (factor(width, 16, linear, is_shuffled=True), factor(width, 4, linear + 9, is_shuffled=True))
+        tables.set_all(1, [(linear, several if linear else (factor(width, 2, 3, count=1),))])
+    x = step.y.flip(1).contiguous()
+    expected, out = step.y.clone(), step.y.clone()
+    rotations.rotate_blocks(expected, x, step.work, tables, MEMBERS, 0.3, backend="reference")
+    by_triton.rotate_blocks(out, x, step.work, tables, MEMBERS, 0.3)
+    close(out, expected, 5e-3)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -317,9 +391,9 @@ def test_rotation_of_a_group_equals_the_definition(num_rows: int) -> None:
     cos, sin = (randn(num_rows, size, dtype=DTYPE, seed=seed).to(DEVICE) for seed in (2, 3))
     index = torch.randperm(len(pool) * 16)[:num_rows].to(DEVICE)
     results = []
-    for module in (by_definition, pointwise):
+    for operators in (by_definition, pointwise):
         rows, cache = qkv.clone(), pool.clone()
-        module.rotate_and_store(rows, cos, sin, cache[:, 0], cache[:, 1], index)
+        operators.rotate_and_store(rows, cos, sin, cache[:, 0], cache[:, 1], index)
         results.append((rows, cache))
     for got, expected in zip(results[1], results[0], strict=True):
         close(got, expected, 1e-5)

@@ -34,13 +34,15 @@ from deltaserve_kernels import (
     BlockTables,
     LoraTables,
     NormTables,
+    RotationFactor,
+    RotationTables,
     SparseTables,
     VectorTables,
     build_work_list_runs,
     triton_ops,
     use_backend,
 )
-from deltaserve_kernels.triton_ops import attention, blocks, guard, lora, pointwise, rotary, sparse, vectors
+from deltaserve_kernels.triton_ops import attention, blocks, guard, lora, pointwise, rotary, rotations, sparse, vectors
 from deltatest.graph_rig import GraphRig
 from deltatest.kernel_cases import PagedCase, Parts, csr
 from deltatest.tape import watched
@@ -99,9 +101,16 @@ def step(num_rows: int, runs: list[tuple[int, int, Parts]], tables: Tables, dept
     for form in FORMS:
         lora.lora_linear(y, x, work, tables.lora, MEMBERS, depth, form)
         vectors.lora_vector_linear(y, x, work, tables.lora, tables.vectors, MEMBERS, depth, form)
-    for sparse_form in (sparse.DECODE, sparse.PREFILL):
+    for sparse_form in (sparse.DECODE, sparse.PROMPTS):
         sparse.sparse_linear(y, x, work, tables.sparse, MEMBERS, depth, sparse_form)
-    blocks.block_linear(y, x, work, tables.blocks, MEMBERS, depth)
+    for block_form in (blocks.DECODE, blocks.PROMPTS):
+        blocks.block_linear(y, x, work, tables.blocks, MEMBERS, depth, block_form)
+    turns = RotationTables(3, tables.lora.num_slots)
+    for linear, size in ((0, 4), (2, 8)):
+        _, start, stop = MEMBERS[linear]
+        factor = RotationFactor(torch.zeros((stop - start) // size, size, size).bfloat16())
+        turns.set_all(0, [(linear, (factor,) * (1 + num_rows % 3))])
+    rotations.rotate_blocks(y, torch.zeros_like(y), work, turns, MEMBERS, depth)
     vectors.rms_norm(x, x[0], 1e-6, work, tables.norms, num_rows % 3, depth)
 
 
@@ -113,7 +122,7 @@ def test_adapter_operators_compile_once(binaries: set[tuple[str, str]]) -> None:
         {"shrink_rows", "expand_rows", "shrink", "expand", "fused"},
         {"sparse", "sparse_wide", "transpose"},
     )
-    others = {"shrink_blocks", "expand_blocks", "store_items", "rms_norm"}
+    others = {"turn_rows", "add_turned", "blocks_by_row", "shrink_blocks", "expand_blocks", "store_items", "rms_norm"}
     assert {name for name, _ in warm} == {"build_tiles"} | low_rank | scattered | others
     draw = random.Random(0)
     for ranks, num_slots, linears in (([1, 5, 16, 64], 16, [0, 1, 2]), ([33], 7, [2]), ([8, 16], 2, [0, 2])):
@@ -186,7 +195,16 @@ def loaded(architecture: str, dtype: torch.dtype, folder: Path) -> BaseModel:
 # Modules that look alike in a step of a base: norms, gated MLPs, rotary with the KV write. Else the write alone.
 FUSED = {"rms_norm_rows", "gated_rows", "rotate_and_store"}
 STEP = {"build_tiles", "shrink_rows", "expand_rows", "sparse", "decode", "combine"}
-PROMPT = {"shrink", "expand", "transpose", "sparse_wide", "prefill"}
+MATRICES = {"blocks_by_row", "dense", "module_down", "module_up"}
+TURNS = {"turn_rows", "add_turned"}  # no graph has them; the warm-up does
+# Where products add onto the residual stream.
+ASIDE = {"set_module_rows_aside", "put_module_rows_back"}
+PROMPT = {"shrink", "expand", "transpose", "sparse_wide", "prefill", "shrink_blocks", "expand_blocks"}
+# Vector terms by row; where products add onto the stream two more, and norms by their kind.
+BY_ROW = {"store_items", "scale_rows", "feed_rows", "gather_rows"}
+STREAM = {"flag_rows", "set_rows_aside", "put_rows_back"}
+VOCABULARY = {"embedding_rows", "put_rows", "head_rows"}
+EVERY_FAMILY = {"has_vectors": True, "has_blocks": True, "has_apart": True, "has_vocabulary": True}
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -194,22 +212,28 @@ def test_no_architecture_looks_into_a_tensor_in_a_decode_pass(
     architecture: str, binaries: set[tuple[str, str]], as_on_a_gpu: None, tmp_path: Path
 ) -> None:
     """A look would be a sync in every step, and what it saw would be frozen in the graph. Kernels do not run here."""
-    rig = GraphRig(loaded(architecture, torch.float32, tmp_path), capture=watched, row_counts=[1, 3])
+    base = loaded(architecture, torch.float32, tmp_path)
+    rig = GraphRig(base, capture=watched, row_counts=[1, 3], **EVERY_FAMILY)
     rig.change_adapters()
     assert rig.graphs.run(rig.random_batch(2)) is not None
     names = {name for name, _ in binaries}
-    assert names - FUSED - {"store_kv"} == STEP
+    shared = BY_ROW if any(len(group) > 1 for group in base.groups()) else BY_ROW - {"gather_rows"}
+    norms = {"changed_norm_rows", "change_norm_rows"}
+    assert names - FUSED - STREAM - ASIDE - {"store_kv"} - norms == STEP | MATRICES | shared | VOCABULARY
+    assert names & STREAM in (STREAM, set())
+    assert names & ASIDE == (ASIDE if names & STREAM else set())
+    assert names & norms or not base.norms
     assert names & {"store_kv", "rotate_and_store"}
 
 
 @pytest.mark.parametrize(
     ("architecture", "fused"),
     [
-        ("llama", FUSED),
-        ("gemma2", FUSED),
-        ("qwen3", {"rms_norm_rows", "gated_rows", "store_kv"}),
-        ("gpt2", {"store_kv"}),
-        ("phi3-longrope", {"rms_norm_rows", "store_kv"}),
+        ("llama", FUSED | STREAM | ASIDE | {"gather_rows", "changed_norm_rows"}),
+        ("gemma2", FUSED | {"gather_rows", "changed_norm_rows"}),
+        ("qwen3", {"rms_norm_rows", "gated_rows", "store_kv", "gather_rows", "changed_norm_rows"}),
+        ("gpt2", {"store_kv", "change_norm_rows"}),
+        ("phi3-longrope", {"rms_norm_rows", "store_kv", "changed_norm_rows"}),
     ],
 )
 @pytest.mark.parametrize("has_graphs", [True, False], ids=["graphs", "eager"])
@@ -223,15 +247,19 @@ def test_serving_compiles_nothing_after_the_warm_up(
 ) -> None:
     """Warm-up meets an empty server; then adapters of any kind come, in steps of every shape."""
     base = loaded(architecture, torch.bfloat16, tmp_path)
-    rig = GraphRig(base, capture_now=False)
+    rig = GraphRig(base, capture_now=False, **EVERY_FAMILY)
     graphs = rig.graphs if has_graphs else None
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=graphs)
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=graphs, **rig.tables)
     runner.warm_up(max_tokens=256)
     warm = set(binaries)
-    assert {name for name, _ in warm} == {*STEP, *PROMPT, *fused}
-    for _ in range(12):
+    served = {*STEP, *MATRICES, *TURNS, *PROMPT, *BY_ROW - {"gather_rows"}, *VOCABULARY}
+    assert {name for name, _ in warm} == {*served, *fused}
+    for i in range(12):
         rig.change_adapters()
         rig.fill(0, ("lora", "sparse"), rank=rig.draw.choice([1, 300]))
+        if i % 3:
+            rig.clear(1)
+            rig.fill_vocabulary(1, num_added=rig.draw.choice([1, 16]))
         runner.execute(rig.random_batch(max_parts=3))
         batch = [*prompts(rig.draw, rig.num_blocks), *rig.random_batch()[: rig.draw.randint(0, 3)]]
         for seq in batch:

@@ -1,0 +1,55 @@
+"""Terms of embedding and head in the form of the device: by Triton's kernels, whose launches are the same whatever the
+tables hold, eagerly and in captured graphs; else by the definition, which finds its rows on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from deltaserve_kernels.backend import select
+from deltaserve_kernels.operators import lora_linear
+from deltaserve_kernels.vocabulary import HEAD, VocabularyStep, changed_embeddings
+from deltaserve_kernels.vocabulary import change_head as change_head_by_definition
+
+
+def change_embeddings(
+    y: Tensor, ids: Tensor, weight: Tensor, step: VocabularyStep, look_up: Callable[[Tensor], Tensor]
+) -> None:
+    """Rows of ``y`` [T, width] whose token has another embedding become ``look_up`` of that, in place.
+
+    ``ids`` int64 [T]: the step's tokens; ``weight`` [vocab, width]; ``look_up`` takes and gives rows [n, width] of the
+    weight's dtype. Raises a KernelError.
+    """
+    work = step.embedding
+    if work is None:
+        return
+    if select(y.device) != "triton":
+        for rows, weights in changed_embeddings(ids, weight, step):
+            y[rows] = look_up(weights.to(weight.dtype))
+        return
+    from deltaserve_kernels.triton_ops import vocabulary
+
+    weights, touched = vocabulary.embedding_rows(ids, weight, work, step.family.lora, step.family.rows)
+    vocabulary.put_rows(y, look_up(weights), touched, work)
+
+
+def change_head(y: Tensor, x: Tensor, step: VocabularyStep, vocab_size: int) -> None:
+    """Add the terms of the head in place: ``y`` [R, W >= vocab_size] are the base's logits of ``x`` [R, width]; low
+    rank of the first ``vocab_size`` columns, then trained rows, each rounded. Raises a KernelError."""
+    work, family = step.head, step.family
+    if work is None:
+        return
+    if select(y.device) != "triton":
+        change_head_by_definition(y, x, step, vocab_size)
+        return
+    from deltaserve_kernels.triton_ops import vocabulary
+
+    if work.is_padded or family.lora.has_any(HEAD):
+        # Rows as far apart as in any step: kernels are compiled by that, and not in live traffic.
+        known = y if y.shape[1] == vocab_size else y[:, :vocab_size].contiguous()
+        lora_linear(known, x, work, family.lora, ((HEAD, 0, vocab_size),), 1.0)
+        if known is not y:
+            y[:, :vocab_size] = known
+    if work.is_padded or family.rows.has_any(HEAD):
+        vocabulary.head_rows(y, x, work, family.rows)
