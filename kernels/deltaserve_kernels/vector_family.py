@@ -7,7 +7,7 @@ A row's terms are found once a step, by its binding. Rows with vectors take a pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -115,6 +115,7 @@ class VectorStep:
     rows:    int64 [R], these rows in the order of ``work``;  compact: the same items over R rows numbered in that order
     counts:  per item, its rows
     slots:   per item, the slots of its parts whose scale is not 0 throughout: those change nothing, to the bit
+    turned:  those of the rows whose bindings rotate some output, None when there are none
     """
 
     family: VectorFamily
@@ -124,6 +125,7 @@ class VectorStep:
     compact: WorkList
     slots: tuple[tuple[int, ...], ...]
     counts: tuple[int, ...]
+    turned: Turned | None = None
     _chosen: dict[tuple[bool, ...], Tensor] = field(default_factory=dict, repr=False)
 
     def rows_with(self, tables: PointerTables, index: int, *others: PointerTables) -> Tensor | None:
@@ -142,6 +144,13 @@ class VectorStep:
         return known
 
 
+class Turned(NamedTuple):
+    """Rows of a step with rotated outputs, a step of their own; and all other rows with adapters."""
+
+    step: VectorStep
+    others: WorkList
+
+
 def split_runs(
     runs: Sequence[Run], num_rows: int, family: VectorFamily, device: torch.device | str = "cpu"
 ) -> VectorStep | None:
@@ -149,7 +158,22 @@ def split_runs(
     chosen = [run for run in runs if run[1] and _active(run, family)]
     if not chosen:
         return None
-    others = [run for run in runs if run[2] and not _active(run, family)]
+    step = _step_of(chosen, runs, num_rows, family, device)
+    if family.out_rotations.is_empty:
+        return step
+    turned = [run for run in chosen if _active(run, family.out_rotations)]
+    if not turned:
+        return step
+    own = _step_of(turned, runs, num_rows, family, device)
+    others = [run for run in runs if not _active(run, family.out_rotations)]
+    return replace(step, turned=Turned(own, build_work_list_runs(others, num_rows, device)))
+
+
+def _step_of(
+    chosen: Sequence[Run], runs: Sequence[Run], num_rows: int, family: VectorFamily, device: torch.device | str
+) -> VectorStep:
+    taken = set(chosen)
+    others = [run for run in runs if run[2] and run not in taken]
     work = build_work_list_runs(chosen, num_rows, device)
     bindings = list(dict.fromkeys(run[2] for run in sorted(chosen, key=lambda run: run[0])))
     sizes = [sum(run[1] for run in chosen if run[2] == binding) for binding in bindings]
@@ -166,5 +190,5 @@ def split_runs(
     )
 
 
-def _active(run: Run, family: VectorFamily) -> bool:
-    return any(family.has_slot(slot) and (first or last) for slot, first, last in run[2])
+def _active(run: Run, tables: VectorFamily | RotationTables) -> bool:
+    return any(tables.has_slot(slot) and (first or last) for slot, first, last in run[2])

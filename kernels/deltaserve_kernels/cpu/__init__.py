@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import chain
 
@@ -213,6 +213,69 @@ def packed_linear_lora(
     )
 
 
+def packed_linear_terms(
+    x: Tensor,
+    packed: Tensor,
+    outputs: int,
+    bias: Tensor | None,
+    work: WorkList,
+    tables: LoraTables,
+    columns: list[int],
+    depth: float,
+    *,
+    out_vectors: VectorTables | None,
+    in_vectors: VectorTables | None,
+    in_work: WorkList,
+    fed: Mapping[int, Tensor],
+) -> Tensor:
+    """``packed_linear_lora`` with scales and biases, for members that are whole panels of 16 outputs.
+
+    Rows of ``work`` get ``out_vectors`` as by ``scale_shift``, then low rank, all in the fp32 sums that are rounded
+    once. What a member multiplies is x with the rows of ``in_work`` scaled by ``in_vectors``, to the bits of
+    ``scale_shift`` on a copy; or, for the i-th member, ``fed[i]`` [T, K]; low rank multiplies x as it is. A member's
+    own inputs cost their copy and nothing else. A row's bits depend on that row and its binding alone. Raises
+    ValueError.
+    """
+    _check(x, work, tables)
+    for vectors in (out_vectors, in_vectors):
+        if vectors is not None and not vectors.is_on_host:
+            raise DeviceMismatch(f"the tables are on {vectors.device}; x is on the CPU")
+    return _packed_linear_terms()(
+        x,
+        packed,
+        outputs,
+        bias,
+        _prepared(work),
+        tables.pointers,
+        tables.ranks,
+        tables.dims,
+        columns,
+        depth,
+        None if out_vectors is None else out_vectors.pointers,
+        None if out_vectors is None else out_vectors.dims,
+        None if in_vectors is None else _prepared(in_work),
+        None if in_vectors is None else in_vectors.pointers,
+        None if in_vectors is None else in_vectors.dims,
+        list(fed.values()),
+        list(fed),
+    )
+
+
+def rms_norm_changed(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    work: WorkList,
+    tables: VectorTables,
+    norm: int,
+    depth: float,
+) -> Tensor:
+    """``rms_norm`` where rows of ``work`` have ``offset + weight + sum over parts of scale * difference`` as gain, the
+    scales of ``tables`` being the differences. Rows without one have the bits of ``rms_norm``. Raises ValueError."""
+    return _rms_norm_changed()(x, weight, eps, offset, _prepared(work), tables.pointers, tables.dims, norm, depth)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * (offset + weight)`` by row: ``x`` [T, H], ``weight`` [H]; fp32, rounded once."""
     return torch.ops.deltaserve_cpu.rms_norm(x, weight, eps, offset)
@@ -230,6 +293,16 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_c
     [num_blocks, kv_heads, 16, D], as in ``write_kv``. Raises ValueError.
     """
     torch.ops.deltaserve_cpu.rotate_and_store(qkv, cos, sin, k_cache, v_cache, kv_index)
+
+
+@cache
+def _packed_linear_terms() -> Callable[..., Tensor]:
+    return torch.ops.deltaserve_cpu.packed_linear_terms.default
+
+
+@cache
+def _rms_norm_changed() -> Callable[..., Tensor]:
+    return torch.ops.deltaserve_cpu.rms_norm_changed.default
 
 
 @cache

@@ -156,9 +156,14 @@ class FusedNorm:
         if not isinstance(ctx, ForwardContext) or x.dtype is not self.weight.dtype or not self.operators.are_selected():
             return self.otherwise(x)
         rows = x.reshape(-1, x.shape[-1])
+        norm, step = self.tunable, ctx.vectors
+        if norm is None or step is None or not step.family.norms.has_any(norm.index):
+            return self.operators.module.rms_norm(rows, self.weight, self.eps, self.offset).view(x.shape)
+        if self.operators.module is cpu:
+            tables, whose = step.family.norms, (norm.index, norm.depth)
+            return cpu.rms_norm_changed(rows, self.weight, self.eps, self.offset, step.work, tables, *whose).view(x.shape)
         y = self.operators.module.rms_norm(rows, self.weight, self.eps, self.offset).view(x.shape)
-        if ctx.vectors is not None and self.tunable is not None:
-            self.tunable.adjust(y, x, ctx.vectors)
+        norm.adjust(y, x, step)
         return y
 
 

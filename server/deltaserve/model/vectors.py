@@ -1,12 +1,15 @@
 """A projection group in a step where some rows have vector terms: scales and rotations of inputs and outputs, biases.
 
-Rows with vectors are the base's product, then scales, biases and rotations, then low rank, then sparse, each rounded;
-whatever their groups hold, and whoever else is in the step; blocks come last. All other rows go through the product as
-ever.
+Where the base's product is the C++ library's own, scales and biases join its sums beside the low rank, for all rows in
+one call, and each member may have inputs of its own; only rows with rotated outputs (``VectorStep.turned``) are the
+base's product, then rotation, then low rank. Elsewhere rows with vectors are the base's product, then scales, biases
+and rotations, then low rank, each rounded; whatever their groups hold, and whoever else is in the step; all other
+rows go through the product as ever. Sparse terms and blocks come last.
 
-Scales and rotations of an input act on the base's product alone. A row whose members need different inputs enters the
-product once more for each of them, so that weights are read once; a group of one has its rows replaced. On one side
-of a linear, scales and rotations of several adapters meet the same row, and what they change of it is summed.
+Scales and rotations of an input act on the base's product alone. In a library's product a row whose members need
+different inputs enters once more for each of them, so that weights are read once; a group of one has its rows
+replaced. On one side of a linear, scales and rotations of several adapters meet the same row, and what they change of
+it is summed.
 """
 
 from __future__ import annotations
@@ -18,15 +21,79 @@ import torch
 from torch import Tensor
 
 from deltaserve.model.blocks import add_blocks
-from deltaserve_kernels import VectorStep, lora_linear, rotate_blocks, scale_shift, sparse_linear
+from deltaserve_kernels import (
+    LoraTables,
+    VectorStep,
+    WorkList,
+    lora_linear,
+    rotate_blocks,
+    scale_shift,
+    sparse_linear,
+)
 
 if TYPE_CHECKING:
     from deltaserve.model.context import ForwardContext
     from deltaserve.model.linear import Member, ProjectionGroup
+    from deltaserve.model.weight import PanelPacked
 
 
 def apply_with_vectors(group: ProjectionGroup, rows: Tensor, ctx: ForwardContext, step: VectorStep) -> Tensor:
     """``rows`` [T, K] -> [T, N], as ``ProjectionGroup.apply``; ``ctx.work`` is the step's whole list."""
+    members, depth = group.members, group.depth
+    packed = group.weight.joins_vectors(members)
+    if packed is not None and ctx.lora is not None and ctx.work is not None:
+        y = _joined(packed, group, rows, ctx.work, ctx.lora, step)
+    else:
+        y = _one_by_one(group, rows, ctx, step)
+    if ctx.sparse is not None and ctx.work is not None:
+        sparse_linear(y, rows, ctx.work, ctx.sparse, members, depth)
+    if ctx.blocks is not None and ctx.work is not None:
+        add_blocks(y, rows, ctx.work, ctx.blocks, members, depth)
+    return y
+
+
+def _joined(
+    packed: PanelPacked, group: ProjectionGroup, rows: Tensor, work: WorkList, lora: LoraTables, step: VectorStep
+) -> Tensor:
+    """Base, scales and biases, and low rank in one product; rotations around it."""
+    members, depth, family = group.members, group.depth, step.family
+    turned = step.turned
+    joining = work if turned is None else turned.others
+    has_outputs, has_inputs = family.outputs.has_any_of(members), family.inputs.has_any_of(members)
+    fed = {}
+    if family.in_rotations.has_any_of(members):
+        width = rows.shape[1]
+        for at, member in enumerate(members):
+            if family.in_rotations.has_any(member.linear):
+                x = fed[at] = rows.clone()
+                whole = ((member.linear, 0, width),)
+                scale_shift(x, work, family.inputs, whole, depth)
+                rotate_blocks(x, rows, work, family.in_rotations, whole, depth)
+    if has_outputs or has_inputs or fed:
+        y = packed.matmul_terms(
+            rows,
+            group.bias,
+            joining,
+            lora,
+            members,
+            depth,
+            out_vectors=family.outputs if has_outputs else None,
+            in_vectors=family.inputs if has_inputs else None,
+            in_work=work,
+            fed=fed,
+        )
+    elif joining.concerns(lora, members):
+        y = packed.matmul_lora(rows, group.bias, joining, lora, members, depth)
+    else:
+        y = packed.matmul(rows, group.bias)
+    if turned is not None:
+        _change_outputs(y, group, turned.step)
+        lora_linear(y, rows, turned.step.work, lora, members, depth)
+    return y
+
+
+def _one_by_one(group: ProjectionGroup, rows: Tensor, ctx: ForwardContext, step: VectorStep) -> Tensor:
+    """The same by operators that each round."""
     members, depth = group.members, group.depth
     fed, moves = _feed(group, rows, step)
     others = step.others
@@ -42,10 +109,6 @@ def apply_with_vectors(group: ProjectionGroup, rows: Tensor, ctx: ForwardContext
     _change_outputs(y, group, step)
     if ctx.lora is not None:
         lora_linear(y, rows, step.work, ctx.lora, members, depth)
-    if ctx.sparse is not None and ctx.work is not None:
-        sparse_linear(y, rows, ctx.work, ctx.sparse, members, depth)
-    if ctx.blocks is not None and ctx.work is not None:
-        add_blocks(y, rows, ctx.work, ctx.blocks, members, depth)
     return y
 
 

@@ -9,8 +9,9 @@ them. Both orders are exact, can be undone, and give results that do not depend 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # The number of rows oneDNN plans for; other numbers work, and this plan is good from 1 to some hundreds.
 _PLANNED_ROWS = 32
+PANEL = 16
+"""Outputs of one panel of ``PanelPacked``."""
 
 
 class _Packed(Protocol):
@@ -72,6 +75,22 @@ class PanelPacked:
             columns = self._columns[members] = list(chain.from_iterable(members))
         return cpu.packed_linear_lora(rows, self._packed, self._outputs, bias, work, tables, columns, depth)
 
+    def matmul_terms(
+        self,
+        rows: Tensor,
+        bias: Tensor | None,
+        work: WorkList,
+        tables: LoraTables,
+        members: tuple[Member, ...],
+        depth: float,
+        **vectors: Any,
+    ) -> Tensor:
+        """``cpu.packed_linear_terms``, which tells the rest."""
+        columns = self._columns.get(members)
+        if columns is None:
+            columns = self._columns[members] = list(chain.from_iterable(members))
+        return cpu.packed_linear_terms(rows, self._packed, self._outputs, bias, work, tables, columns, depth, **vectors)
+
     def to_plain(self) -> Tensor:
         return cpu.unpack_weight(self._packed, self._outputs)
 
@@ -114,6 +133,13 @@ class BaseWeight:
         y = self.matmul(rows, bias, residual)
         lora_linear(y, rows, work, tables, members, depth)
         return y
+
+    def joins_vectors(self, members: Sequence[Member]) -> PanelPacked | None:
+        """The form whose product takes scales and biases of these members into its sums, if it is that one. Goes by the
+        base alone, never by a step."""
+        if isinstance(self._packed, PanelPacked) and all(m[1] % PANEL == 0 == (m[2] - m[1]) % PANEL for m in members):
+            return self._packed
+        return None
 
     def plain(self) -> Tensor:
         """The matrix [out, in]; made anew at each call where only the reordered form is kept."""
