@@ -8,7 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from loadtest.kind_work import Work, work_of
 from loadtest.small import Shape
 
 READ_BYTES, PRODUCT_SIZE = 128 * 2**20, 1024
-WARM_ROUNDS, FEWEST_ROUNDS = 2, 3
+WARM_ROUNDS = 2
 Run = Callable[[], object]
 
 
@@ -100,8 +100,8 @@ class Stand:
             prefixes=prefixes,
         )
 
-    def fill(self, kind: Kind, first_slot: int) -> tuple[Work, int]:
-        """Adapters of the kind in ``rows`` slots, each in memory of its own; what one is, and its bytes on the device.
+    def fill(self, kind: Kind, slots: Iterable[int]) -> tuple[Work, int]:
+        """Adapters of the kind in these slots, each in memory of its own; what one is, and its bytes on the device.
 
         They are one file, loaded again and again: equal numbers cost what others do.
         """
@@ -109,7 +109,7 @@ class Stand:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, FOLDED_FILE_NAME)
             folded.save(path)
-            for slot in range(first_slot, first_slot + self.rows):
+            for slot in slots:
                 loaded = FoldedAdapter.load(path, self.base.spec, self.base.dtype)
                 staged = self.pool.stage(self.pool.convert(loaded))
                 self.pool.install(slot, staged)
@@ -157,8 +157,8 @@ def measure(
     entries = []
     for kind in kinds:
         stand = Stand(base, kv, rows, context)
-        below = stand.fill(BY_NAME[kind.on], 0)[0] if kind.on else Work(0, 0, 0)
-        whole, nbytes = stand.fill(kind, rows)
+        below = stand.fill(BY_NAME[kind.on], range(rows))[0] if kind.on else Work(0, 0, 0)
+        whole, nbytes = stand.fill(kind, range(rows, 2 * rows))
         work = Work(*(all_of_it - others for all_of_it, others in zip(whole, below, strict=True)))
         cases = {"distinct": list(range(rows)), "shared": [row % few for row in range(rows)]}
         adapters = {"distinct": rows, "shared": few}
@@ -190,14 +190,17 @@ def measure(
 
 
 def _in_turns(runs: Mapping[str, Run], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of each run by round, after rounds that warm up: one at least of either sort, however long they take."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     began = time.perf_counter()
     for number in range(WARM_ROUNDS + rounds):
-        if number >= WARM_ROUNDS + FEWEST_ROUNDS and time.perf_counter() - began > seconds:
+        is_late = time.perf_counter() - began > seconds
+        if is_late and samples["base"]:
             break
+        is_warm = number >= WARM_ROUNDS or (is_late and number > 0)
         for name, run in runs.items():
             taken = _seconds(run)
-            if number >= WARM_ROUNDS:
+            if is_warm:
                 samples[name].append(taken)
     return samples
 

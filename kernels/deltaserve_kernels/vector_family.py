@@ -1,7 +1,8 @@
 """All vector terms and rotations of one server, and the rows of a step that have some.
 
-A row's terms are found once a step, by its binding. Rows with vectors take a path of their own through every projection
-(base product, scales and biases, low rank, sparse, each rounded), so that nobody's bits depend on who has vectors.
+A row's terms are found once a step, by its binding. Where a product cannot take vectors into its sums, rows with them
+take a path of their own through every projection (base product, scales and biases, low rank, sparse, each rounded), so
+that nobody's bits depend on who has vectors.
 """
 
 from __future__ import annotations

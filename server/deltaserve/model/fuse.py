@@ -160,8 +160,10 @@ class FusedNorm:
         if norm is None or step is None or not step.family.norms.has_any(norm.index):
             return self.operators.module.rms_norm(rows, self.weight, self.eps, self.offset).view(x.shape)
         if self.operators.module is cpu:
-            tables, whose = step.family.norms, (norm.index, norm.depth)
-            return cpu.rms_norm_changed(rows, self.weight, self.eps, self.offset, step.work, tables, *whose).view(x.shape)
+            y = cpu.rms_norm_changed(
+                rows, self.weight, self.eps, self.offset, step.work, step.family.norms, norm.index, norm.depth
+            )
+            return y.view(x.shape)
         y = self.operators.module.rms_norm(rows, self.weight, self.eps, self.offset).view(x.shape)
         norm.adjust(y, x, step)
         return y

@@ -42,6 +42,8 @@ class ProjectionGroup:
         self.members = members
         self.depth = depth
         self.ends = Ends()
+        self.joining = weight.joins_vectors(members)
+        """The weight's form whose product takes vectors into its sums; None: it has none. The same in every step."""
 
     def apply(self, rows: Tensor, ctx: ForwardContext, residual: Tensor | None = None) -> Tensor:
         """``rows`` [T, K] -> [T, N]: base product plus the adapter terms of the step's work list.

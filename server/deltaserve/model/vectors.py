@@ -40,9 +40,8 @@ if TYPE_CHECKING:
 def apply_with_vectors(group: ProjectionGroup, rows: Tensor, ctx: ForwardContext, step: VectorStep) -> Tensor:
     """``rows`` [T, K] -> [T, N], as ``ProjectionGroup.apply``; ``ctx.work`` is the step's whole list."""
     members, depth = group.members, group.depth
-    packed = group.weight.joins_vectors(members)
-    if packed is not None and ctx.lora is not None and ctx.work is not None:
-        y = _joined(packed, group, rows, ctx.work, ctx.lora, step)
+    if group.joining is not None and ctx.lora is not None and ctx.work is not None:
+        y = _joined(group.joining, group, rows, ctx.work, ctx.lora, step)
     else:
         y = _one_by_one(group, rows, ctx, step)
     if ctx.sparse is not None and ctx.work is not None:
