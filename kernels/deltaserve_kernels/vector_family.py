@@ -77,6 +77,8 @@ class VectorFamily:
         self.in_rotations = RotationTables(num_linears, num_slots, device)
         self.out_rotations = RotationTables(num_linears, num_slots, device)
         self.num_slots = num_slots
+        self.version = 0
+        """Rises with every change: what was found out about the tables holds while it stays."""
         self._used: set[int] = set()
 
     @property
@@ -89,6 +91,7 @@ class VectorFamily:
 
     def set_all(self, slot: int, entries: VectorEntries) -> None:
         """Point a slot at an adapter's vectors. Raises a KernelError; ``clear`` the slot then."""
+        self.version += 1
         for tables, given in zip((self.outputs, self.inputs, self.norms), entries[:3], strict=True):
             if given:
                 self._used.add(slot)
@@ -101,6 +104,7 @@ class VectorFamily:
     def clear(self, slot: int) -> None:
         """Empty a slot and let go of its tensors."""
         if slot in self._used:
+            self.version += 1
             self._used.remove(slot)
             for tables in (self.outputs, self.inputs, self.norms, self.in_rotations, self.out_rotations):
                 if tables.has_slot(slot):

@@ -58,7 +58,7 @@ class Case:
 
     def product(self, x: Tensor, bindings: list[Parts], **changes: object) -> Tensor:
         work = build_work_list(bindings)
-        given = {"out_vectors": self.outputs, "in_vectors": self.inputs, "in_work": work, "fed": {}, **changes}
+        given = {"out_vectors": self.outputs, "in_vectors": self.inputs, "in_work": work, **changes}
         return cpu.packed_linear_terms(x, self.packed, WIDTH, self.bias, work, self.lora, COLUMNS, DEPTH, **given)
 
     def expected(self, x: Tensor, bindings: list[Parts]) -> Tensor:

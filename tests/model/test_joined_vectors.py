@@ -31,10 +31,11 @@ def stand(request: pytest.FixtureRequest) -> Stand:
     return stand
 
 
-def logits(stand: Stand, rows: Sequence[Parts]) -> Tensor:
+def logits(stand: Stand, rows: Sequence[Parts], *, has_prompt: bool = True) -> Tensor:
     """[rows, vocab] of a decode step after a prompt of seven tokens, each row with its adapters throughout."""
     prompts = [ScheduledSequence(i, range(9, 16), 0, (i,), parts, "none") for i, parts in enumerate(rows)]
-    stand.runner.execute(prompts)
+    if has_prompt:
+        stand.runner.execute(prompts)
     steps = [ScheduledSequence(i, (5,), 7, (i,), parts) for i, parts in enumerate(rows)]
     return stand.runner.execute(steps).clone()
 
@@ -77,3 +78,22 @@ def test_company_is_not_felt(stand: Stand) -> None:
 def test_strength_0_is_the_base(stand: Stand, name: str) -> None:
     plain, nothing, _ = logits(stand, [(), (part(name, 0.0),), (part("ia3"), part(name, 0.0))])
     assert torch.equal(nothing, plain)
+
+
+def test_what_was_found_out_about_the_tables_does_not_outlive_a_change(stand: Stand) -> None:
+    """Groups look through the tables once; an adapter that comes or goes makes them look again."""
+    fresh = Stand(stand.base, stand.kv, len(NAMES), 0)
+    fresh.fill(BY_NAME["norms"], [0])
+    of_slot = [(), (ScheduledPart(0),), (ScheduledPart(1),)]
+    plain, _, nothing = logits(fresh, of_slot)
+    assert torch.equal(nothing, plain)
+    seen = []
+    for name in ("bias", "ia3", "oft", "road"):
+        fresh.fill(BY_NAME[name], [1])
+        _, _, something = logits(fresh, of_slot, has_prompt=False)
+        seen.append(something)
+        assert all(not torch.equal(something, other) for other in (plain, *seen[:-1])), name
+        assert fresh.runner.vectors is not None
+        fresh.runner.vectors.clear(1)
+        if name != "oft":  # "road" comes into the slot of "oft" with no other step between
+            assert torch.equal(logits(fresh, of_slot, has_prompt=False)[2], plain), name

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import chain
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 ACTIVATIONS = ("silu", "gelu_tanh")
+NO_INPUTS: Mapping[int, Tensor] = MappingProxyType({})
 
 _lock = threading.Lock()
 _loaded = False
@@ -222,11 +224,10 @@ def packed_linear_terms(
     tables: LoraTables,
     columns: list[int],
     depth: float,
-    *,
     out_vectors: VectorTables | None,
     in_vectors: VectorTables | None,
     in_work: WorkList,
-    fed: Mapping[int, Tensor],
+    fed: Mapping[int, Tensor] = NO_INPUTS,
 ) -> Tensor:
     """``packed_linear_lora`` with scales and biases, for members that are whole panels of 16 outputs.
 
@@ -240,25 +241,13 @@ def packed_linear_terms(
     for vectors in (out_vectors, in_vectors):
         if vectors is not None and not vectors.is_on_host:
             raise DeviceMismatch(f"the tables are on {vectors.device}; x is on the CPU")
-    return _packed_linear_terms()(
-        x,
-        packed,
-        outputs,
-        bias,
-        _prepared(work),
-        tables.pointers,
-        tables.ranks,
-        tables.dims,
-        columns,
-        depth,
-        None if out_vectors is None else out_vectors.pointers,
-        None if out_vectors is None else out_vectors.dims,
-        None if in_vectors is None else _prepared(in_work),
-        None if in_vectors is None else in_vectors.pointers,
-        None if in_vectors is None else in_vectors.dims,
-        list(fed.values()),
-        list(fed),
-    )
+    arguments = x, packed, outputs, bias, _prepared(work), tables.pointers, tables.ranks, tables.dims, columns, depth
+    has_low_rank = not tables.is_empty and any(map(tables.has_any, columns[::3]))
+    out_arrays = (None, None) if out_vectors is None else (out_vectors.pointers, out_vectors.dims)
+    in_arrays: tuple[Tensor | None, ...] = (None, None, None)
+    if in_vectors is not None:
+        in_arrays = _prepared(in_work), in_vectors.pointers, in_vectors.dims
+    return _packed_linear_terms()(*arguments, has_low_rank, *out_arrays, *in_arrays, list(fed.values()), list(fed))
 
 
 def rms_norm_changed(

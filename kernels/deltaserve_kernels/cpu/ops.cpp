@@ -346,7 +346,7 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
       "Tensor pointers, Tensor ranks, Tensor dims, int[] members, float depth) -> Tensor");
   m.def(
       "packed_linear_terms(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor work, Tensor pointers, Tensor ranks, "
-      "Tensor dims, int[] members, float depth, Tensor? out_pointers, Tensor? out_dims, Tensor? in_work, "
+      "Tensor dims, int[] members, float depth, bool has_low_rank, Tensor? out_pointers, Tensor? out_dims, Tensor? in_work, "
       "Tensor? in_pointers, Tensor? in_dims, Tensor[] fed, int[] fed_members) -> Tensor");
   m.def("level() -> int", level);
   m.def("max_level() -> int", max_level);

@@ -78,7 +78,7 @@ class ModelRunner:
         self._runs: list[Run] = []
         self._num_rows = -1
         self._work: WorkList | None = None
-        self._vector_slots: frozenset[int] = frozenset()
+        self._vector_version = -1
         self._vector_step: VectorStep | None = None
         self._apart_slots: frozenset[int] = frozenset()
         self._apart_step: ApartStep | None = None
@@ -258,9 +258,9 @@ class ModelRunner:
             self._runs, self._num_rows = runs, num_rows
         if not slots or self.vectors is None:
             self._vector_step = None
-        elif not is_same or slots != self._vector_slots or self._vector_step is None:
+        elif not is_same or self.vectors.version != self._vector_version or self._vector_step is None:
             self._vector_step = split_runs(runs, num_rows, self.vectors, self.base.device)
-            self._vector_slots = slots
+            self._vector_version = self.vectors.version
         if not apart or self.apart is None:
             self._apart_step = None
         elif not is_same or apart != self._apart_slots or self._apart_step is None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from deltaserve.model.attach import Ends, apply_apart, folded_input, folded_output
 from deltaserve.model.blocks import add_blocks
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, current
-from deltaserve.model.vectors import apply_with_vectors
+from deltaserve.model.vectors import Joining, apply_with_vectors
 from deltaserve.model.weight import BaseWeight
 from deltaserve_kernels import WorkList, change_head, sparse_linear
 
@@ -42,8 +42,8 @@ class ProjectionGroup:
         self.members = members
         self.depth = depth
         self.ends = Ends()
-        self.joining = weight.joins_vectors(members)
-        """The weight's form whose product takes vectors into its sums; None: it has none. The same in every step."""
+        packed = weight.joins_vectors(members)
+        self.joining = None if packed is None else Joining(packed, members)
 
     def apply(self, rows: Tensor, ctx: ForwardContext, residual: Tensor | None = None) -> Tensor:
         """``rows`` [T, K] -> [T, N]: base product plus the adapter terms of the step's work list.
@@ -59,12 +59,13 @@ class ProjectionGroup:
 
     def apply_terms(self, rows: Tensor, work: WorkList, ctx: ForwardContext, residual: Tensor | None = None) -> Tensor:
         """``apply`` of the base product and every term that is one operator for the whole step."""
-        if ctx.vectors is not None:
-            y = apply_with_vectors(self, rows, ctx, ctx.vectors)
+        vectors, joining = ctx.vectors, self.joining
+        if vectors is not None and (joining is None or ctx.lora is None or joining.concerns(vectors)):
+            y = apply_with_vectors(self, rows, ctx, vectors)
             if residual is None:
                 return y
             # All other rows take the product that adds onto the stream: it rounds once, and so do they in any step.
-            changed = ctx.vectors.rows
+            changed = vectors.rows
             own = residual[changed] + y[changed]
             total = self.apply_terms(rows, work, replace(ctx, vectors=None), residual)
             total[changed] = own

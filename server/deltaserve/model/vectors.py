@@ -23,8 +23,11 @@ from torch import Tensor
 from deltaserve.model.blocks import add_blocks
 from deltaserve_kernels import (
     LoraTables,
+    VectorFamily,
     VectorStep,
+    VectorTables,
     WorkList,
+    cpu,
     lora_linear,
     rotate_blocks,
     scale_shift,
@@ -37,57 +40,71 @@ if TYPE_CHECKING:
     from deltaserve.model.weight import PanelPacked
 
 
+class Joining:
+    """A group whose product takes vectors into its sums, and what the tables hold for its linears.
+
+    Asked at every group of every step, where each look into Python's objects counts: so the tables are looked through
+    once for every change of them.
+    """
+
+    def __init__(self, packed: PanelPacked, members: tuple[Member, ...]) -> None:
+        self.packed = packed
+        self.members = members
+        self._family: VectorFamily | None = None
+        self._version = -1
+        self._has_any = False
+        self._outputs: VectorTables | None = None
+        self._inputs: VectorTables | None = None
+        self._turning: tuple[int, ...] = ()
+
+    def concerns(self, step: VectorStep) -> bool:
+        """Whether the group differs at all from one in a step without vectors."""
+        family = step.family
+        if family.version != self._version or family is not self._family:
+            self._look(family)
+        return self._has_any or step.turned is not None
+
+    def _look(self, family: VectorFamily) -> None:
+        members, rotations = self.members, family.in_rotations
+        self._outputs = family.outputs if family.outputs.has_any_of(members) else None
+        self._inputs = family.inputs if family.inputs.has_any_of(members) else None
+        self._turning = tuple(at for at, member in enumerate(members) if rotations.has_any(member.linear))
+        self._has_any = bool(self._outputs or self._inputs or self._turning)
+        self._family, self._version = family, family.version
+
+    def apply(self, group: ProjectionGroup, rows: Tensor, work: WorkList, lora: LoraTables, step: VectorStep) -> Tensor:
+        """``rows`` [T, K] -> [T, N]: base, scales and biases, and low rank in one product; rotations around it. For a
+        step that ``concerns`` has just been asked about; ``work`` is its whole list."""
+        turned, depth = step.turned, group.depth
+        joining = work if turned is None else turned.others
+        fed = {at: self._turn(rows, work, at, step, depth) for at in self._turning} if self._turning else cpu.NO_INPUTS
+        y = self.packed.matmul_terms(
+            rows, group.bias, joining, lora, self.members, depth, self._outputs, self._inputs, work, fed
+        )
+        if turned is not None:
+            _change_outputs(y, group, turned.step)
+            lora_linear(y, rows, turned.step.work, lora, self.members, depth)
+        return y
+
+    def _turn(self, rows: Tensor, work: WorkList, at: int, step: VectorStep, depth: float) -> Tensor:
+        """What the member in place ``at`` multiplies."""
+        whole = ((self.members[at].linear, 0, rows.shape[1]),)
+        fed = rows.clone()
+        scale_shift(fed, work, step.family.inputs, whole, depth)
+        rotate_blocks(fed, rows, work, step.family.in_rotations, whole, depth)
+        return fed
+
+
 def apply_with_vectors(group: ProjectionGroup, rows: Tensor, ctx: ForwardContext, step: VectorStep) -> Tensor:
     """``rows`` [T, K] -> [T, N], as ``ProjectionGroup.apply``; ``ctx.work`` is the step's whole list."""
-    members, depth = group.members, group.depth
     if group.joining is not None and ctx.lora is not None and ctx.work is not None:
-        y = _joined(group.joining, group, rows, ctx.work, ctx.lora, step)
+        y = group.joining.apply(group, rows, ctx.work, ctx.lora, step)
     else:
         y = _one_by_one(group, rows, ctx, step)
     if ctx.sparse is not None and ctx.work is not None:
-        sparse_linear(y, rows, ctx.work, ctx.sparse, members, depth)
+        sparse_linear(y, rows, ctx.work, ctx.sparse, group.members, group.depth)
     if ctx.blocks is not None and ctx.work is not None:
-        add_blocks(y, rows, ctx.work, ctx.blocks, members, depth)
-    return y
-
-
-def _joined(
-    packed: PanelPacked, group: ProjectionGroup, rows: Tensor, work: WorkList, lora: LoraTables, step: VectorStep
-) -> Tensor:
-    """Base, scales and biases, and low rank in one product; rotations around it."""
-    members, depth, family = group.members, group.depth, step.family
-    turned = step.turned
-    joining = work if turned is None else turned.others
-    has_outputs, has_inputs = family.outputs.has_any_of(members), family.inputs.has_any_of(members)
-    fed = {}
-    if family.in_rotations.has_any_of(members):
-        width = rows.shape[1]
-        for at, member in enumerate(members):
-            if family.in_rotations.has_any(member.linear):
-                x = fed[at] = rows.clone()
-                whole = ((member.linear, 0, width),)
-                scale_shift(x, work, family.inputs, whole, depth)
-                rotate_blocks(x, rows, work, family.in_rotations, whole, depth)
-    if has_outputs or has_inputs or fed:
-        y = packed.matmul_terms(
-            rows,
-            group.bias,
-            joining,
-            lora,
-            members,
-            depth,
-            out_vectors=family.outputs if has_outputs else None,
-            in_vectors=family.inputs if has_inputs else None,
-            in_work=work,
-            fed=fed,
-        )
-    elif joining.concerns(lora, members):
-        y = packed.matmul_lora(rows, group.bias, joining, lora, members, depth)
-    else:
-        y = packed.matmul(rows, group.bias)
-    if turned is not None:
-        _change_outputs(y, group, turned.step)
-        lora_linear(y, rows, turned.step.work, lora, members, depth)
+        add_blocks(y, rows, ctx.work, ctx.blocks, group.members, group.depth)
     return y
 
 

@@ -83,13 +83,13 @@ class PanelPacked:
         tables: LoraTables,
         members: tuple[Member, ...],
         depth: float,
-        **vectors: Any,
+        *vectors: Any,
     ) -> Tensor:
         """``cpu.packed_linear_terms``, which tells the rest."""
         columns = self._columns.get(members)
         if columns is None:
             columns = self._columns[members] = list(chain.from_iterable(members))
-        return cpu.packed_linear_terms(rows, self._packed, self._outputs, bias, work, tables, columns, depth, **vectors)
+        return cpu.packed_linear_terms(rows, self._packed, self._outputs, bias, work, tables, columns, depth, *vectors)
 
     def to_plain(self) -> Tensor:
         return cpu.unpack_weight(self._packed, self._outputs)
