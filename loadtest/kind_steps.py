@@ -88,17 +88,19 @@ class Stand:
             blocks=blocks,
             prefixes=prefixes,
         )
-        self.runner = ModelRunner(
-            base,
-            kv,
-            lora,
-            sparse,
-            vectors=vectors,
-            apart=apart,
-            vocabulary=vocabulary,
-            blocks=blocks,
-            prefixes=prefixes,
-        )
+        self.tables = (lora, sparse)
+        self.families = {
+            "vectors": vectors,
+            "apart": apart,
+            "vocabulary": vocabulary,
+            "blocks": blocks,
+            "prefixes": prefixes,
+        }
+        self.runner = self.new_runner()
+
+    def new_runner(self) -> ModelRunner:
+        """It keeps the lists of its last step, as in traffic: steps that take turns have one each."""
+        return ModelRunner(self.base, self.kv, *self.tables, **self.families)  # type: ignore[arg-type]
 
     def fill(self, kind: Kind, slots: Iterable[int]) -> tuple[Work, int]:
         """Adapters of the kind in these slots, each in memory of its own; what one is, and its bytes on the device.
@@ -135,8 +137,9 @@ class Stand:
             copied = ScheduledSequence(row, sequence.token_ids, start, tuple(table), sequence.parts)
             copied.prefix = PrefixCopy(slot) if has_prefix else None
             first.append(copied)
-        self.runner.execute(first)
-        return lambda: self.runner.execute(batch)
+        runner = self.new_runner()
+        runner.execute(first)
+        return lambda: runner.execute(batch)
 
 
 def rates() -> dict[str, float]:

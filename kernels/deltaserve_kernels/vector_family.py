@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from deltaserve_kernels.pointer_tables import PointerTables
 from deltaserve_kernels.rotation_tables import RotationEntry, RotationFactor, RotationTables
 from deltaserve_kernels.transfer import upload
 from deltaserve_kernels.vector_tables import VectorEntry, VectorTables
-from deltaserve_kernels.worklist import Run, WorkList, build_work_list_runs
+from deltaserve_kernels.worklist import Parts, Run, WorkList, build_work_list_runs
 
 Entries = tuple[tuple[int, VectorEntry], ...]
 Rotations = tuple[tuple[int, RotationEntry], ...]
@@ -116,22 +118,36 @@ class VectorStep:
     """The rows of a step whose bindings have vectors, apart from the other rows with adapters.
 
     work:    these rows among the step's rows
+    slots:   per item, the slots of its parts whose scale is not 0 throughout: those change nothing, to the bit
+    counts:  per item, its rows
+    turned:  those of the rows whose bindings rotate some output, None when there are none
     others:  the other rows with adapters, or None
     rows:    int64 [R], these rows in the order of ``work``;  compact: the same items over R rows numbered in that order
-    counts:  per item, its rows
-    slots:   per item, the slots of its parts whose scale is not 0 throughout: those change nothing, to the bit
-    turned:  those of the rows whose bindings rotate some output, None when there are none
     """
 
     family: VectorFamily
     work: WorkList
-    others: WorkList | None
-    rows: Tensor
-    compact: WorkList
     slots: tuple[tuple[int, ...], ...]
     counts: tuple[int, ...]
     turned: Turned | None = None
+    _own_runs: tuple[Run, ...] = field(default=(), repr=False)
+    _other_runs: tuple[Run, ...] = field(default=(), repr=False)
     _chosen: dict[tuple[bool, ...], Tensor] = field(default_factory=dict, repr=False)
+
+    # What only some paths ask for is made when they do: a batch may change with every step.
+
+    @cached_property
+    def others(self) -> WorkList | None:
+        work = self.work
+        return build_work_list_runs(self._other_runs, work.num_rows, work.device) if self._other_runs else None
+
+    @cached_property
+    def rows(self) -> Tensor:
+        return self.work.rows.long()
+
+    @cached_property
+    def compact(self) -> WorkList:
+        return build_work_list_runs(self._own_runs, sum(self.counts), self.work.device)
 
     def rows_with(self, tables: PointerTables, index: int, *others: PointerTables) -> Tensor | None:
         """Which of 0..R have an entry for this linear or norm in some of the tables, int64; None: all. Told by their
@@ -181,17 +197,18 @@ def _step_of(
     others = [run for run in runs if run[2] and run not in taken]
     work = build_work_list_runs(chosen, num_rows, device)
     bindings = list(dict.fromkeys(run[2] for run in sorted(chosen, key=lambda run: run[0])))
-    sizes = [sum(run[1] for run in chosen if run[2] == binding) for binding in bindings]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    compact = build_work_list_runs(list(zip(starts, sizes, bindings, strict=True)), sum(sizes), device)
+    counts: dict[Parts, int] = dict.fromkeys(bindings, 0)
+    for run in chosen:
+        counts[run[2]] += run[1]
+    sizes = list(counts.values())
+    starts = accumulate(sizes[:-1], initial=0)
     return VectorStep(
         family=family,
         work=work,
-        others=build_work_list_runs(others, num_rows, device) if others else None,
-        rows=work.rows.long(),
-        compact=compact,
         slots=tuple(tuple(part[0] for part in binding if any(part[1:])) for binding in bindings),
         counts=tuple(sizes),
+        _own_runs=tuple(zip(starts, sizes, bindings, strict=True)),
+        _other_runs=tuple(others),
     )
 
 

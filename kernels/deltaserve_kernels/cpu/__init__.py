@@ -238,16 +238,32 @@ def packed_linear_terms(
     ValueError.
     """
     _check(x, work, tables)
-    for vectors in (out_vectors, in_vectors):
-        if vectors is not None and not vectors.is_on_host:
-            raise DeviceMismatch(f"the tables are on {vectors.device}; x is on the CPU")
-    arguments = x, packed, outputs, bias, _prepared(work), tables.pointers, tables.ranks, tables.dims, columns, depth
-    has_low_rank = not tables.is_empty and any(map(tables.has_any, columns[::3]))
-    out_arrays = (None, None) if out_vectors is None else (out_vectors.pointers, out_vectors.dims)
-    in_arrays: tuple[Tensor | None, ...] = (None, None, None)
+    out_pointers = out_dims = in_rows = in_pointers = in_dims = None
+    if out_vectors is not None:
+        out_pointers, out_dims = _on_host(out_vectors)
     if in_vectors is not None:
-        in_arrays = _prepared(in_work), in_vectors.pointers, in_vectors.dims
-    return _packed_linear_terms()(*arguments, has_low_rank, *out_arrays, *in_arrays, list(fed.values()), list(fed))
+        in_rows = _prepared(in_work)
+        in_pointers, in_dims = _on_host(in_vectors)
+    return _packed_linear_terms()(
+        x,
+        packed,
+        outputs,
+        bias,
+        _prepared(work),
+        tables.pointers,
+        tables.ranks,
+        tables.dims,
+        columns,
+        depth,
+        not tables.is_empty and any(map(tables.has_any, columns[::3])),
+        out_pointers,
+        out_dims,
+        in_rows,
+        in_pointers,
+        in_dims,
+        list(fed.values()),
+        list(fed),
+    )
 
 
 def rms_norm_changed(
@@ -309,6 +325,13 @@ def _prepared(work: WorkList) -> Tensor:
         )
         work.remember(prepared)
     return prepared
+
+
+def _on_host(vectors: VectorTables) -> tuple[Tensor, Tensor]:
+    """Pointers and dims."""
+    if not vectors.is_on_host:
+        raise DeviceMismatch(f"the tables are on {vectors.device}; x is on the CPU")
+    return vectors.pointers, vectors.dims
 
 
 def _check(x: Tensor, work: WorkList, tables: LoraTables | SparseTables | BlockTables) -> None:

@@ -15,6 +15,7 @@ it is summed.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,6 +51,7 @@ class Joining:
     def __init__(self, packed: PanelPacked, members: tuple[Member, ...]) -> None:
         self.packed = packed
         self.members = members
+        self._columns = list(chain.from_iterable(members))
         self._family: VectorFamily | None = None
         self._version = -1
         self._has_any = False
@@ -78,8 +80,19 @@ class Joining:
         turned, depth = step.turned, group.depth
         joining = work if turned is None else turned.others
         fed = {at: self._turn(rows, work, at, step, depth) for at in self._turning} if self._turning else cpu.NO_INPUTS
-        y = self.packed.matmul_terms(
-            rows, group.bias, joining, lora, self.members, depth, self._outputs, self._inputs, work, fed
+        y = cpu.packed_linear_terms(
+            rows,
+            self.packed.panels,
+            self.packed.outputs,
+            group.bias,
+            joining,
+            lora,
+            self._columns,
+            depth,
+            self._outputs,
+            self._inputs,
+            work,
+            fed,
         )
         if turned is not None:
             _change_outputs(y, group, turned.step)

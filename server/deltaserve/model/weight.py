@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -51,15 +51,15 @@ class OnednnPacked:
 
 
 class PanelPacked:
-    """Panels of the C++ operators, bf16 and fp16. Needs ``cpu.is_available()``."""
+    """Panels of the C++ operators, bf16 and fp16: ``panels`` of that many ``outputs``. Needs ``cpu.is_available()``."""
 
     def __init__(self, weight: Tensor) -> None:
-        self._outputs = weight.shape[0]
-        self._packed = cpu.pack_weight(weight)
+        self.outputs = weight.shape[0]
+        self.panels = cpu.pack_weight(weight)
         self._columns: dict[tuple[Member, ...], list[int]] = {}
 
     def matmul(self, rows: Tensor, bias: Tensor | None) -> Tensor:
-        return cpu.packed_linear(rows, self._packed, self._outputs, bias)
+        return cpu.packed_linear(rows, self.panels, self.outputs, bias)
 
     def matmul_lora(
         self,
@@ -73,26 +73,10 @@ class PanelPacked:
         columns = self._columns.get(members)
         if columns is None:
             columns = self._columns[members] = list(chain.from_iterable(members))
-        return cpu.packed_linear_lora(rows, self._packed, self._outputs, bias, work, tables, columns, depth)
-
-    def matmul_terms(
-        self,
-        rows: Tensor,
-        bias: Tensor | None,
-        work: WorkList,
-        tables: LoraTables,
-        members: tuple[Member, ...],
-        depth: float,
-        *vectors: Any,
-    ) -> Tensor:
-        """``cpu.packed_linear_terms``, which tells the rest."""
-        columns = self._columns.get(members)
-        if columns is None:
-            columns = self._columns[members] = list(chain.from_iterable(members))
-        return cpu.packed_linear_terms(rows, self._packed, self._outputs, bias, work, tables, columns, depth, *vectors)
+        return cpu.packed_linear_lora(rows, self.panels, self.outputs, bias, work, tables, columns, depth)
 
     def to_plain(self) -> Tensor:
-        return cpu.unpack_weight(self._packed, self._outputs)
+        return cpu.unpack_weight(self.panels, self.outputs)
 
 
 class BaseWeight:
