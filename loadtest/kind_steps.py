@@ -201,8 +201,9 @@ def _in_turns(runs: Mapping[str, Run], rounds: int, seconds: float) -> dict[str,
         if is_late and samples["base"]:
             break
         is_warm = number >= WARM_ROUNDS or (is_late and number > 0)
-        for name, run in runs.items():
-            taken = _seconds(run)
+        names = list(runs)
+        for name in names[number % len(names) :] + names[: number % len(names)]:  # nobody always follows the same one
+            taken = _seconds(runs[name])
             if is_warm:
                 samples[name].append(taken)
     return samples
