@@ -78,7 +78,7 @@ def lora_linear(
     torch.ops.deltaserve_cpu.lora_linear(
         y,
         x,
-        _prepared(work),
+        prepared(work),
         tables.pointers,
         tables.ranks,
         tables.dims,
@@ -94,7 +94,7 @@ def sparse_linear(
     torch.ops.deltaserve_cpu.sparse_linear(
         y,
         x,
-        _prepared(work),
+        prepared(work),
         tables.pointers,
         tables.extents,
         tables.dims,
@@ -110,7 +110,7 @@ def block_linear(
     torch.ops.deltaserve_cpu.block_linear(
         y,
         x,
-        _prepared(work),
+        prepared(work),
         tables.pointers,
         tables.sizes,
         tables.dims,
@@ -160,7 +160,7 @@ def scale_shift(
         raise DeviceMismatch(f"the tables are on {tables.device}; y is on the CPU")
     columns = list(chain.from_iterable(members))
     torch.ops.deltaserve_cpu.scale_shift(
-        y, _prepared(work), tables.pointers, tables.dims, columns, gain, shift, unit, depth
+        y, prepared(work), tables.pointers, tables.dims, columns, gain, shift, unit, depth
     )
 
 
@@ -172,7 +172,7 @@ def rotate_blocks(
     if not tables.is_on_host:
         raise DeviceMismatch(f"the tables are on {tables.device}; x is on the CPU")
     torch.ops.deltaserve_cpu.rotate_blocks(
-        y, x, _prepared(work), tables.pointers, tables.dims, list(chain.from_iterable(members)), depth
+        y, x, prepared(work), tables.pointers, tables.dims, list(chain.from_iterable(members)), depth
     )
 
 
@@ -209,7 +209,7 @@ def packed_linear_lora(
     """
     _check(x, work, tables)
     return _packed_linear_lora()(
-        x, packed, outputs, bias, _prepared(work), tables.pointers, tables.ranks, tables.dims, columns, depth
+        x, packed, outputs, bias, prepared(work), tables.pointers, tables.ranks, tables.dims, columns, depth
     )
 
 
@@ -238,15 +238,15 @@ def _packed_linear_lora() -> Callable[..., Tensor]:
     return torch.ops.deltaserve_cpu.packed_linear_lora.default
 
 
-def _prepared(work: WorkList) -> Tensor:
+def prepared(work: WorkList) -> Tensor:
     """The list as the C++ operators read it: checked and taken apart at its first use. Raises ValueError."""
-    prepared = work.prepared
-    if prepared is None:
-        prepared = torch.ops.deltaserve_cpu.prepare_work(
+    found = work.prepared
+    if found is None:
+        found = torch.ops.deltaserve_cpu.prepare_work(
             work.rows, work.item_rows, work.item_parts, work.part_slot, work.part_scale, work.num_rows
         )
-        work.remember(prepared)
-    return prepared
+        work.remember(found)
+    return found
 
 
 def _check(x: Tensor, work: WorkList, tables: LoraTables | SparseTables | BlockTables) -> None:
