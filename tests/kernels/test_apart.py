@@ -25,6 +25,7 @@ from deltaserve_kernels.worklist import Run
 from deltatest.kernel_cases import randn
 
 ROWS, WIDTH = 70, 37
+SHAPES = [(1, 1, 1), (33, 200, 9), (128, 17, 3), (250, 65, 33), (290, 40, 70)]  # inputs, outputs, rows of an item
 MEMBERS = ((0, 0, 24), (1, 24, 54))
 # A prompt of more rows than a tile, two adapters on one row, a depth profile, a strength of 0, a row of nobody.
 RUNS: list[Run] = [
@@ -138,7 +139,9 @@ def test_activations_are_those_of_torch(activation: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("inputs", "outputs", "rows"), [(1, 1, 1), (33, 200, 9), (128, 17, 3), (250, 65, 33)])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "rows"), [(1, 1, 1), (33, 200, 9), (128, 17, 3), (250, 65, 33), (290, 40, 70)]
+)
 def test_shapes_of_all_sorts_equal_the_definition(
     inputs: int, outputs: int, rows: int, dtype: torch.dtype, cpu_backend: str
 ) -> None:
@@ -192,6 +195,31 @@ def test_a_row_has_the_same_bits_in_any_company(backend: str) -> None:
         single = x[row : row + 1].clone()
         add_modules(single, alone, 3, 0.5, {0: x[row : row + 1]}, backend=backend)
         assert torch.equal(single[0], hidden[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_of_an_adapter_have_the_bits_of_each_alone(dtype: torch.dtype, cpu_backend: str) -> None:
+    """Every number of rows that tiles and blocks may leave over."""
+    family = ApartFamily(2, 1, 1)
+    dense = DenseEntry(70, delta=randn(37, 70, dtype=dtype))
+    signs = DenseEntry(70, signs=pack_bits(randn(37, 70, seed=1) > 0), scale=randn(37, seed=2))
+    module = ModuleEntry(randn(9, 70, dtype=dtype, scale=0.1), randn(9, 70, dtype=dtype), None, None, "tanh")
+    family.set_all(0, ApartEntries(((0, dense), (1, signs)), ((0, module),)))
+    x, y = randn(150, 70, seed=3, dtype=dtype), randn(150, 74, seed=4, dtype=dtype)
+    members, parts = ((0, 0, 37), (1, 37, 74)), ((0, 1.0, 0.5),)
+
+    def both(first: int, count: int) -> tuple[Tensor, Tensor]:
+        step = split_apart([(0, count, parts)], family)
+        assert step is not None
+        found, hidden = y[first : first + count].clone(), x[first : first + count].clone()
+        dense_linear(found, x[first : first + count], step, members, 0.5, backend=cpu_backend)
+        add_modules(hidden, step, 0, 0.5, {}, backend=cpu_backend)
+        return found, hidden
+
+    wanted = both(0, 150)
+    for first, count in ((0, 1), (149, 1), (40, 2), (7, 3), (90, 4), (1, 5), (60, 7), (3, 9), (100, 33), (20, 65)):
+        for found, whole in zip(both(first, count), wanted, strict=True):
+            assert torch.equal(found, whole[first : first + count]), (first, count)
 
 
 def test_rows_of_a_binding_are_one_item_and_rows_without_terms_none() -> None:
