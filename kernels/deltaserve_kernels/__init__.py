@@ -5,8 +5,8 @@ Imports torch only; the C++ library is built at its first use.
 
 from __future__ import annotations
 
+from deltaserve_kernels.apart import add_modules, dense_linear
 from deltaserve_kernels.apart_family import ApartEntries, ApartFamily, ApartStep, split_apart
-from deltaserve_kernels.apart_reference import add_modules, dense_linear
 from deltaserve_kernels.backend import BACKENDS, select, use_backend
 from deltaserve_kernels.block_tables import BlockEntry, BlockTables
 from deltaserve_kernels.checks import BLOCK_SIZE

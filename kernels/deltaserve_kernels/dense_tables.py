@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,12 +67,16 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 
 class DenseTables(PointerTables):
-    """Dense differences by (linear, slot). No kernel reads them: there are no device arrays."""
+    """Dense differences by (linear, slot).
 
-    ARRAYS: ClassVar[tuple[str, ...]] = ()
+    pointers:     int64 [num_linears, 2, num_slots]  addresses of a matrix and 0, or of signs and their scale
+    matrix_dtype: that of all full matrices, None before the first
+    """
 
     def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_linears, num_slots, device)
+        self.pointers = self._array(2)
+        self.matrix_dtype: torch.dtype | None = None
         self._entries: dict[tuple[int, int], DenseEntry] = {}
 
     def entry(self, linear: int, slot: int) -> DenseEntry | None:
@@ -82,18 +86,25 @@ class DenseTables(PointerTables):
         """Put the differences of a whole adapter into a slot. Raises a KernelError and leaves the table as it was."""
         linears = [linear for linear, _ in entries]
         self._check_places(slot, linears)
+        held = self.matrix_dtype
         for linear, entry in entries:
-            self._check_entry(linear, entry)
+            held = self._check_entry(linear, entry, held)
         if not entries:
             return
+        tensors = [entry.tensors() for _, entry in entries]
         sizes = [(entry.in_features, entry.out_features) for _, entry in entries]
-        self._put(slot, linears, [tuple(entry.tensors()) for _, entry in entries], sizes)
+        pointers = [(of_entry[0].data_ptr(), *(t.data_ptr() for t in of_entry[1:]), 0)[:2] for of_entry in tensors]
+        self._put(slot, linears, [tuple(of_entry) for of_entry in tensors], sizes, pointers=pointers)
+        self.matrix_dtype = held
         self._entries |= {(linear, slot): entry for linear, entry in entries}
 
-    def _check_entry(self, linear: int, entry: DenseEntry) -> None:
+    def _check_entry(self, linear: int, entry: DenseEntry, held: torch.dtype | None) -> torch.dtype | None:
+        """Raises a KernelError; the dtype of matrices with this entry beside those of ``held``."""
         width = entry.in_features
         if entry.delta is not None and entry.signs is None and entry.scale is None:
             self._check_tensor("delta", entry.delta, 2, FLOAT_DTYPES)
+            self._check_value_dtype("delta", entry.delta.dtype, held)
+            held = entry.delta.dtype
             is_fitting = entry.delta.shape[1] == width
         elif entry.delta is None and entry.signs is not None and entry.scale is not None:
             self._check_tensor("signs", entry.signs, 2, (torch.int32,))
@@ -107,6 +118,7 @@ class DenseTables(PointerTables):
             raise ShapeMismatch(f"linear {linear}: {shapes} do not hold a matrix of {width} columns")
         self._check_dim(linear, 0, width)
         self._check_dim(linear, 1, entry.out_features)
+        return held
 
     def _forget(self, linear: int, slot: int) -> None:
         self._entries.pop((linear, slot), None)

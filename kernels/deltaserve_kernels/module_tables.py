@@ -31,6 +31,9 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 )
 
 
+_PLACES = {name: place for place, name in enumerate(ACTIVATIONS)}
+
+
 class ModuleEntry(NamedTuple):
     """``up(phi(down x + down_bias)) + up_bias``; its own scaling is inside ``up_t`` and ``up_bias``.
 
@@ -66,17 +69,29 @@ class ModuleEntry(NamedTuple):
 
 
 class ModuleTables(PointerTables):
-    """Residual modules by (point, slot), at most one at each. No kernel reads them: there are no device arrays."""
+    """Residual modules by (point, slot), at most one at each.
 
-    ARRAYS: ClassVar[tuple[str, ...]] = ()
+    pointers: int64 [num_points, 4, num_slots]  addresses of down, up_t, down_bias, up_bias; 0 where there is none
+    sizes:    int32 [num_points, 3, num_slots]  rank; place of the activation in ACTIVATIONS; 1 + the point that is read
+    """
+
+    ARRAYS: ClassVar[tuple[str, ...]] = ("pointers", "sizes")
     NOUN: ClassVar[str] = "point"
 
     def __init__(self, num_points: int, num_slots: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_points, num_slots, device)
+        self.pointers = self._array(4)
+        self.sizes = self._array(3, dtype=torch.int32)
+        # By point: other points that modules here read, or once did.
+        self._reads: list[frozenset[int]] = [frozenset()] * num_points
         self._entries: dict[tuple[int, int], ModuleEntry] = {}
 
     def entry(self, point: int, slot: int) -> ModuleEntry | None:
         return self._entries.get((point, slot))
+
+    def reads(self, point: int) -> frozenset[int]:
+        """Other points whose rows modules at this one may read."""
+        return self._reads[point] if self.has_any(point) else frozenset()
 
     def set_all(self, slot: int, entries: Sequence[tuple[int, ModuleEntry]]) -> None:
         """Put the modules of a whole adapter into a slot. Raises a KernelError and leaves the table as it was."""
@@ -106,8 +121,23 @@ class ModuleTables(PointerTables):
         if not entries:
             return
         sizes = [(0, entry.down.shape[1]) for _, entry in entries]
-        self._put(slot, points, [tuple(entry.tensors()) for _, entry in entries], sizes)
+        modules = [entry for _, entry in entries]
+        self._put(
+            slot,
+            points,
+            [tuple(entry.tensors()) for entry in modules],
+            sizes,
+            pointers=[[_address(t) for t in (e.down, e.up_t, e.down_bias, e.up_bias)] for e in modules],
+            sizes=[(e.down.shape[0], _PLACES[e.activation], 1 + e.reads) for e in modules],
+        )
+        for point, entry in entries:
+            if entry.reads >= 0:
+                self._reads[point] |= {entry.reads}
         self._entries |= {(point, slot): entry for point, entry in entries}
 
     def _forget(self, linear: int, slot: int) -> None:
         self._entries.pop((linear, slot), None)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

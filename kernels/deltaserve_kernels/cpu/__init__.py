@@ -80,7 +80,7 @@ def lora_linear(
     torch.ops.deltaserve_cpu.lora_linear(
         y,
         x,
-        _prepared(work),
+        prepared(work),
         tables.pointers,
         tables.ranks,
         tables.dims,
@@ -96,7 +96,7 @@ def sparse_linear(
     torch.ops.deltaserve_cpu.sparse_linear(
         y,
         x,
-        _prepared(work),
+        prepared(work),
         tables.pointers,
         tables.extents,
         tables.dims,
@@ -112,7 +112,7 @@ def block_linear(
     torch.ops.deltaserve_cpu.block_linear(
         y,
         x,
-        _prepared(work),
+        prepared(work),
         tables.pointers,
         tables.sizes,
         tables.dims,
@@ -162,7 +162,7 @@ def scale_shift(
         raise DeviceMismatch(f"the tables are on {tables.device}; y is on the CPU")
     columns = list(chain.from_iterable(members))
     torch.ops.deltaserve_cpu.scale_shift(
-        y, _prepared(work), tables.pointers, tables.dims, columns, gain, shift, unit, depth
+        y, prepared(work), tables.pointers, tables.dims, columns, gain, shift, unit, depth
     )
 
 
@@ -174,7 +174,7 @@ def rotate_blocks(
     if not tables.is_on_host:
         raise DeviceMismatch(f"the tables are on {tables.device}; x is on the CPU")
     torch.ops.deltaserve_cpu.rotate_blocks(
-        y, x, _prepared(work), tables.pointers, tables.dims, list(chain.from_iterable(members)), depth
+        y, x, prepared(work), tables.pointers, tables.dims, list(chain.from_iterable(members)), depth
     )
 
 
@@ -211,7 +211,7 @@ def packed_linear_lora(
     """
     _check(x, work, tables)
     return _packed_linear_lora()(
-        x, packed, outputs, bias, _prepared(work), tables.pointers, tables.ranks, tables.dims, columns, depth
+        x, packed, outputs, bias, prepared(work), tables.pointers, tables.ranks, tables.dims, columns, depth
     )
 
 
@@ -242,14 +242,14 @@ def packed_linear_terms(
     if out_vectors is not None:
         out_pointers, out_dims = _on_host(out_vectors)
     if in_vectors is not None:
-        in_rows = _prepared(in_work)
+        in_rows = prepared(in_work)
         in_pointers, in_dims = _on_host(in_vectors)
     return _packed_linear_terms()(
         x,
         packed,
         outputs,
         bias,
-        _prepared(work),
+        prepared(work),
         tables.pointers,
         tables.ranks,
         tables.dims,
@@ -278,7 +278,7 @@ def rms_norm_changed(
 ) -> Tensor:
     """``rms_norm`` where rows of ``work`` have ``offset + weight + sum over parts of scale * difference`` as gain, the
     scales of ``tables`` being the differences. Rows without one have the bits of ``rms_norm``. Raises ValueError."""
-    return _rms_norm_changed()(x, weight, eps, offset, _prepared(work), tables.pointers, tables.dims, norm, depth)
+    return _rms_norm_changed()(x, weight, eps, offset, prepared(work), tables.pointers, tables.dims, norm, depth)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -316,15 +316,15 @@ def _packed_linear_lora() -> Callable[..., Tensor]:
     return torch.ops.deltaserve_cpu.packed_linear_lora.default
 
 
-def _prepared(work: WorkList) -> Tensor:
+def prepared(work: WorkList) -> Tensor:
     """The list as the C++ operators read it: checked and taken apart at its first use. Raises ValueError."""
-    prepared = work.prepared
-    if prepared is None:
-        prepared = torch.ops.deltaserve_cpu.prepare_work(
+    found = work.prepared
+    if found is None:
+        found = torch.ops.deltaserve_cpu.prepare_work(
             work.rows, work.item_rows, work.item_parts, work.part_slot, work.part_scale, work.num_rows
         )
-        work.remember(prepared)
-    return prepared
+        work.remember(found)
+    return found
 
 
 def _on_host(vectors: VectorTables) -> tuple[Tensor, Tensor]:

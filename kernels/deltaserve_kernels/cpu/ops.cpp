@@ -18,6 +18,7 @@
 #include <optional>
 #include <system_error>
 #include <thread>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -171,12 +172,23 @@ struct Kernels {
   void (*gemm_finish)(T*, int64_t, int64_t, const float*, int64_t, int64_t, const T*);
   void (*change_sums)(const Change*, int64_t, float*, int64_t, int64_t, int, const T*);
   void (*widen_changed)(const T*, float*, int64_t, const Change*, int64_t);
+  void (*sign_tables)(const float*, int64_t, float*);
+  void (*sign_sums)(const float*, int64_t, int64_t, const uint32_t*, int64_t, int64_t, float*, uint32_t*);
+  void (*matrix_sums)(const float*, int64_t, int64_t, const T*, int64_t, int64_t, float*, int64_t);
+  void (*stage_row)(const T*, float*, int64_t);
+  void (*shrink_wide)(const float*, int64_t, int64_t, const T*, int64_t, int64_t, float*, int64_t);
+  void (*expand_wide)(float*, int64_t, int64_t, const T*, int64_t, int64_t, const float*, int64_t, const float*, float);
+  void (*activate_row)(float*, const float*, int64_t, int);
+  void (*narrow)(const float*, T*, int64_t);
+  void (*rotate_rows)(float*, const float*, int64_t, int64_t, const T*, int64_t, int64_t);
+  void (*add_row)(T*, const float*, int64_t);
 };
 
 // Blocking of gemm.inc: k of one widened block of a panel (16 KiB, half of a level 1 cache), and the rows whose fp32
 // copies stay in half of a level 2 cache.
 constexpr int64_t kGemmDepth = 256;
 constexpr int kGroupPanels = 4;  // panels whose sums are held together: 64 outputs, two cache lines of an adapter's row
+constexpr int64_t kSignBlock = 32;  // outputs whose signs are looked up at once, apart.inc's
 constexpr int64_t gemm_block_rows(int64_t k_size) {
   const int64_t rows = 64 * 1024 / k_size / 12 * 12;
   return rows < 48 ? 48 : rows > 192 ? 192 : rows;
@@ -308,6 +320,8 @@ void with_type(const at::Tensor& tensor, const char* name, const F& f) {
 #include "vector_ops.inc"
 #include "rotation_ops.inc"
 #include "block_ops.inc"
+#include "apart_ops.inc"
+#include "vocabulary_ops.inc"
 
 }  // namespace
 
@@ -338,6 +352,15 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
       "rotate_blocks(Tensor(a!) y, Tensor x, Tensor work, Tensor pointers, Tensor dims, int[] members, float depth) -> ()");
   m.def(
       "block_linear(Tensor(a!) y, Tensor x, Tensor work, Tensor pointers, Tensor sizes, Tensor dims, int[] members, float depth) -> ()");
+  m.def(
+      "dense_linear(Tensor(a!) y, Tensor x, Tensor work, Tensor pointers, Tensor dims, int[] members, float depth) -> ()");
+  m.def(
+      "add_modules(Tensor(a!) y, Tensor work, Tensor pointers, Tensor sizes, Tensor dims, int point, float depth, "
+      "Tensor[] taps, int[] tap_points) -> ()");
+  m.def("change_rows(Tensor(a!) y, Tensor x, Tensor work, Tensor pointers, Tensor counts, Tensor dims) -> ()");
+  m.def(
+      "changed_embeddings(Tensor ids, Tensor weight, Tensor work, Tensor low_rank, Tensor ranks, Tensor pointers, "
+      "Tensor counts, Tensor dims) -> (Tensor, Tensor)");
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("unpack_weight(Tensor packed, int outputs) -> Tensor");
   m.def("packed_linear(Tensor x, Tensor packed, int outputs, Tensor? bias) -> Tensor");
@@ -366,6 +389,10 @@ TORCH_LIBRARY_IMPL(deltaserve_cpu, CPU, m) {
   m.impl("scale_shift", scale_shift);
   m.impl("rotate_blocks", rotate_blocks);
   m.impl("block_linear", block_linear);
+  m.impl("dense_linear", dense_linear);
+  m.impl("add_modules", add_modules);
+  m.impl("change_rows", change_rows);
+  m.impl("changed_embeddings", changed_embeddings);
   m.impl("pack_weight", pack_weight);
   m.impl("unpack_weight", unpack_weight);
   m.impl("packed_linear", packed_linear);

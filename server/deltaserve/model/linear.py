@@ -70,16 +70,30 @@ class ProjectionGroup:
             total = self.apply_terms(rows, work, replace(ctx, vectors=None), residual)
             total[changed] = own
             return total
-        lora, sparse = ctx.lora, ctx.sparse
+        lora = ctx.lora
         if lora is not None and work.concerns(lora, self.members):
             y = self.weight.matmul_lora(rows, self.bias, work, lora, self.members, self.depth, residual)
         else:
             y = self.weight.matmul(rows, self.bias, residual)
-        if sparse is not None and work.concerns(sparse, self.members):
-            sparse_linear(y, rows, work, sparse, self.members, self.depth)
+        self._add_terms(y, rows, work, ctx)
+        return y
+
+    def apply_both(self, rows: Tensor, work: WorkList, ctx: ForwardContext, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """``apply_terms`` without and with ``residual``, to the bit, from one product where that gives both."""
+        if ctx.vectors is not None:
+            return self.apply_terms(rows, work, ctx), self.apply_terms(rows, work, ctx, residual)
+        lora = ctx.lora if ctx.lora is not None and work.concerns(ctx.lora, self.members) else None
+        both = self.weight.matmul_both(rows, self.bias, work, lora, self.members, self.depth, residual)
+        for y in both:
+            self._add_terms(y, rows, work, ctx)
+        return both
+
+    def _add_terms(self, y: Tensor, rows: Tensor, work: WorkList, ctx: ForwardContext) -> None:
+        """What comes after low rank, in place."""
+        if ctx.sparse is not None and work.concerns(ctx.sparse, self.members):
+            sparse_linear(y, rows, work, ctx.sparse, self.members, self.depth)
         if ctx.blocks is not None:
             add_blocks(y, rows, work, ctx.blocks, self.members, self.depth)
-        return y
 
 
 class BaseLinear(nn.Module):

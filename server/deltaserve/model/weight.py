@@ -125,6 +125,29 @@ class BaseWeight:
             return self._packed
         return None
 
+    def matmul_both(
+        self,
+        rows: Tensor,
+        bias: Tensor | None,
+        work: WorkList,
+        tables: LoraTables | None,
+        members: tuple[Member, ...],
+        depth: float,
+        residual: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """``matmul``, or ``matmul_lora`` with ``tables``, without and with ``residual``, the same bits; the product is
+        computed twice only where the library's own adds and rounds at once."""
+        if tables is not None and isinstance(self._packed, PanelPacked):
+            y = self._packed.matmul_lora(rows, bias, work, tables, members, depth)
+            return y, residual.add_(y)
+        y = self.matmul(rows, bias)
+        rounds_once = self._packed is None and bias is None
+        total = self.matmul(rows, bias, residual) if rounds_once else residual.add_(y)
+        if tables is not None:
+            lora_linear(y, rows, work, tables, members, depth)
+            lora_linear(total, rows, work, tables, members, depth)
+        return y, total
+
     def plain(self) -> Tensor:
         """The matrix [out, in]; made anew at each call where only the reordered form is kept."""
         if self._plain is not None:
