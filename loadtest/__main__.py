@@ -19,6 +19,7 @@ COMMANDS = {
     "churn": "adapters come and go under a steady stream",
     "capacity": "throughput against adapters, overhead against rank",
     "offline": "the engine in its own process against the same over HTTP",
+    "kinds": "what each kind of adapter adds to a decode step, without HTTP",
     "tables": "render records into docs/benchmarks.md",
 }
 

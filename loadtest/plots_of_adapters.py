@@ -22,6 +22,7 @@ from loadtest.plots import (
     draw_sweep,
     with_spread,
 )
+from loadtest.plots_of_kinds import draw_kinds
 from loadtest.tables_of_adapters import fits, points_on
 
 
@@ -114,6 +115,7 @@ DRAWN: dict[str, dict[str, Callable[[Record, Path], None]]] = {
     "churn": {"itl_under_churn": draw_churn},
     "capacity": {"throughput_against_adapters": draw_adapters, "overhead_against_rank": draw_ranks},
     "offline": {},
+    "kinds": {"added_by_each_kind": draw_kinds},
 }
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loadtest import tables_of_adapters, tables_of_ours
+from loadtest import tables_of_adapters, tables_of_kinds, tables_of_ours
 from loadtest.derive import latency, over_rounds, ratio, rounds_of, shown, table, throughput
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +47,7 @@ def render(record: Record) -> str:
         "registered": tables_of_adapters.registered,
         "capacity": tables_of_adapters.capacity,
         "offline": tables_of_ours.offline,
+        "kinds": tables_of_kinds.kinds,
     }
     if record.get("kind") not in kinds:
         raise ValueError(f"a record of kind {record.get('kind')!r} has no table; there are {', '.join(kinds)}")

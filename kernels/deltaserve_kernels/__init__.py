@@ -5,8 +5,8 @@ Imports torch only; the C++ library is built at its first use.
 
 from __future__ import annotations
 
+from deltaserve_kernels.apart import add_modules, dense_linear
 from deltaserve_kernels.apart_family import ApartEntries, ApartFamily, ApartStep, split_apart
-from deltaserve_kernels.apart_reference import add_modules, dense_linear
 from deltaserve_kernels.apart_rows import (
     ApartRows,
     dense_rows,

@@ -8,7 +8,7 @@ never touched.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from deltaserve_kernels.dense_tables import DenseEntry, DenseTables
 from deltaserve_kernels.module_tables import ModuleEntry, ModuleTables
 from deltaserve_kernels.transfer import upload
-from deltaserve_kernels.worklist import Parts, Run
+from deltaserve_kernels.worklist import Parts, Run, WorkList, build_work_list_runs
 
 
 class ApartEntries(NamedTuple):
@@ -86,14 +86,52 @@ class ApartStep:
 
     family: ApartFamily
     items: tuple[ApartItem, ...]
+    _lists: dict[int, WorkList] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _splits: dict[tuple[bool, ...], ApartSplit] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def rows_at(self, point: int) -> Tensor | None:
-        """Rows whose own bindings have a module at an attach point, int64; None when there are none."""
+    def work(self, num_rows: int) -> WorkList:
+        """The items as a work list on the host, of a step of ``num_rows`` rows; made at its first use."""
+        work = self._lists.get(num_rows)
+        if work is None:
+            runs = [(row, 1, parts) for rows, parts in self.items for row in rows.tolist()]
+            work = self._lists[num_rows] = build_work_list_runs(runs, num_rows)
+        return work
+
+    def split_at(self, point: int) -> ApartSplit:
+        """The items with and without a module at an attach point; the same answer for points of the same items."""
         modules = self.family.modules
-        if not modules.has_any(point):
-            return None
-        found = [rows for rows, parts in self.items if any(modules.entry(point, slot) for slot, _, _ in parts)]
-        return torch.cat(found) if found else None
+        marks = tuple(any(modules.entry(point, slot) for slot, _, _ in parts) for _, parts in self.items)
+        split = self._splits.get(marks)
+        if split is None:
+            split = self._splits[marks] = ApartSplit.of(self, marks)
+        return split
+
+    def reads(self, reader: int, point: int) -> bool:
+        """Whether a module of the step that is added at the point ``reader`` reads ``point``."""
+        modules = self.family.modules
+        if point not in modules.reads(reader):
+            return False
+        entries = (modules.entry(reader, slot) for _, parts in self.items for slot, _, _ in parts)
+        return any(entry is not None and entry.reads == point for entry in entries)
+
+
+class ApartSplit(NamedTuple):
+    """Items of a step with a module at some point, their rows (int64), and the other items; None for none."""
+
+    with_module: ApartStep | None
+    rows: Tensor | None
+    without: ApartStep | None
+
+    @classmethod
+    def of(cls, step: ApartStep, marks: tuple[bool, ...]) -> ApartSplit:
+        chosen = tuple(item for item, is_chosen in zip(step.items, marks, strict=True) if is_chosen)
+        if not chosen:
+            return cls(None, None, step)
+        rows = torch.cat([item.rows for item in chosen])
+        if len(chosen) == len(step.items):
+            return cls(step, rows, None)
+        others = tuple(item for item, is_chosen in zip(step.items, marks, strict=True) if not is_chosen)
+        return cls(ApartStep(step.family, chosen), rows, ApartStep(step.family, others))
 
 
 def split_apart(runs: Sequence[Run], family: ApartFamily, device: torch.device | str = "cpu") -> ApartStep | None:

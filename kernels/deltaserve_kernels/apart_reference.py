@@ -1,4 +1,4 @@
-"""Dense differences and residual modules in plain PyTorch: the definition, and what serves on every device.
+"""Dense differences and residual modules in plain PyTorch: the definition, on any device.
 
 fp32 throughout, one rounding to the output's dtype. Rows of an item go through in tiles of a fixed number of rows
 (padded with zeros), so that every product has the same shape whoever else is in the batch.
@@ -14,7 +14,7 @@ from torch import Tensor
 from deltaserve_kernels.apart_family import ApartStep
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.dense_tables import DenseEntry
-from deltaserve_kernels.errors import ShapeMismatch
+from deltaserve_kernels.errors import DtypeMismatch, OutOfRange, ShapeMismatch
 from deltaserve_kernels.module_tables import ACTIVATIONS, ModuleEntry
 from deltaserve_kernels.reference import TILE_ROWS
 
@@ -23,13 +23,11 @@ MAX_PIECE = 4 * 1024 * 1024
 
 
 def dense_linear(y: Tensor, x: Tensor, step: ApartStep, members: Sequence[Member], depth: float) -> None:
-    """``y[row, start:stop] += sum over parts of scale * (Q x[row])`` in place, for every member and row of the step.
-
-    y [T, N], x [T, K] of one float dtype. Parts are added in binding order. Raises ShapeMismatch.
-    """
+    """``y[row, start:stop] += sum over parts of scale * (Q x[row])`` in place; see ``apart.dense_linear``."""
     tables = step.family.dense
-    if not tables.has_any_of(members):
-        return
+    _check(x, tables.matrix_dtype)
+    if max(stop for _, _, stop in members) > y.shape[1]:
+        raise OutOfRange(f"members {list(members)} are not inside y's {y.shape[1]} columns")
     for rows, parts in step.items:
         tiles: Tensor | None = None
         for linear, start, stop in members:
@@ -50,23 +48,21 @@ def dense_linear(y: Tensor, x: Tensor, step: ApartStep, members: Sequence[Member
                 y[rows, start:stop] = (y[rows, start:stop].float() + total).to(y.dtype)
 
 
-def add_modules(y: Tensor, step: ApartStep, point: int, depth: float, read: Mapping[tuple[int, int], Tensor]) -> None:
-    """``y[row] += scale * module(its input)`` in place, for every row of the step that has a module at ``point``.
-
-    y [T, H]. Modules of several parts run in binding order: one that reads the point it is added at sees what those
-    before it added. ``read[other point, item]`` holds what the rows of an item had at another point, fp32.
-    """
+def add_modules(y: Tensor, step: ApartStep, point: int, depth: float, read: Mapping[int, Tensor]) -> None:
+    """``y[row] += scale * module(its input)`` in place; see ``apart.add_modules``."""
     tables = step.family.modules
-    if not tables.has_any(point):
-        return
-    for index, (rows, parts) in enumerate(step.items):
+    _check(y, tables.dtype)
+    for rows, parts in step.items:
         total: Tensor | None = None
         for slot, first, last in parts:
             entry, scale = tables.entry(point, slot), first + (last - first) * depth
             if entry is None or scale == 0.0:
                 continue
             total = y[rows].float() if total is None else total
-            total = total + scale * run_module(total if entry.reads < 0 else read[entry.reads, index], entry)
+            if entry.reads >= 0 and entry.reads not in read:
+                raise OutOfRange(f"slot {slot} reads point {entry.reads}, which is not given")
+            given = total if entry.reads < 0 else read[entry.reads][rows].float()
+            total = total + scale * run_module(given, entry)
         if total is not None:
             y[rows] = total.to(y.dtype)
 
@@ -83,6 +79,11 @@ def run_module(x: Tensor, entry: ModuleEntry) -> Tensor:
         pieces.append(middle @ up_t)
     out = torch.cat(pieces)[: len(x)]
     return out if entry.up_bias is None else out + entry.up_bias
+
+
+def _check(x: Tensor, dtype: torch.dtype | None) -> None:
+    if dtype is not None and x.dtype != dtype:
+        raise DtypeMismatch(f"the rows are {x.dtype}; the tables hold {dtype}")
 
 
 def _product(tiles: Tensor, entry: DenseEntry) -> Tensor:

@@ -1,13 +1,16 @@
 """All vector terms and rotations of one server, and the rows of a step that have some.
 
-A row's terms are found once a step, by its binding. Rows with vectors take a path of their own through every projection
-(base product, scales and biases, low rank, sparse, each rounded), so that nobody's bits depend on who has vectors.
+A row's terms are found once a step, by its binding. Where a product cannot take vectors into its sums, rows with them
+take a path of their own through every projection (base product, scales and biases, low rank, sparse, each rounded), so
+that nobody's bits depend on who has vectors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -17,7 +20,7 @@ from deltaserve_kernels.pointer_tables import PointerTables
 from deltaserve_kernels.rotation_tables import RotationEntry, RotationFactor, RotationTables
 from deltaserve_kernels.transfer import upload
 from deltaserve_kernels.vector_tables import VectorEntry, VectorTables
-from deltaserve_kernels.worklist import Run, WorkList, build_work_list_runs
+from deltaserve_kernels.worklist import Parts, Run, WorkList, build_work_list_runs
 
 Entries = tuple[tuple[int, VectorEntry], ...]
 Rotations = tuple[tuple[int, RotationEntry], ...]
@@ -76,8 +79,9 @@ class VectorFamily:
         self.in_rotations = RotationTables(num_linears, num_slots, device)
         self.out_rotations = RotationTables(num_linears, num_slots, device)
         self.num_slots = num_slots
+        self.version = 0
+        """Rises with every change: what was found out about the tables holds while it stays."""
         self._used: set[int] = set()
-        self.version = 0  # rises with every change: what was made of the tables before may be of another form
         # int32 [num_slots], 1 where a slot has anything: what kernels know rows with vectors by.
         self.flags = torch.zeros(num_slots, dtype=torch.int32, device=device)
 
@@ -119,20 +123,38 @@ class VectorStep:
     """The rows of a step whose bindings have vectors, apart from the other rows with adapters.
 
     work:    these rows among the step's rows
+    slots:   per item, the slots of its parts whose scale is not 0 throughout: those change nothing, to the bit
+    counts:  per item, its rows
+    turned:  those of the rows whose bindings rotate some output, None when there are none
     others:  the other rows with adapters, or None
     rows:    int64 [R], these rows in the order of ``work``;  compact: the same items over R rows numbered in that order
-    counts:  per item, its rows
-    slots:   per item, the slots of its parts whose scale is not 0 throughout: those change nothing, to the bit
     """
 
     family: VectorFamily
     work: WorkList
-    others: WorkList | None
-    rows: Tensor
-    compact: WorkList
     slots: tuple[tuple[int, ...], ...]
     counts: tuple[int, ...]
+    turned: Turned | None = None
+    _own_runs: tuple[Run, ...] = field(default=(), repr=False)
+    _other_runs: tuple[Run, ...] = field(default=(), repr=False)
     _chosen: dict[tuple[bool, ...], Tensor] = field(default_factory=dict, repr=False)
+
+    # What only some paths ask for is made when they do: a batch may change with every step.
+
+    @cached_property
+    def others(self) -> WorkList | None:
+        work = self.work
+        return build_work_list_runs(self._other_runs, work.num_rows, work.device) if self._other_runs else None
+
+    @cached_property
+    def rows(self) -> Tensor:
+        return self.work.rows.long()
+
+    @cached_property
+    def compact(self) -> WorkList:
+        found = build_work_list_runs(self._own_runs, sum(self.counts), self.work.device)
+        # What the step is, not how many rows share a binding: forms of operators go by it.
+        return replace(found, has_prompts=self.work.has_prompts)
 
     def rows_with(self, tables: PointerTables, index: int, *others: PointerTables) -> Tensor | None:
         """Which of 0..R have an entry for this linear or norm in some of the tables, int64; None: all. Told by their
@@ -150,6 +172,13 @@ class VectorStep:
         return known
 
 
+class Turned(NamedTuple):
+    """Rows of a step with rotated outputs, a step of their own; and all other rows with adapters."""
+
+    step: VectorStep
+    others: WorkList
+
+
 def split_runs(
     runs: Sequence[Run], num_rows: int, family: VectorFamily, device: torch.device | str = "cpu"
 ) -> VectorStep | None:
@@ -157,24 +186,38 @@ def split_runs(
     chosen = [run for run in runs if run[1] and _active(run, family)]
     if not chosen:
         return None
-    others = [run for run in runs if run[2] and not _active(run, family)]
+    step = _step_of(chosen, runs, num_rows, family, device)
+    if family.out_rotations.is_empty:
+        return step
+    turned = [run for run in chosen if _active(run, family.out_rotations)]
+    if not turned:
+        return step
+    own = _step_of(turned, runs, num_rows, family, device)
+    others = [run for run in runs if not _active(run, family.out_rotations)]
+    return replace(step, turned=Turned(own, build_work_list_runs(others, num_rows, device)))
+
+
+def _step_of(
+    chosen: Sequence[Run], runs: Sequence[Run], num_rows: int, family: VectorFamily, device: torch.device | str
+) -> VectorStep:
+    taken = set(chosen)
+    others = [run for run in runs if run[2] and run not in taken]
     work = build_work_list_runs(chosen, num_rows, device)
     bindings = list(dict.fromkeys(run[2] for run in sorted(chosen, key=lambda run: run[0])))
-    sizes = [sum(run[1] for run in chosen if run[2] == binding) for binding in bindings]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    compact = build_work_list_runs(list(zip(starts, sizes, bindings, strict=True)), sum(sizes), device)
-    # What the step is, not how many rows share a binding: forms of operators go by it.
-    compact = replace(compact, has_prompts=work.has_prompts)
+    counts: dict[Parts, int] = dict.fromkeys(bindings, 0)
+    for run in chosen:
+        counts[run[2]] += run[1]
+    sizes = list(counts.values())
+    starts = accumulate(sizes[:-1], initial=0)
     return VectorStep(
         family=family,
         work=work,
-        others=build_work_list_runs(others, num_rows, device) if others else None,
-        rows=work.rows.long(),
-        compact=compact,
         slots=tuple(tuple(part[0] for part in binding if any(part[1:])) for binding in bindings),
         counts=tuple(sizes),
+        _own_runs=tuple(zip(starts, sizes, bindings, strict=True)),
+        _other_runs=tuple(others),
     )
 
 
-def _active(run: Run, family: VectorFamily) -> bool:
-    return any(family.has_slot(slot) and (first or last) for slot, first, last in run[2])
+def _active(run: Run, tables: VectorFamily | RotationTables) -> bool:
+    return any(tables.has_slot(slot) and (first or last) for slot, first, last in run[2])

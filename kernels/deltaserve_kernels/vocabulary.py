@@ -1,9 +1,10 @@
 """Terms of the embedding and of the head: low rank, and single rows that an adapter has trained.
 
 The embedding is a matrix with one row a token, read by token id; the head one with one row a token, multiplied. Both
-are numbered here as tables number linears. This is the PyTorch definition, which runs on a CPU (``vocabulary_rows``
-chooses); a low-rank head is ``lora_linear`` over the rows that get logits. fp32 sums in binding order, each in an order
-that depends on nothing but the row itself, so that nobody's bits depend on who else is in the step.
+are numbered here as tables number linears. This is the PyTorch definition (``vocabulary_rows`` chooses). Trained rows
+and the embedding's low rank have C++ twins on a CPU, and a low-rank head is ``lora_linear`` over the rows that get
+logits. fp32 sums in binding order, each in an order that depends on nothing but the row itself, so that nobody's bits
+depend on who else is in the step.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deltaserve_kernels.backend import select
 from deltaserve_kernels.errors import OutOfRange, ShapeMismatch
 from deltaserve_kernels.operators import lora_linear
 from deltaserve_kernels.pointer_tables import FLOAT_DTYPES, PointerTables
@@ -43,8 +45,8 @@ class RowsTables(PointerTables):
     ARRAYS = ("pointers", "counts")
     NOUN = "matrix"
 
-    def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(num_linears, num_slots, device)
+    def __init__(self, num_slots: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(2, num_slots, device)
         self.pointers = self._array(2)
         self.counts = self._array(dtype=torch.int32)
 
@@ -64,13 +66,14 @@ class RowsTables(PointerTables):
             self._check_dim(matrix, 1, values.shape[1])
         if entries:
             matrices = [matrix for matrix, _ in entries]
+            rows = [entry for _, entry in entries]
             self._put(
                 slot,
                 matrices,
-                [tuple(entry) for _, entry in entries],
-                [(0, e.values.shape[1]) for _, e in entries],
-                pointers=[[e.ids.data_ptr(), e.values.data_ptr()] for _, e in entries],
-                counts=[e.ids.numel() for _, e in entries],
+                [tuple(entry) for entry in rows],
+                [(0, entry.values.shape[1]) for entry in rows],
+                pointers=[(entry.ids.data_ptr(), entry.values.data_ptr()) for entry in rows],
+                counts=[entry.ids.numel() for entry in rows],
             )
 
 
@@ -100,7 +103,7 @@ class VocabularyFamily:
 
     def __init__(self, num_slots: int, device: torch.device | str = "cpu") -> None:
         self.lora = LoraTables(2, num_slots, device)
-        self.rows = RowsTables(2, num_slots, device)
+        self.rows = RowsTables(num_slots, device)
         self.num_slots = num_slots
         self._num_token_ids: dict[int, int] = {}
 
@@ -174,9 +177,19 @@ def split_vocabulary(
     )
 
 
-def changed_embeddings(ids: Tensor, weight: Tensor, step: VocabularyStep) -> Iterator[tuple[Tensor, Tensor]]:
+def changed_embeddings(
+    ids: Tensor, weight: Tensor, step: VocabularyStep, *, backend: str | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(rows int64 [n], weights fp32 [n, width]): rows of the step whose token has another embedding than ``weight``
     [vocab, width] says, and that embedding. ``ids`` int64 [T]: the step's tokens."""
+    # Tokens beyond the matrix are the definition's: the operator reads rows of it.
+    if step.embedding is not None and step.num_token_ids <= len(weight) and _has_twin(step, weight, backend):
+        from deltaserve_kernels.cpu import vocabulary as cpp
+
+        found, values = cpp.changed_embeddings(ids, weight, step.embedding, step.family.lora, step.family.rows)
+        if len(found):
+            yield found, values
+        return
     for rows, parts in items_of(step.embedding) if step.embedding is not None else ():
         index = torch.tensor(rows, dtype=torch.int64, device=ids.device)
         tokens = ids[index]
@@ -230,16 +243,23 @@ def hide_added(logits: Tensor, step: VocabularyStep, vocab_size: int) -> None:
     logits[:, vocab_size:].masked_fill_(foreign, float("-inf"))
 
 
-def change_head(y: Tensor, x: Tensor, step: VocabularyStep, vocab_size: int) -> None:
+def change_head(y: Tensor, x: Tensor, step: VocabularyStep, vocab_size: int, *, backend: str | None = None) -> None:
     """Add the terms of the head in place: ``y`` [R, W >= vocab_size] are the base's logits of ``x`` [R, width]. Low
     rank, then trained rows, each rounded."""
     work, family = step.head, step.family
     if work is None:
         return
     if family.lora.has_any(HEAD):
-        backend = None if y.device.type == "cpu" else "reference"
-        lora_linear(y, x, work, family.lora, ((HEAD, 0, vocab_size),), 1.0, backend=backend)
-    for rows, parts in items_of(work) if family.rows.has_any(HEAD) else ():
+        lora_backend = backend if y.device.type == "cpu" else "reference"
+        lora_linear(y, x, work, family.lora, ((HEAD, 0, vocab_size),), 1.0, backend=lora_backend)
+    if not family.rows.has_any(HEAD):
+        return
+    if _has_twin(step, x, backend):
+        from deltaserve_kernels.cpu import vocabulary as cpp
+
+        cpp.change_rows(y, x, work, family.rows)
+        return
+    for rows, parts in items_of(work):
         for row in rows:
             for slot, _, scale in parts:
                 trained = family.rows.get(HEAD, slot)
@@ -247,6 +267,12 @@ def change_head(y: Tensor, x: Tensor, step: VocabularyStep, vocab_size: int) -> 
                     ids, values = trained
                     places = ids.long()
                     y[row, places] = (y[row, places].float() + scale * _dots(values, x[row].float())).to(y.dtype)
+
+
+def _has_twin(step: VocabularyStep, tensor: Tensor, backend: str | None) -> bool:
+    """Whether C++ operators run: on a CPU, where the terms have the dtype of what they change."""
+    held = {step.family.lora.dtype, step.family.rows.dtype} - {None}
+    return tensor.device.type == "cpu" and held <= {tensor.dtype} and select(tensor.device, backend) == "cpu"
 
 
 def _dots(values: Tensor, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Terms of embedding and head in the form of the device: by Triton's kernels, whose launches are the same whatever the
-tables hold, eagerly and in captured graphs; else by the definition, which finds its rows on the host."""
+tables hold, eagerly and in captured graphs; else by the definition or its C++ twins, which find their rows on the
+host."""
 
 from __future__ import annotations
 
@@ -34,14 +35,14 @@ def change_embeddings(
     vocabulary.put_rows(y, look_up(weights), touched, work)
 
 
-def change_head(y: Tensor, x: Tensor, step: VocabularyStep, vocab_size: int) -> None:
+def change_head(y: Tensor, x: Tensor, step: VocabularyStep, vocab_size: int, *, backend: str | None = None) -> None:
     """Add the terms of the head in place: ``y`` [R, W >= vocab_size] are the base's logits of ``x`` [R, width]; low
     rank of the first ``vocab_size`` columns, then trained rows, each rounded. Raises a KernelError."""
     work, family = step.head, step.family
     if work is None:
         return
-    if select(y.device) != "triton":
-        change_head_by_definition(y, x, step, vocab_size)
+    if select(y.device, backend) != "triton":
+        change_head_by_definition(y, x, step, vocab_size, backend=backend)
         return
     from deltaserve_kernels.triton_ops import vocabulary
 

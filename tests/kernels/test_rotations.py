@@ -157,3 +157,30 @@ def test_a_family_knows_slots_by_their_rotations_and_moves_them() -> None:
     family.clear(1)
     assert family.is_empty
     assert not family.in_rotations.has_any(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 15, 16, 20, 40, 80, 240])
+def test_blocks_of_all_sizes_equal_the_definition(size: int, dtype: torch.dtype, cpu_backend: str) -> None:
+    """Alone, shared by all blocks, in an order, one after the other; one row and several, alone and in company."""
+    tables, count = RotationTables(1, 3), 240 // size
+    own = RotationFactor(randn(count, size, size, dtype=dtype, seed=1, scale=size**-0.5))
+    shared = RotationFactor(randn(1, size, size, dtype=dtype, seed=2, scale=size**-0.5), shuffled(240, 5))
+    for slot, factors in enumerate(((own,), (shared,), (own, shared, own))):
+        tables.set_all(slot, [(0, factors)])
+    bindings: list[Parts] = [((0, 1.0, 1.0),), ((1, 0.5, 1.0),), ((2, 1.0, 1.0), (0, 1.0, -1.0)), ()]
+    bindings += [bindings[0]] * 37 + [bindings[2]] * 4
+    x, before = randn(len(bindings), 240, dtype=dtype), randn(len(bindings), 240, dtype=dtype, seed=1)
+    found, wanted = before.clone(), before.clone()
+    members, work = ((0, 0, 240),), build_work_list(bindings)
+    rotate_blocks(found, x, work, tables, members, 0.25, backend=cpu_backend)
+    rotate_blocks(wanted, x, work, tables, members, 0.25, backend="reference")
+    tolerance = {"atol": 2e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 2**-7}
+    torch.testing.assert_close(found.float(), wanted.float(), **tolerance)
+    assert torch.equal(found[3], before[3])
+    for row in (0, 2, 40, 44):
+        alone = before[row : row + 1].clone()
+        rotate_blocks(
+            alone, x[row : row + 1], build_work_list([bindings[row]]), tables, members, 0.25, backend=cpu_backend
+        )
+        assert torch.equal(alone[0], found[row]), row

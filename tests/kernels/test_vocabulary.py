@@ -66,33 +66,36 @@ def matrix_change(matrix: int, slot: int) -> Tensor:
     return total
 
 
-def test_embeddings_against_float64() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_against_float64(dtype: torch.dtype, backend: str) -> None:
     ids = torch.arange(len(BINDINGS)) * 5 % VOCAB
-    weight = randn(VOCAB, WIDTH, seed=9)
-    step = split_vocabulary(RUNS, len(RUNS), None, filled())
-    found = weight[ids].clone()
+    weight = randn(VOCAB, WIDTH, seed=9, dtype=dtype)
+    step = split_vocabulary(RUNS, len(RUNS), None, filled(dtype))
+    found = weight[ids].float()
     changed: set[int] = set()
-    for rows, weights in changed_embeddings(ids, weight, step):
+    for rows, weights in changed_embeddings(ids, weight, step, backend=backend):
+        assert weights.dtype == torch.float32
         found[rows] = weights
         changed |= set(rows.tolist())
     for row, parts in enumerate(BINDINGS):
         wanted = weight.double() + sum(first * matrix_change(EMBEDDING, slot) for slot, first, _ in parts)
-        torch.testing.assert_close(found[row].double(), wanted[ids[row]], rtol=0.0, atol=1e-5)
+        tolerance = 1e-5 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(found[row].double(), wanted[ids[row]], rtol=0.0, atol=tolerance)
         if row not in changed:
-            assert torch.equal(found[row], weight[ids[row]])
+            assert torch.equal(found[row], weight[ids[row]].float())
     assert {row for row, parts in enumerate(BINDINGS) if parts in (BINDINGS[1], BINDINGS[4])} & changed == set()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_all", [True, False])
-def test_heads_against_float64(dtype: torch.dtype, with_all: bool) -> None:
+def test_heads_against_float64(dtype: torch.dtype, with_all: bool, backend: str) -> None:
     """All rows get logits, or some: the list is then of those."""
     logit_rows = None if with_all else [0, 2, 3, 7, 8, 20, 44]
     places = list(range(len(BINDINGS))) if logit_rows is None else logit_rows
     step = split_vocabulary(RUNS, len(RUNS), logit_rows, filled(dtype))
     x, before = randn(len(places), WIDTH, seed=1, dtype=dtype), randn(len(places), VOCAB, seed=2, dtype=dtype)
     y = before.clone()
-    change_head(y, x, step, VOCAB)
+    change_head(y, x, step, VOCAB, backend=backend)
     tolerance = 1e-4 if dtype == torch.float32 else 0.3
     for place, row in enumerate(places):
         change = sum((last * matrix_change(HEAD, slot) for slot, _, last in BINDINGS[row]), torch.zeros(VOCAB, WIDTH))
@@ -106,7 +109,7 @@ def test_heads_against_float64(dtype: torch.dtype, with_all: bool) -> None:
                 assert torch.equal(y[place, others], before[place, others])
 
 
-def test_company_is_not_felt() -> None:
+def test_company_is_not_felt(backend: str) -> None:
     """Whatever the numbers of rows, tokens and ranks: a row alone has the bits that it has among others."""
     ids, weight = torch.arange(len(BINDINGS)) * 5 % VOCAB, randn(VOCAB, WIDTH, seed=9)
     x, before = randn(len(BINDINGS), WIDTH, seed=1), randn(len(BINDINGS), VOCAB, seed=2)
@@ -115,15 +118,56 @@ def test_company_is_not_felt() -> None:
         runs = [(place, 1, BINDINGS[row]) for place, row in enumerate(rows)]
         step = split_vocabulary(runs, len(rows), None, filled())
         embedded, y = weight[ids[rows]].clone(), before[rows].clone()
-        for places, weights in changed_embeddings(ids[rows], weight, step):
+        for places, weights in changed_embeddings(ids[rows], weight, step, backend=backend):
             embedded[places] = weights
-        change_head(y, x[rows].contiguous(), step, VOCAB)
+        change_head(y, x[rows].contiguous(), step, VOCAB, backend=backend)
         return embedded, y
 
     together = both(list(range(len(BINDINGS))))
     for row in range(len(BINDINGS)):
         for found, wanted in zip(both([row]), together, strict=True):
             assert torch.equal(found[0], wanted[row]), row
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_rows_of_odd_width_equal_the_definition(dtype: torch.dtype, cpu_backend: str) -> None:
+    """More trained rows than a task takes, more rows than are taken at once, two adapters that share ids."""
+    vocab, width = 500, 41
+    family = VocabularyFamily(2)
+    for slot in range(2):
+        ids = torch.arange(slot, vocab, 2 + slot, dtype=torch.int32)
+        entry = RowsEntry(ids, randn(len(ids), width, seed=slot, dtype=dtype, scale=width**-0.5))
+        low_rank = randn(5, vocab, seed=3, dtype=dtype), randn(5, width, seed=4, dtype=dtype)
+        family.set_all(slot, VocabularyEntries(((EMBEDDING, *low_rank),), ((EMBEDDING, entry), (HEAD, entry))))
+    runs = [(0, 40, ((0, 1.0, 1.0),)), (40, 5, ((1, 1.0, 1.0), (0, -0.5, 0.5))), (45, 1, ((1, 1.0, 2.0),))]
+    step = split_vocabulary(runs, 47, None, family)
+    x, before = randn(47, width, seed=5, dtype=dtype), randn(47, vocab, seed=6, dtype=dtype)
+    found, wanted = before.clone(), before.clone()
+    change_head(found, x, step, backend=cpu_backend)
+    change_head(wanted, x, step, backend="reference")
+    tolerance = {"atol": 1e-4, "rtol": 0.0} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 2**-7}
+    torch.testing.assert_close(found.float(), wanted.float(), **tolerance)
+    assert torch.equal(found[46], before[46])
+    weight, ids = randn(vocab, width, seed=7, dtype=dtype), torch.arange(47) * 7 % vocab
+    embedded, expected = weight[ids].float(), weight[ids].float()
+    for into, chosen in ((embedded, cpu_backend), (expected, "reference")):
+        for rows, weights in changed_embeddings(ids, weight, step, backend=chosen):
+            into[rows] = weights
+    torch.testing.assert_close(embedded, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_beyond_the_matrix_are_refused(any_backend: str) -> None:
+    family, weight = filled(), randn(VOCAB, WIDTH)
+    step = split_vocabulary([(0, 2, ((0, 1.0, 1.0),))], 2, None, family)
+    for bad_y, bad_x in (
+        (torch.zeros(2, 5), torch.zeros(2, WIDTH)),
+        (torch.zeros(2, VOCAB), torch.zeros(2, WIDTH - 1)),
+        (torch.zeros(3, VOCAB), torch.zeros(2, WIDTH)),
+    ):
+        with pytest.raises((ValueError, IndexError, RuntimeError)):
+            change_head(bad_y, bad_x, step, backend="cpu" if any_backend == "cpu" else "reference")
+    with pytest.raises((ValueError, IndexError)):
+        list(changed_embeddings(torch.tensor([0, VOCAB]), weight, step, backend=any_backend))
 
 
 def test_a_run_of_many_rows_lies_among_the_rows_with_logits() -> None:

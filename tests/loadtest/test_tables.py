@@ -262,6 +262,7 @@ def test_the_page_shows_every_command_that_makes_a_record() -> None:
         "registered",
         "sweep",
         "offline",
+        "kinds",
     }
 
 

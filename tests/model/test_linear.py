@@ -13,6 +13,7 @@ from deltaserve.model.kv_cache import KVCache, KVLayout
 from deltaserve.model.linear import BaseLinear
 from deltaserve.model.packing import find_linears, pack
 from deltaserve.model.weight import BaseWeight
+from deltaserve_kernels import LoraTables, build_work_list
 
 torch.set_num_threads(1)
 
@@ -41,6 +42,30 @@ def test_weight_multiplies_and_reads_back(
             wanted = stream + F.linear(rows, matrix, added)
             assert held.matmul(rows, added, stream) is stream
             assert torch.allclose(stream, wanted, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_reordered", [True, False])
+def test_one_product_without_and_with_a_residual_has_the_bits_of_two(
+    dtype: torch.dtype, is_reordered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_reordered:
+        monkeypatch.setattr(weight, "_prepack", lambda _: None)
+    held, tables, members = BaseWeight(torch.randn(48, 50, dtype=dtype)), LoraTables(1, 1), ((0, 0, 48),)
+    tables.set(0, 0, torch.randn(4, 50, dtype=dtype), torch.randn(4, 48, dtype=dtype))
+    rows, stream = torch.randn(7, 50, dtype=dtype), 3 * torch.randn(7, 48, dtype=dtype)
+    work = build_work_list([((0, 1.0, 1.0),), ()] * 3 + [()])
+    for bias in (torch.randn(48, dtype=dtype), None):
+        alone, added = stream.clone(), stream.clone()
+        wanted = held.matmul(rows, bias), held.matmul(rows, bias, alone)
+        found = held.matmul_both(rows, bias, work, None, members, 0.5, added)
+        assert found[1] is added
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+        alone, added = stream.clone(), stream.clone()
+        given = (rows, bias, work, tables, members, 0.5)
+        wanted = held.matmul_lora(*given), held.matmul_lora(*given, alone)
+        found = held.matmul_both(*given, added)
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 
 
 def test_a_tied_weight_stays_shared() -> None:

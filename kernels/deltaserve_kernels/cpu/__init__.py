@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import chain
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 ACTIVATIONS = ("silu", "gelu_tanh")
+NO_INPUTS: Mapping[int, Tensor] = MappingProxyType({})
 
 _lock = threading.Lock()
 _loaded = False
@@ -78,7 +80,7 @@ def lora_linear(
     torch.ops.deltaserve_cpu.lora_linear(
         y,
         x,
-        _prepared(work),
+        prepared(work),
         tables.pointers,
         tables.ranks,
         tables.dims,
@@ -94,7 +96,7 @@ def sparse_linear(
     torch.ops.deltaserve_cpu.sparse_linear(
         y,
         x,
-        _prepared(work),
+        prepared(work),
         tables.pointers,
         tables.extents,
         tables.dims,
@@ -110,7 +112,7 @@ def block_linear(
     torch.ops.deltaserve_cpu.block_linear(
         y,
         x,
-        _prepared(work),
+        prepared(work),
         tables.pointers,
         tables.sizes,
         tables.dims,
@@ -160,7 +162,7 @@ def scale_shift(
         raise DeviceMismatch(f"the tables are on {tables.device}; y is on the CPU")
     columns = list(chain.from_iterable(members))
     torch.ops.deltaserve_cpu.scale_shift(
-        y, _prepared(work), tables.pointers, tables.dims, columns, gain, shift, unit, depth
+        y, prepared(work), tables.pointers, tables.dims, columns, gain, shift, unit, depth
     )
 
 
@@ -172,7 +174,7 @@ def rotate_blocks(
     if not tables.is_on_host:
         raise DeviceMismatch(f"the tables are on {tables.device}; x is on the CPU")
     torch.ops.deltaserve_cpu.rotate_blocks(
-        y, x, _prepared(work), tables.pointers, tables.dims, list(chain.from_iterable(members)), depth
+        y, x, prepared(work), tables.pointers, tables.dims, list(chain.from_iterable(members)), depth
     )
 
 
@@ -209,8 +211,74 @@ def packed_linear_lora(
     """
     _check(x, work, tables)
     return _packed_linear_lora()(
-        x, packed, outputs, bias, _prepared(work), tables.pointers, tables.ranks, tables.dims, columns, depth
+        x, packed, outputs, bias, prepared(work), tables.pointers, tables.ranks, tables.dims, columns, depth
     )
+
+
+def packed_linear_terms(
+    x: Tensor,
+    packed: Tensor,
+    outputs: int,
+    bias: Tensor | None,
+    work: WorkList,
+    tables: LoraTables,
+    columns: list[int],
+    depth: float,
+    out_vectors: VectorTables | None,
+    in_vectors: VectorTables | None,
+    in_work: WorkList,
+    fed: Mapping[int, Tensor] = NO_INPUTS,
+) -> Tensor:
+    """``packed_linear_lora`` with scales and biases, for members that are whole panels of 16 outputs.
+
+    Rows of ``work`` get ``out_vectors`` as by ``scale_shift``, then low rank, all in the fp32 sums that are rounded
+    once. What a member multiplies is x with the rows of ``in_work`` scaled by ``in_vectors``, to the bits of
+    ``scale_shift`` on a copy; or, for the i-th member, ``fed[i]`` [T, K]; low rank multiplies x as it is. A member's
+    own inputs cost their copy and nothing else. A row's bits depend on that row and its binding alone. Raises
+    ValueError.
+    """
+    _check(x, work, tables)
+    out_pointers = out_dims = in_rows = in_pointers = in_dims = None
+    if out_vectors is not None:
+        out_pointers, out_dims = _on_host(out_vectors)
+    if in_vectors is not None:
+        in_rows = prepared(in_work)
+        in_pointers, in_dims = _on_host(in_vectors)
+    return _packed_linear_terms()(
+        x,
+        packed,
+        outputs,
+        bias,
+        prepared(work),
+        tables.pointers,
+        tables.ranks,
+        tables.dims,
+        columns,
+        depth,
+        not tables.is_empty and any(map(tables.has_any, columns[::3])),
+        out_pointers,
+        out_dims,
+        in_rows,
+        in_pointers,
+        in_dims,
+        list(fed.values()),
+        list(fed),
+    )
+
+
+def rms_norm_changed(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    work: WorkList,
+    tables: VectorTables,
+    norm: int,
+    depth: float,
+) -> Tensor:
+    """``rms_norm`` where rows of ``work`` have ``offset + weight + sum over parts of scale * difference`` as gain, the
+    scales of ``tables`` being the differences. Rows without one have the bits of ``rms_norm``. Raises ValueError."""
+    return _rms_norm_changed()(x, weight, eps, offset, prepared(work), tables.pointers, tables.dims, norm, depth)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -233,20 +301,37 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_c
 
 
 @cache
+def _packed_linear_terms() -> Callable[..., Tensor]:
+    return torch.ops.deltaserve_cpu.packed_linear_terms.default
+
+
+@cache
+def _rms_norm_changed() -> Callable[..., Tensor]:
+    return torch.ops.deltaserve_cpu.rms_norm_changed.default
+
+
+@cache
 def _packed_linear_lora() -> Callable[..., Tensor]:
     """The operator itself: looking it up costs as much as a small product."""
     return torch.ops.deltaserve_cpu.packed_linear_lora.default
 
 
-def _prepared(work: WorkList) -> Tensor:
+def prepared(work: WorkList) -> Tensor:
     """The list as the C++ operators read it: checked and taken apart at its first use. Raises ValueError."""
-    prepared = work.prepared
-    if prepared is None:
-        prepared = torch.ops.deltaserve_cpu.prepare_work(
+    found = work.prepared
+    if found is None:
+        found = torch.ops.deltaserve_cpu.prepare_work(
             work.rows, work.item_rows, work.item_parts, work.part_slot, work.part_scale, work.num_rows
         )
-        work.remember(prepared)
-    return prepared
+        work.remember(found)
+    return found
+
+
+def _on_host(vectors: VectorTables) -> tuple[Tensor, Tensor]:
+    """Pointers and dims."""
+    if not vectors.is_on_host:
+        raise DeviceMismatch(f"the tables are on {vectors.device}; x is on the CPU")
+    return vectors.pointers, vectors.dims
 
 
 def _check(x: Tensor, work: WorkList, tables: LoraTables | SparseTables | BlockTables) -> None:

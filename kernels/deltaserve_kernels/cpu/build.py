@@ -36,8 +36,13 @@ SOURCES = (
     "paged_attention.inc",
     "pointwise_ops.inc",
     "packed_linear.inc",
+    "packed_terms.inc",
+    "changes.inc",
+    "changes_ops.inc",
     "vector_ops.inc",
     "block_ops.inc",
+    "apart_ops.inc",
+    "vocabulary_ops.inc",
     "rotation_ops.inc",
     "kernels.inc",
     "vec.inc",
@@ -49,6 +54,8 @@ SOURCES = (
     "attention.inc",
     "pointwise.inc",
     "gemm.inc",
+    "apart.inc",
+    "rotation.inc",
 )
 COMPILERS = ("g++", "c++", "clang++")
 # Contraction is off because portable code must round the same in its row and its tile form; intrinsics fuse by name.

@@ -18,6 +18,7 @@
 #include <optional>
 #include <system_error>
 #include <thread>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -121,16 +122,24 @@ struct Use {
   const float* h;
 };
 
+// A row that uses an adapter's vectors: a value v becomes v * (1 + at * (scale - 1)) + at * bias. Either may be null.
+// The scales of a norm are differences instead: v * (gain + at * scale).
+struct Change {
+  int64_t row;
+  const float *scale, *bias;
+  float at;
+};
+
 // Some columns of a matrix [rows, ...] that will be read soon.
 constexpr int64_t kStripBytes = 128;  // of each row
 struct Strip {
   const char* start;
-  int64_t stride, rows;
+  int64_t stride, rows, element = 0;  // bytes of an element, by which a walk's offset counts
 };
 // A walk over strips that brings a few rows at a time into the caches, beside arithmetic that leaves memory idle.
 struct Ahead {
   const Strip* strips;
-  int64_t num_strips, offset;  // bytes from the strips' starts
+  int64_t num_strips, offset;  // elements from the strips' starts
   int64_t num_rows;            // of all strips
   int64_t rows_at_once = 0, row = 0;
 
@@ -138,7 +147,7 @@ struct Ahead {
 
   DS_INLINE void step() {
     for (int64_t i = 0; i < rows_at_once && num_strips > 0; ++i) {
-      const char* at = strips->start + row * strips->stride + offset;
+      const char* at = strips->start + row * strips->stride + offset * strips->element;
       __builtin_prefetch(at, 0, 2);  // level 2: level 1 is full of what is multiplied
       __builtin_prefetch(at + 64, 0, 2);
       if (++row == strips->rows) row = 0, ++strips, --num_strips;
@@ -154,19 +163,32 @@ struct Kernels {
   void (*sparse_row)(const float*, T*, const SparsePart<T>*, int, int64_t, float*, Ahead);
   void (*sparse_rows)(const float*, T* const*, int64_t, const SparsePart<T>*, int, int64_t);
   void (*attend)(const AttendTask<T>&);
-  void (*rms_norm_row)(T*, const T*, const T*, int64_t, float, float);
+  void (*rms_norm_row)(T*, const T*, const T*, int64_t, float, float, const Change*, int64_t);
   void (*gated_row)(T*, const T*, const T*, int64_t, int);
   void (*rotate_head)(T*, const T*, const T*, const T*, int64_t, int64_t);
   void (*widen)(const T*, float*, int64_t);
   void (*gemm_group)(const float*, int64_t, int64_t, const T*, int, float*, float*, Ahead*);
   void (*add_uses)(const Use<T>*, int64_t, float*, int64_t, int64_t, int);
   void (*gemm_finish)(T*, int64_t, int64_t, const float*, int64_t, int64_t, const T*);
+  void (*change_sums)(const Change*, int64_t, float*, int64_t, int64_t, int, const T*);
+  void (*widen_changed)(const T*, float*, int64_t, const Change*, int64_t);
+  void (*sign_tables)(const float*, int64_t, float*);
+  void (*sign_sums)(const float*, int64_t, int64_t, const uint32_t*, int64_t, int64_t, float*, uint32_t*);
+  void (*matrix_sums)(const float*, int64_t, int64_t, const T*, int64_t, int64_t, float*, int64_t);
+  void (*stage_row)(const T*, float*, int64_t);
+  void (*shrink_wide)(const float*, int64_t, int64_t, const T*, int64_t, int64_t, float*, int64_t);
+  void (*expand_wide)(float*, int64_t, int64_t, const T*, int64_t, int64_t, const float*, int64_t, const float*, float);
+  void (*activate_row)(float*, const float*, int64_t, int);
+  void (*narrow)(const float*, T*, int64_t);
+  void (*rotate_rows)(float*, const float*, int64_t, int64_t, const T*, int64_t, int64_t);
+  void (*add_row)(T*, const float*, int64_t);
 };
 
 // Blocking of gemm.inc: k of one widened block of a panel (16 KiB, half of a level 1 cache), and the rows whose fp32
 // copies stay in half of a level 2 cache.
 constexpr int64_t kGemmDepth = 256;
 constexpr int kGroupPanels = 4;  // panels whose sums are held together: 64 outputs, two cache lines of an adapter's row
+constexpr int64_t kSignBlock = 32;  // outputs whose signs are looked up at once, apart.inc's
 constexpr int64_t gemm_block_rows(int64_t k_size) {
   const int64_t rows = 64 * 1024 / k_size / 12 * 12;
   return rows < 48 ? 48 : rows > 192 ? 192 : rows;
@@ -290,12 +312,16 @@ void with_type(const at::Tensor& tensor, const char* name, const F& f) {
 
 #include "work.inc"
 #include "linear.inc"
+#include "changes_ops.inc"
 #include "paged_attention.inc"
 #include "pointwise_ops.inc"
 #include "packed_linear.inc"
+#include "packed_terms.inc"
 #include "vector_ops.inc"
 #include "rotation_ops.inc"
 #include "block_ops.inc"
+#include "apart_ops.inc"
+#include "vocabulary_ops.inc"
 
 }  // namespace
 
@@ -312,6 +338,9 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
       "Tensor kv_lens, float scale, int window, float softcap, Tensor? sinks) -> Tensor");
   m.def("write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor kv_index) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor");
+  m.def(
+      "rms_norm_changed(Tensor x, Tensor weight, float eps, float offset, Tensor work, Tensor pointers, Tensor dims, "
+      "int norm, float depth) -> Tensor");
   m.def("gated_product(Tensor both, int activation) -> Tensor");
   m.def(
       "rotate_and_store(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor(b!) k_cache, Tensor(c!) v_cache, "
@@ -323,12 +352,25 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
       "rotate_blocks(Tensor(a!) y, Tensor x, Tensor work, Tensor pointers, Tensor dims, int[] members, float depth) -> ()");
   m.def(
       "block_linear(Tensor(a!) y, Tensor x, Tensor work, Tensor pointers, Tensor sizes, Tensor dims, int[] members, float depth) -> ()");
+  m.def(
+      "dense_linear(Tensor(a!) y, Tensor x, Tensor work, Tensor pointers, Tensor dims, int[] members, float depth) -> ()");
+  m.def(
+      "add_modules(Tensor(a!) y, Tensor work, Tensor pointers, Tensor sizes, Tensor dims, int point, float depth, "
+      "Tensor[] taps, int[] tap_points) -> ()");
+  m.def("change_rows(Tensor(a!) y, Tensor x, Tensor work, Tensor pointers, Tensor counts, Tensor dims) -> ()");
+  m.def(
+      "changed_embeddings(Tensor ids, Tensor weight, Tensor work, Tensor low_rank, Tensor ranks, Tensor pointers, "
+      "Tensor counts, Tensor dims) -> (Tensor, Tensor)");
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("unpack_weight(Tensor packed, int outputs) -> Tensor");
   m.def("packed_linear(Tensor x, Tensor packed, int outputs, Tensor? bias) -> Tensor");
   m.def(
       "packed_linear_lora(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor work, "
       "Tensor pointers, Tensor ranks, Tensor dims, int[] members, float depth) -> Tensor");
+  m.def(
+      "packed_linear_terms(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor work, Tensor pointers, Tensor ranks, "
+      "Tensor dims, int[] members, float depth, bool has_low_rank, Tensor? out_pointers, Tensor? out_dims, Tensor? in_work, "
+      "Tensor? in_pointers, Tensor? in_dims, Tensor[] fed, int[] fed_members) -> Tensor");
   m.def("level() -> int", level);
   m.def("max_level() -> int", max_level);
   m.def("set_level(int level) -> ()", set_level);
@@ -341,13 +383,19 @@ TORCH_LIBRARY_IMPL(deltaserve_cpu, CPU, m) {
   m.impl("paged_attention", paged_attention);
   m.impl("write_kv", write_kv);
   m.impl("rms_norm", rms_norm);
+  m.impl("rms_norm_changed", rms_norm_changed);
   m.impl("gated_product", gated_product);
   m.impl("rotate_and_store", rotate_and_store);
   m.impl("scale_shift", scale_shift);
   m.impl("rotate_blocks", rotate_blocks);
   m.impl("block_linear", block_linear);
+  m.impl("dense_linear", dense_linear);
+  m.impl("add_modules", add_modules);
+  m.impl("change_rows", change_rows);
+  m.impl("changed_embeddings", changed_embeddings);
   m.impl("pack_weight", pack_weight);
   m.impl("unpack_weight", unpack_weight);
   m.impl("packed_linear", packed_linear);
   m.impl("packed_linear_lora", packed_linear_lora);
+  m.impl("packed_linear_terms", packed_linear_terms);
 }

@@ -112,27 +112,27 @@ def apply_apart(
         rows = rows.clone()
         add_modules(rows, step, ends.changes, group.depth, {})
     for point in ends.reads:
-        # What parallel modules will read: their rows alone, since the tensor may be changed by then.
-        for index, (chosen, parts) in enumerate(step.items):
-            given = (modules.entry(point + 1, slot) for slot, _, _ in parts)
-            if any(entry is not None and entry.reads == point for entry in given):
-                ctx.taps[point, index] = rows[chosen].float()
-    with_module = step.rows_at(ends.gives) if ends.gives >= 0 else None
-    if with_module is None:
+        if step.reads(point + 1, point):  # for parallel modules: the tensor may be changed by then
+            ctx.taps[point] = rows.clone()
+    split = step.split_at(ends.gives) if ends.gives >= 0 else None
+    if split is None or split.with_module is None or split.rows is None:
         y = group.apply_terms(rows, work, ctx, residual)
         dense_linear(y, rows, step, group.members, group.depth)
         return y
-    y = group.apply_terms(rows, work, ctx)
-    dense_linear(y, rows, step, group.members, group.depth)
-    add_modules(y, step, ends.gives, group.depth, ctx.taps)
     if residual is None:
+        y = group.apply_terms(rows, work, ctx)
+        dense_linear(y, rows, step, group.members, group.depth)
+        add_modules(y, step, ends.gives, group.depth, ctx.taps)
         return y
-    # A module needs the sublayer's output by itself. All other rows take the product that adds onto the stream once
-    # more: it rounds once, and theirs are the bits that they have in any other step.
-    before = residual[with_module]
-    total = group.apply_terms(rows, work, ctx, residual)
-    dense_linear(total, rows, step, group.members, group.depth)
-    total[with_module] = before + y[with_module]
+    # A module needs the sublayer's output by itself. All other rows are those of the product that adds onto the stream,
+    # and theirs are the bits that they have in any other step.
+    before = residual[split.rows]
+    y, total = group.apply_both(rows, work, ctx, residual)
+    dense_linear(y, rows, split.with_module, group.members, group.depth)
+    if split.without is not None:
+        dense_linear(total, rows, split.without, group.members, group.depth)
+    add_modules(y, split.with_module, ends.gives, group.depth, ctx.taps)
+    total[split.rows] = before + y[split.rows]
     return total
 
 
@@ -173,7 +173,7 @@ def folded_input(group: ProjectionGroup, x: Tensor, ctx: FoldedContext) -> Tenso
     if ends.changes >= 0 and (module := ctx.modules.get(ends.names[ends.changes])) is not None:
         x = x + module(x)
     for point in ends.reads:
-        ctx.taps[point, 0] = x
+        ctx.taps[point] = x
     return x
 
 
@@ -185,4 +185,4 @@ def folded_output(group: ProjectionGroup, y: Tensor, ctx: FoldedContext) -> Tens
     module = ctx.modules.get(name)
     if module is None:
         return y
-    return y + module(ctx.taps[group.ends.gives - 1, 0] if name in ctx.parallel else y)
+    return y + module(ctx.taps[group.ends.gives - 1] if name in ctx.parallel else y)

@@ -40,8 +40,8 @@ class PassContext:
 
     kv_regimes: Tensor | None = None
     head_rows: Tensor | None = None
-    # What parallel modules read at the inputs of sublayers: (point, item of the step) -> rows, fp32.
-    taps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    # What parallel modules read at the inputs of sublayers, by point: all rows.
+    taps: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -157,12 +157,20 @@ class FusedNorm:
             return self.otherwise(x)
         rows = x.reshape(-1, x.shape[-1])
         norm, step = self.tunable, ctx.vectors
-        if isinstance(step, VectorRows) and norm is not None and step.may_have(step.family.norms, (norm.index,)):
-            y = changed_rms_norm(rows, self.weight, self.eps, self.offset, norm.gain, step, norm.index, norm.depth)
+        if isinstance(step, VectorRows):
+            if norm is not None and step.may_have(step.family.norms, (norm.index,)):
+                y = changed_rms_norm(rows, self.weight, self.eps, self.offset, norm.gain, step, norm.index, norm.depth)
+                return y.view(x.shape)
+            step = None
+        if norm is None or step is None or not step.family.norms.has_any(norm.index):
+            return self.operators.module.rms_norm(rows, self.weight, self.eps, self.offset).view(x.shape)
+        if self.operators.module is cpu:
+            y = cpu.rms_norm_changed(
+                rows, self.weight, self.eps, self.offset, step.work, step.family.norms, norm.index, norm.depth
+            )
             return y.view(x.shape)
         y = self.operators.module.rms_norm(rows, self.weight, self.eps, self.offset).view(x.shape)
-        if step is not None and norm is not None:
-            norm.adjust(y, x, step)
+        norm.adjust(y, x, step)
         return y
 
 

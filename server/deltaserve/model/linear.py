@@ -18,7 +18,7 @@ from deltaserve.model.attach import Ends, apply_apart, folded_input, folded_outp
 from deltaserve.model.blocks import add_blocks
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, current
 from deltaserve.model.vector_rows import apply_rows
-from deltaserve.model.vectors import apply_with_vectors
+from deltaserve.model.vectors import Joining, apply_with_vectors
 from deltaserve.model.weight import BaseWeight
 from deltaserve_kernels import VectorRows, WorkList, change_head, sparse_linear, widened
 
@@ -43,6 +43,8 @@ class ProjectionGroup:
         self.members = members
         self.depth = depth
         self.ends = Ends()
+        packed = weight.joins_vectors(members)
+        self.joining = None if packed is None else Joining(packed, members)
 
     def apply(self, rows: Tensor, ctx: ForwardContext, residual: Tensor | None = None) -> Tensor:
         """``rows`` [T, K] -> [T, N]: base product plus the adapter terms of the step's work list.
@@ -60,26 +62,41 @@ class ProjectionGroup:
         """``apply`` of the base product and every term that is one operator for the whole step."""
         if isinstance(ctx.vectors, VectorRows):
             return apply_rows(self, rows, work, ctx, ctx.vectors, residual)
-        if ctx.vectors is not None:
-            y = apply_with_vectors(self, rows, ctx, ctx.vectors)
+        vectors, joining = ctx.vectors, self.joining
+        if vectors is not None and (joining is None or ctx.lora is None or joining.concerns(vectors)):
+            y = apply_with_vectors(self, rows, ctx, vectors)
             if residual is None:
                 return y
             # All other rows take the product that adds onto the stream: it rounds once, and so do they in any step.
-            changed = ctx.vectors.rows
+            changed = vectors.rows
             own = residual[changed] + y[changed]
             total = self.apply_terms(rows, work, replace(ctx, vectors=None), residual)
             total[changed] = own
             return total
-        lora, sparse = ctx.lora, ctx.sparse
+        lora = ctx.lora
         if lora is not None and work.concerns(lora, self.members):
             y = self.weight.matmul_lora(rows, self.bias, work, lora, self.members, self.depth, residual)
         else:
             y = self.weight.matmul(rows, self.bias, residual)
-        if sparse is not None and work.concerns(sparse, self.members):
-            sparse_linear(y, rows, work, sparse, self.members, self.depth)
+        self._add_terms(y, rows, work, ctx)
+        return y
+
+    def apply_both(self, rows: Tensor, work: WorkList, ctx: ForwardContext, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """``apply_terms`` without and with ``residual``, to the bit, from one product where that gives both."""
+        if ctx.vectors is not None:
+            return self.apply_terms(rows, work, ctx), self.apply_terms(rows, work, ctx, residual)
+        lora = ctx.lora if ctx.lora is not None and work.concerns(ctx.lora, self.members) else None
+        both = self.weight.matmul_both(rows, self.bias, work, lora, self.members, self.depth, residual)
+        for y in both:
+            self._add_terms(y, rows, work, ctx)
+        return both
+
+    def _add_terms(self, y: Tensor, rows: Tensor, work: WorkList, ctx: ForwardContext) -> None:
+        """What comes after low rank, in place."""
+        if ctx.sparse is not None and work.concerns(ctx.sparse, self.members):
+            sparse_linear(y, rows, work, ctx.sparse, self.members, self.depth)
         if ctx.blocks is not None:
             add_blocks(y, rows, work, ctx.blocks, self.members, self.depth)
-        return y
 
 
 class BaseLinear(nn.Module):

@@ -2,7 +2,8 @@
 
 A norm is ``n(x) * (offset + weight) + bias`` for some ``n`` of its own: for the rows that need it ``n`` is computed by
 the module's own code with neutral parameters in fp32, and gain and shift, the adapter's difference inside, follow.
-That this equals the module is tried at load on random rows. Rows without a difference never see it.
+That this equals the module is tried at load on random rows. Rows without a difference never see it. An RMS norm that
+runs as the C++ library's operator (``fuse``) adds the differences to its gain there instead.
 """
 
 from __future__ import annotations

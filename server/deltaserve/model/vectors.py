@@ -1,32 +1,128 @@
 """A projection group in a step where some rows have vector terms: scales and rotations of inputs and outputs, biases.
 
-Rows with vectors are the base's product, then scales, biases and rotations, then low rank, then sparse, each rounded;
-whatever their groups hold, and whoever else is in the step; blocks come last. All other rows go through the product as
-ever.
+Where the base's product is the C++ library's own, scales and biases join its sums beside the low rank, for all rows in
+one call, and each member may have inputs of its own; only rows with rotated outputs (``VectorStep.turned``) are the
+base's product, then rotation, then low rank. Elsewhere rows with vectors are the base's product, then scales, biases
+and rotations, then low rank, each rounded; whatever their groups hold, and whoever else is in the step; all other
+rows go through the product as ever. Sparse terms and blocks come last.
 
-Scales and rotations of an input act on the base's product alone. A row whose members need different inputs enters the
-product once more for each of them, so that weights are read once; a group of one has its rows replaced. On one side
-of a linear, scales and rotations of several adapters meet the same row, and what they change of it is summed.
+Scales and rotations of an input act on the base's product alone. In a library's product a row whose members need
+different inputs enters once more for each of them, so that weights are read once; a group of one has its rows
+replaced. On one side of a linear, scales and rotations of several adapters meet the same row, and what they change of
+it is summed.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from deltaserve.model.blocks import add_blocks
-from deltaserve_kernels import VectorStep, lora_linear, rotate_blocks, scale_shift, sparse_linear
+from deltaserve_kernels import (
+    LoraTables,
+    VectorFamily,
+    VectorStep,
+    VectorTables,
+    WorkList,
+    cpu,
+    lora_linear,
+    rotate_blocks,
+    scale_shift,
+    sparse_linear,
+)
 
 if TYPE_CHECKING:
     from deltaserve.model.context import ForwardContext
     from deltaserve.model.linear import Member, ProjectionGroup
+    from deltaserve.model.weight import PanelPacked
+
+
+class Joining:
+    """A group whose product takes vectors into its sums, and what the tables hold for its linears.
+
+    Asked at every group of every step, where each look into Python's objects counts: so the tables are looked through
+    once for every change of them.
+    """
+
+    def __init__(self, packed: PanelPacked, members: tuple[Member, ...]) -> None:
+        self.packed = packed
+        self.members = members
+        self._columns = list(chain.from_iterable(members))
+        self._family: VectorFamily | None = None
+        self._version = -1
+        self._has_any = False
+        self._outputs: VectorTables | None = None
+        self._inputs: VectorTables | None = None
+        self._turning: tuple[int, ...] = ()
+
+    def concerns(self, step: VectorStep) -> bool:
+        """Whether the group differs at all from one in a step without vectors."""
+        family = step.family
+        if family.version != self._version or family is not self._family:
+            self._look(family)
+        return self._has_any or step.turned is not None
+
+    def _look(self, family: VectorFamily) -> None:
+        members, rotations = self.members, family.in_rotations
+        self._outputs = family.outputs if family.outputs.has_any_of(members) else None
+        self._inputs = family.inputs if family.inputs.has_any_of(members) else None
+        self._turning = tuple(at for at, member in enumerate(members) if rotations.has_any(member.linear))
+        self._has_any = bool(self._outputs or self._inputs or self._turning)
+        self._family, self._version = family, family.version
+
+    def apply(self, group: ProjectionGroup, rows: Tensor, work: WorkList, lora: LoraTables, step: VectorStep) -> Tensor:
+        """``rows`` [T, K] -> [T, N]: base, scales and biases, and low rank in one product; rotations around it. For a
+        step that ``concerns`` has just been asked about; ``work`` is its whole list."""
+        turned, depth = step.turned, group.depth
+        joining = work if turned is None else turned.others
+        fed = {at: self._turn(rows, work, at, step, depth) for at in self._turning} if self._turning else cpu.NO_INPUTS
+        y = cpu.packed_linear_terms(
+            rows,
+            self.packed.panels,
+            self.packed.outputs,
+            group.bias,
+            joining,
+            lora,
+            self._columns,
+            depth,
+            self._outputs,
+            self._inputs,
+            work,
+            fed,
+        )
+        if turned is not None:
+            _change_outputs(y, group, turned.step)
+            lora_linear(y, rows, turned.step.work, lora, self.members, depth)
+        return y
+
+    def _turn(self, rows: Tensor, work: WorkList, at: int, step: VectorStep, depth: float) -> Tensor:
+        """What the member in place ``at`` multiplies."""
+        whole = ((self.members[at].linear, 0, rows.shape[1]),)
+        fed = rows.clone()
+        scale_shift(fed, work, step.family.inputs, whole, depth)
+        rotate_blocks(fed, rows, work, step.family.in_rotations, whole, depth)
+        return fed
 
 
 def apply_with_vectors(group: ProjectionGroup, rows: Tensor, ctx: ForwardContext, step: VectorStep) -> Tensor:
     """``rows`` [T, K] -> [T, N], as ``ProjectionGroup.apply``; ``ctx.work`` is the step's whole list."""
+    if group.joining is not None and ctx.lora is not None and ctx.work is not None:
+        y = group.joining.apply(group, rows, ctx.work, ctx.lora, step)
+    else:
+        y = _one_by_one(group, rows, ctx, step)
+    if ctx.sparse is not None and ctx.work is not None:
+        sparse_linear(y, rows, ctx.work, ctx.sparse, group.members, group.depth)
+    if ctx.blocks is not None and ctx.work is not None:
+        add_blocks(y, rows, ctx.work, ctx.blocks, group.members, group.depth)
+    return y
+
+
+def _one_by_one(group: ProjectionGroup, rows: Tensor, ctx: ForwardContext, step: VectorStep) -> Tensor:
+    """The same by operators that each round."""
     members, depth = group.members, group.depth
     fed, moves = _feed(group, rows, step)
     others = step.others
@@ -42,10 +138,6 @@ def apply_with_vectors(group: ProjectionGroup, rows: Tensor, ctx: ForwardContext
     _change_outputs(y, group, step)
     if ctx.lora is not None:
         lora_linear(y, rows, step.work, ctx.lora, members, depth)
-    if ctx.sparse is not None and ctx.work is not None:
-        sparse_linear(y, rows, ctx.work, ctx.sparse, members, depth)
-    if ctx.blocks is not None and ctx.work is not None:
-        add_blocks(y, rows, ctx.work, ctx.blocks, members, depth)
     return y
 
 

@@ -9,6 +9,7 @@ them. Both orders are exact, can be undone, and give results that do not depend 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from itertools import chain
 from typing import Protocol
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # The number of rows oneDNN plans for; other numbers work, and this plan is good from 1 to some hundreds.
 _PLANNED_ROWS = 32
+PANEL = 16
+"""Outputs of one panel of ``PanelPacked``."""
 
 
 class _Packed(Protocol):
@@ -48,15 +51,15 @@ class OnednnPacked:
 
 
 class PanelPacked:
-    """Panels of the C++ operators, bf16 and fp16. Needs ``cpu.is_available()``."""
+    """Panels of the C++ operators, bf16 and fp16: ``panels`` of that many ``outputs``. Needs ``cpu.is_available()``."""
 
     def __init__(self, weight: Tensor) -> None:
-        self._outputs = weight.shape[0]
-        self._packed = cpu.pack_weight(weight)
+        self.outputs = weight.shape[0]
+        self.panels = cpu.pack_weight(weight)
         self._columns: dict[tuple[Member, ...], list[int]] = {}
 
     def matmul(self, rows: Tensor, bias: Tensor | None) -> Tensor:
-        return cpu.packed_linear(rows, self._packed, self._outputs, bias)
+        return cpu.packed_linear(rows, self.panels, self.outputs, bias)
 
     def matmul_lora(
         self,
@@ -70,10 +73,10 @@ class PanelPacked:
         columns = self._columns.get(members)
         if columns is None:
             columns = self._columns[members] = list(chain.from_iterable(members))
-        return cpu.packed_linear_lora(rows, self._packed, self._outputs, bias, work, tables, columns, depth)
+        return cpu.packed_linear_lora(rows, self.panels, self.outputs, bias, work, tables, columns, depth)
 
     def to_plain(self) -> Tensor:
-        return cpu.unpack_weight(self._packed, self._outputs)
+        return cpu.unpack_weight(self.panels, self.outputs)
 
 
 class BaseWeight:
@@ -114,6 +117,36 @@ class BaseWeight:
         y = self.matmul(rows, bias, residual)
         lora_linear(y, rows, work, tables, members, depth)
         return y
+
+    def joins_vectors(self, members: Sequence[Member]) -> PanelPacked | None:
+        """The form whose product takes scales and biases of these members into its sums, if it is that one. Goes by the
+        base alone, never by a step."""
+        if isinstance(self._packed, PanelPacked) and all(m[1] % PANEL == 0 == (m[2] - m[1]) % PANEL for m in members):
+            return self._packed
+        return None
+
+    def matmul_both(
+        self,
+        rows: Tensor,
+        bias: Tensor | None,
+        work: WorkList,
+        tables: LoraTables | None,
+        members: tuple[Member, ...],
+        depth: float,
+        residual: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """``matmul``, or ``matmul_lora`` with ``tables``, without and with ``residual``, the same bits; the product is
+        computed twice only where the library's own adds and rounds at once."""
+        if tables is not None and isinstance(self._packed, PanelPacked):
+            y = self._packed.matmul_lora(rows, bias, work, tables, members, depth)
+            return y, residual.add_(y)
+        y = self.matmul(rows, bias)
+        rounds_once = self._packed is None and bias is None
+        total = self.matmul(rows, bias, residual) if rounds_once else residual.add_(y)
+        if tables is not None:
+            lora_linear(y, rows, work, tables, members, depth)
+            lora_linear(total, rows, work, tables, members, depth)
+        return y, total
 
     def plain(self) -> Tensor:
         """The matrix [out, in]; made anew at each call where only the reordered form is kept."""

@@ -1,0 +1,53 @@
+"""The C++ operators of terms that are computed apart; see ``deltaserve_kernels.apart``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from deltaserve_kernels.apart_family import ApartStep
+from deltaserve_kernels.checks import Member
+from deltaserve_kernels.cpu import prepared
+from deltaserve_kernels.errors import DeviceMismatch, DtypeMismatch
+
+
+def dense_linear(y: Tensor, x: Tensor, step: ApartStep, members: Sequence[Member], depth: float) -> None:
+    tables = step.family.dense
+    _check(x, tables.matrix_dtype, is_on_host=tables.is_on_host)
+    work = prepared(step.work(x.shape[0]))
+    _operator("dense_linear")(y, x, work, tables.pointers, tables.dims, list(chain.from_iterable(members)), depth)
+
+
+def add_modules(y: Tensor, step: ApartStep, point: int, depth: float, read: Mapping[int, Tensor]) -> None:
+    tables = step.family.modules
+    _check(y, tables.dtype, is_on_host=tables.is_on_host)
+    points = [other for other in tables.reads(point) if other in read]
+    _operator("add_modules")(
+        y,
+        prepared(step.work(y.shape[0])),
+        tables.pointers,
+        tables.sizes,
+        tables.dims,
+        point,
+        depth,
+        [read[other] for other in points],
+        points,
+    )
+
+
+@cache
+def _operator(name: str) -> Callable[..., None]:
+    """The operator itself: looking it up costs as much as a small product."""
+    found: Callable[..., None] = getattr(torch.ops.deltaserve_cpu, name).default
+    return found
+
+
+def _check(x: Tensor, dtype: torch.dtype | None, *, is_on_host: bool) -> None:
+    if dtype is not x.dtype and dtype is not None:
+        raise DtypeMismatch(f"the rows are {x.dtype}; the tables hold {dtype}")
+    if not is_on_host:
+        raise DeviceMismatch("the rows are on the CPU and the tables elsewhere")

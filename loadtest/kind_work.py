@@ -1,0 +1,65 @@
+"""What an adapter makes a decode step do at least: bytes that are read, and floating-point operations of a row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from deltaserve.deltas.blocks import BlockTerm
+from deltaserve.deltas.dense import DenseTerm
+from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm, SparseTerm, Term
+from deltaserve.deltas.rotation_terms import RotationTerm
+from deltaserve.deltas.vector_terms import VectorTerm
+from deltaserve.deltas.vocabulary import RowsTerm
+from deltaserve.model.base import BaseModel
+from loadtest.kind_adapters import PREFIX_TOKENS
+
+
+class Work(NamedTuple):
+    """``bytes_once``: read once for all rows that share the adapter; ``bytes_of_row`` and ``flops`` for each row."""
+
+    bytes_once: int
+    bytes_of_row: int
+    flops: int
+
+
+def work_of(folded: FoldedAdapter, base: BaseModel) -> Work:
+    """Of the adapter's own numbers alone: activations, which the base's step moves anyway, are not counted."""
+    spec = base.spec
+    once, of_row, flops = 0, 0, 0
+    for name, terms in folded.terms.items():
+        for term in terms:
+            if isinstance(term, RowsTerm) and spec.embedding is not None and name == spec.embedding.name:
+                of_row += term.values.shape[1] * base.dtype.itemsize  # one row is looked up
+                flops += term.values.shape[1]
+                continue
+            once += term.nbytes
+            flops += _flops(term)
+    for norm in folded.norms.values():
+        once += norm.nbytes
+        flops += norm.nbytes // 4
+    for module in folded.modules.values():
+        once += module.nbytes
+        flops += 2 * (module.down.numel() + module.up_t.numel())
+    if folded.prefix is not None:
+        of_position = spec.num_layers * spec.kv_heads * spec.head_dim
+        of_row += 2 * PREFIX_TOKENS * of_position * base.dtype.itemsize
+        # Two products for each head of the queries, which share K and V in groups.
+        flops += 4 * PREFIX_TOKENS * spec.num_layers * base.config.num_attention_heads * spec.head_dim
+    return Work(once, of_row, flops)
+
+
+def _flops(term: Term) -> int:
+    if isinstance(term, LowRankTerm):
+        return 2 * (term.a.numel() + term.b_t.numel())
+    if isinstance(term, SparseTerm | RowsTerm):
+        return 2 * term.values.numel()
+    if isinstance(term, VectorTerm):
+        return sum(tensor.numel() for tensor in term.tensors().values())
+    if isinstance(term, RotationTerm):
+        return 2 * sum(factor.blocks.numel() for factor in term.factors)
+    if isinstance(term, DenseTerm):
+        out, width = (term.delta if term.delta is not None else term.signs).shape[0], term.in_features  # type: ignore[union-attr]
+        return 2 * out * width
+    if isinstance(term, BlockTerm):
+        return 2 * term.d.numel()
+    raise TypeError(f"work of a {type(term).__name__} is unknown")

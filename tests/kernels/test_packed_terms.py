@@ -1,0 +1,194 @@
+"""Products that take scales and biases into their sums, inputs of members' own, and norms whose gains rows change."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltaserve_kernels import (
+    DeviceMismatch,
+    VectorTables,
+    build_work_list,
+    cpu,
+    lora_linear,
+    scale_shift,
+)
+from deltatest.block_cases import afloat
+from deltatest.kernel_cases import LinearCase, Parts, randn
+
+NAN = float("nan")
+DTYPES = [torch.bfloat16, torch.float16]
+DEPTH, WIDTH, INPUTS = 0.25, 208, 77
+# Columns of no member on both sides of the second; more panels than one group; borders inside a group.
+MEMBERS = [(0, 0, 48), (1, 64, 80), (2, 96, 208)]
+COLUMNS = list(chain.from_iterable(MEMBERS))
+BINDINGS: list[Parts] = [
+    (),
+    ((0, 1.0, 3.0),),
+    ((1, -1.0, 1.0), (0, 0.5, 0.5), (3, 2.0, 1.0)),
+    ((2, 1.0, 1.0),),
+    ((3, 1.0, 1.0),),
+    ((0, 0.0, 0.0),),
+] * 7
+
+
+class Case:
+    """Slot 0 has low rank and all vectors, slot 1 low rank, slot 2 low rank and an input scale of the last member, slot
+    3 a bias of the second; seas of NaN around."""
+
+    def __init__(self, dtype: torch.dtype, *, has_bias: bool = True) -> None:
+        lora = LinearCase(INPUTS, MEMBERS, 4, dtype)
+        for slot, rank in ((0, 3), (1, 8), (2, 16)):
+            lora.add_lora(slot, rank)
+        self.lora = lora.tables("lora")
+        self.outputs, self.inputs = VectorTables(3, 4), VectorTables(3, 4)
+        for linear, start, stop in MEMBERS:
+            scale = afloat(1 + randn(stop - start, seed=linear, scale=0.3), NAN)
+            self.outputs.set(linear, 0, scale, afloat(randn(stop - start, seed=linear + 10), NAN))
+            if linear != 1:
+                self.inputs.set(linear, 0, afloat(1 + randn(INPUTS, seed=linear + 20, scale=0.3), NAN))
+        self.outputs.set(1, 3, None, afloat(randn(16, seed=30), NAN))
+        self.inputs.set(2, 2, afloat(1 + randn(INPUTS, seed=31, scale=0.3), NAN))
+        self.weight = randn(WIDTH, INPUTS, dtype=dtype, seed=4)
+        self.packed = cpu.pack_weight(self.weight)
+        self.bias = randn(WIDTH, dtype=dtype, seed=5) if has_bias else None
+
+    def product(self, x: Tensor, bindings: list[Parts], **changes: object) -> Tensor:
+        work = build_work_list(bindings)
+        given = {"out_vectors": self.outputs, "in_vectors": self.inputs, "in_work": work, **changes}
+        return cpu.packed_linear_terms(x, self.packed, WIDTH, self.bias, work, self.lora, COLUMNS, DEPTH, **given)
+
+    def expected(self, x: Tensor, bindings: list[Parts]) -> Tensor:
+        """In float64 but for what is rounded on its way into the product."""
+        work, wide = build_work_list(bindings), self.weight.double()
+        y = x.double() @ wide.t()
+        for linear, start, stop in MEMBERS:
+            fed = x.clone()
+            scale_shift(fed, work, self.inputs, ((linear, 0, INPUTS),), DEPTH, backend="reference")
+            y[:, start:stop] = fed.double() @ wide[start:stop].t()
+        y = y.float() + (0 if self.bias is None else self.bias.float())
+        scale_shift(y, work, self.outputs, MEMBERS, DEPTH, backend="reference")
+        delta = torch.zeros(len(x), WIDTH, dtype=x.dtype)
+        lora_linear(delta, x, work, self.lora, MEMBERS, DEPTH, backend="reference")
+        return y + delta.float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("num_rows", [1, 5, 12, 42])
+def test_it_equals_the_operators_one_by_one(dtype, has_bias, num_rows, cpu_backend):
+    case, x = Case(dtype, has_bias=has_bias), randn(num_rows, INPUTS, dtype=dtype, seed=1)
+    bindings = BINDINGS[-num_rows:]
+    expected = case.expected(x, bindings)
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 4e-2 if dtype is torch.bfloat16 else 5e-3}
+    torch.testing.assert_close(case.product(x, bindings).float(), expected, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_company_is_not_felt_and_rows_without_vectors_have_the_bits_of_the_lora_product(dtype, cpu_backend):
+    case, x = Case(dtype), randn(42, INPUTS, dtype=dtype, seed=1)
+    together = case.product(x, BINDINGS)
+    for row in (*range(6), 41):
+        assert torch.equal(case.product(x[row : row + 1], BINDINGS[row : row + 1]), together[row : row + 1]), row
+    torch.set_num_threads(2)
+    assert torch.equal(case.product(x, BINDINGS), together)
+    base = cpu.packed_linear(x, case.packed, WIDTH, case.bias)
+    nothing = [row for row, parts in enumerate(BINDINGS) if not any(any(part[1:]) for part in parts)]
+    assert len(nothing) == 14
+    assert torch.equal(together[nothing], base[nothing])
+    lora = [((1, 1.0, 1.0),) if row % 2 else () for row in range(42)]
+    work = build_work_list(lora)
+    wanted = cpu.packed_linear_lora(x, case.packed, WIDTH, case.bias, work, case.lora, COLUMNS, DEPTH)
+    assert torch.equal(case.product(x, lora), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_member_multiplies_what_it_is_fed(dtype, cpu_backend):
+    """And a scaled input has the bits of scale_shift on a copy, so that it does not matter which way it comes."""
+    case, x = Case(dtype), randn(42, INPUTS, dtype=dtype, seed=1)
+    work, fed = build_work_list(BINDINGS), {}
+    for at in (2, 0):
+        fed[at] = x.clone()
+        scale_shift(fed[at], work, case.inputs, ((MEMBERS[at][0], 0, INPUTS),), DEPTH)
+        assert not torch.equal(fed[at], x)
+    together = case.product(x, BINDINGS)
+    assert torch.equal(case.product(x, BINDINGS, fed=fed), together)
+    assert torch.equal(case.product(x, BINDINGS, fed=fed, in_vectors=None), together)
+    wide = torch.cat([fed[0], fed[0]], dim=1)[:, INPUTS:]
+    assert torch.equal(case.product(x, BINDINGS, fed={0: wide, 2: fed[2]}), together)
+    assert not torch.equal(case.product(x, BINDINGS, fed={0: fed[0], 2: x}), together)
+
+
+def test_what_does_not_fit_is_named(cpu_backend):
+    case, x = Case(torch.bfloat16), randn(42, INPUTS, dtype=torch.bfloat16)
+    narrow = VectorTables(3, 4)
+    narrow.set(0, 0, torch.ones(47))
+    few = VectorTables(3, 1)
+    work = build_work_list(BINDINGS)
+
+    def product(columns: list[int]) -> Tensor:
+        return cpu.packed_linear_terms(
+            x,
+            case.packed,
+            WIDTH,
+            None,
+            work,
+            case.lora,
+            columns,
+            DEPTH,
+            out_vectors=None,
+            in_vectors=None,
+            in_work=work,
+            fed={},
+        )
+
+    for wrong, words in (
+        (lambda: case.product(x, BINDINGS, out_vectors=narrow), "linear 0 has vectors of 47"),
+        (lambda: case.product(x, BINDINGS, in_vectors=case.outputs), "77 are needed"),
+        (lambda: case.product(x, BINDINGS, out_vectors=few), "slot 3 is not in 0..0"),
+        (lambda: case.product(x, BINDINGS, out_vectors=VectorTables(1, 4)), "linear 1 is not in 0..0"),
+        (lambda: case.product(x, BINDINGS, fed={3: x}), "member 3 is not in 0..2"),
+        (lambda: case.product(x, BINDINGS, fed={0: x[:5]}), "fed is"),
+        (lambda: case.product(x, BINDINGS, fed={0: x.half()}), "fed is"),
+        (lambda: case.product(x, BINDINGS, in_work=build_work_list(BINDINGS[:5])), "work list is of 5"),
+        (lambda: product([0, 0, 48, 1, 50, 66]), "no whole panels"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            wrong()
+    with pytest.raises(DeviceMismatch):
+        case.product(x, BINDINGS, out_vectors=VectorTables(3, 4, "meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
+@pytest.mark.parametrize("size", [3, 16, 77])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms_take_differences_of_gains(dtype, size, offset, cpu_backend):
+    tables = VectorTables(2, 4)
+    deltas = {slot: afloat(randn(size, seed=slot, scale=0.3), NAN) for slot in (0, 3)}
+    for slot, delta in deltas.items():
+        tables.set(1, slot, delta)
+    x, weight = randn(42, size, dtype=dtype, scale=3.0), randn(size, dtype=dtype, seed=9)
+    found = cpu.rms_norm_changed(x, weight, 1e-5, offset, build_work_list(BINDINGS), tables, 1, DEPTH)
+    plain = cpu.rms_norm(x, weight, 1e-5, offset)
+    gains = []
+    for parts in BINDINGS:
+        gain = offset + weight.double()
+        for slot, first, last in parts:
+            if slot in deltas:
+                gain = gain + (first + (last - first) * DEPTH) * deltas[slot].double()
+        gains.append(gain)
+    wide = x.double()
+    expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * torch.stack(gains)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=eps if dtype is not torch.float32 else 1e-5, atol=1e-5)
+    for row, parts in enumerate(BINDINGS):
+        is_same = not any(slot in deltas and (first or last) for slot, first, last in parts)
+        assert torch.equal(found[row], plain[row]) == is_same, row
+    with pytest.raises(ValueError, match=r"linear 2 is not in 0\.\.1"):
+        cpu.rms_norm_changed(x, weight, 1e-5, offset, build_work_list(BINDINGS), tables, 2, DEPTH)
+    tables.set(1, 0, None, deltas[0])
+    with pytest.raises(ValueError, match="norm 1: a difference of the gain alone"):
+        cpu.rms_norm_changed(x, weight, 1e-5, offset, build_work_list(BINDINGS), tables, 1, DEPTH)

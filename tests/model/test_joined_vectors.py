@@ -1,0 +1,106 @@
+"""Where the base's product takes vectors into its sums, rows get what the operators one by one give them, and nobody
+feels who is beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
+from deltaserve.model.kv_cache import KVCache
+from deltatest.fixture_of_load import TINY
+from loadtest.kind_adapters import BY_NAME
+from loadtest.kind_steps import Stand, base_of
+
+NAMES = ("lora", "ia3", "dora", "bias", "norms", "gates", "oft", "boft", "road", "sparse")
+Parts = tuple[ScheduledPart, ...]
+
+
+ROTATIONS = ("oft", "boft", "road")
+
+
+@pytest.fixture(scope="module", params=[(torch.bfloat16, True), (torch.float16, True), (torch.float16, False)])
+def stand(request: pytest.FixtureRequest) -> Stand:
+    """Without adapters that rotate inputs, scales of inputs go another way: into the product itself."""
+    dtype, has_rotations = request.param
+    torch.manual_seed(0)
+    base = base_of(TINY, dtype)
+    if not all(base.linear(name).group.joining is not None for name in base.linears):
+        pytest.skip("this processor's library multiplies 16-bit weights itself")
+    stand = Stand(base, KVCache(base.kv_layout, 64, "cpu"), len(NAMES), 0)
+    for slot, name in enumerate(NAMES):
+        if has_rotations or name not in ROTATIONS:
+            stand.fill(BY_NAME[name], [slot])
+    return stand
+
+
+def logits(stand: Stand, rows: Sequence[Parts], *, has_prompt: bool = True) -> Tensor:
+    """[rows, vocab] of a decode step after a prompt of seven tokens, each row with its adapters throughout."""
+    prompts = [ScheduledSequence(i, range(9, 16), 0, (i,), parts, "none") for i, parts in enumerate(rows)]
+    if has_prompt:
+        stand.runner.execute(prompts)
+    steps = [ScheduledSequence(i, (5,), 7, (i,), parts) for i, parts in enumerate(rows)]
+    return stand.runner.execute(steps).clone()
+
+
+def part(name: str, scale: float = 1.0) -> ScheduledPart:
+    return ScheduledPart(NAMES.index(name), scale, scale)
+
+
+def all_rows() -> list[Parts]:
+    several = (part("lora", 0.5), part("dora", 0.5), part("bias", -1.0), part("norms"))
+    return [(), *((part(name),) for name in NAMES), several, (part("road"), part("lora"))]
+
+
+def test_rows_equal_the_operators_one_by_one(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = all_rows()
+    joined = logits(stand, rows)
+    for name in stand.base.linears:
+        monkeypatch.setattr(stand.base.linear(name).group, "joining", None)
+    apart = logits(stand, rows)
+    plain = logits(stand, [()] * len(rows))
+    for row, parts in enumerate(rows):
+        is_same = torch.equal(joined[row], apart[row])
+        error, effect = (joined[row] - apart[row]).norm(), (apart[row] - plain[row]).norm()
+        assert is_same or error < 0.2 * effect, (row, parts, float(error), float(effect))
+        vectors = stand.runner.vectors
+        assert effect > 0 or not any(vectors is not None and vectors.has_slot(each.slot) for each in parts)
+    assert torch.equal(joined[0], apart[0])
+    assert torch.equal(joined[1], apart[1])
+
+
+def test_company_is_not_felt(stand: Stand) -> None:
+    rows = all_rows()
+    together = logits(stand, rows)
+    for row, parts in enumerate(rows):
+        assert torch.equal(logits(stand, [parts])[0], together[row]), (row, parts)
+        fewer = [parts, *rows[1 : 1 + row % 4]]
+        assert torch.equal(logits(stand, fewer)[0], together[row]), (row, parts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strength_0_is_the_base(stand: Stand, name: str) -> None:
+    plain, nothing, _ = logits(stand, [(), (part(name, 0.0),), (part("ia3"), part(name, 0.0))])
+    assert torch.equal(nothing, plain)
+
+
+def test_what_was_found_out_about_the_tables_does_not_outlive_a_change(stand: Stand) -> None:
+    """Groups look through the tables once; an adapter that comes or goes makes them look again."""
+    fresh = Stand(stand.base, stand.kv, len(NAMES), 0)
+    fresh.fill(BY_NAME["norms"], [0])
+    of_slot = [(), (ScheduledPart(0),), (ScheduledPart(1),)]
+    plain, _, nothing = logits(fresh, of_slot)
+    assert torch.equal(nothing, plain)
+    seen = []
+    for name in ("bias", "ia3", "oft", "road"):
+        fresh.fill(BY_NAME[name], [1])
+        _, _, something = logits(fresh, of_slot, has_prompt=False)
+        seen.append(something)
+        assert all(not torch.equal(something, other) for other in (plain, *seen[:-1])), name
+        assert fresh.runner.vectors is not None
+        fresh.runner.vectors.clear(1)
+        if name != "oft":  # "road" comes into the slot of "oft" with no other step between
+            assert torch.equal(logits(fresh, of_slot, has_prompt=False)[2], plain), name
