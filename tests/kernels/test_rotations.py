@@ -15,6 +15,7 @@ from deltaserve_kernels import (
     VectorEntries,
     VectorFamily,
     build_work_list,
+    cpu,
     rotate_blocks,
 )
 from deltatest.kernel_cases import Parts, randn
@@ -74,6 +75,12 @@ def test_rotations_against_dense_matrices(dtype: torch.dtype, backend: str) -> N
                     wanted[row, start:stop] += (first + (last - first) * 0.25) * x[row, start:stop].double() @ matrix
     tolerance = {"rtol": 0.0, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-3}
     torch.testing.assert_close(y.double(), wanted, **tolerance)
+    if backend == "cpu":
+        in_place = x.clone()
+        whole = in_place.clone()
+        cpu.rotate_blocks(whole, x, build_work_list(BINDINGS), filled(dtype), MEMBERS, 0.25)
+        cpu.rotate_blocks(in_place, in_place, build_work_list(BINDINGS), filled(dtype), MEMBERS, 0.25)
+        assert torch.equal(in_place, whole), "y may be x itself"
     for row in (1, 4, 6, 9):
         assert torch.equal(y[row], before[row]), "a row without a rotation changed"
     assert torch.equal(y[3, :24], before[3, :24]), "a member without a rotation changed"

@@ -104,3 +104,20 @@ def test_what_was_found_out_about_the_tables_does_not_outlive_a_change(stand: St
         fresh.runner.vectors.clear(1)
         if name != "oft":  # "road" comes into the slot of "oft" with no other step between
             assert torch.equal(logits(fresh, of_slot, has_prompt=False)[2], plain), name
+
+
+@pytest.mark.parametrize("beside", ["lora", "dora"])
+def test_rotated_outputs_have_the_bits_of_the_operators(
+    stand: Stand, beside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turned in place where tables hold no scales of these outputs (beside "lora"), from a copy where they do."""
+    fresh = Stand(stand.base, stand.kv, len(NAMES), 0)
+    for name in ("road", beside):
+        fresh.fill(BY_NAME[name], [NAMES.index(name)])
+    rows = [(), (part("road"),), (part("road"), part(beside, 0.5)), (part("road", -0.5),), (part(beside),)]
+    joined, plain = logits(fresh, rows), logits(fresh, [()] * len(rows))
+    for name in stand.base.linears:
+        monkeypatch.setattr(stand.base.linear(name).group, "joining", None)
+    apart = logits(fresh, rows)
+    assert torch.equal(joined[:4], apart[:4])
+    assert all(not torch.equal(joined[row], plain[row]) for row in range(1, len(rows)))

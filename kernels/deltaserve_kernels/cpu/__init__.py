@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,19 +162,18 @@ def scale_shift(
     if not tables.is_on_host:
         raise DeviceMismatch(f"the tables are on {tables.device}; y is on the CPU")
     columns = list(chain.from_iterable(members))
-    torch.ops.deltaserve_cpu.scale_shift(
-        y, prepared(work), tables.pointers, tables.dims, columns, gain, shift, unit, depth
-    )
+    _operator("scale_shift")(y, prepared(work), tables.pointers, tables.dims, columns, gain, shift, unit, depth)
 
 
 def rotate_blocks(
     y: Tensor, x: Tensor, work: WorkList, tables: RotationTables, members: Sequence[Member], depth: float
 ) -> None:
+    """As ``deltaserve_kernels.rotate_blocks``; here y may be x itself."""
     if tables.dtype is not x.dtype and tables.dtype is not None:
         raise DtypeMismatch(f"x is {x.dtype}; the tables hold {tables.dtype}")
     if not tables.is_on_host:
         raise DeviceMismatch(f"the tables are on {tables.device}; x is on the CPU")
-    torch.ops.deltaserve_cpu.rotate_blocks(
+    _operator("rotate_blocks")(
         y, x, prepared(work), tables.pointers, tables.dims, list(chain.from_iterable(members)), depth
     )
 
@@ -210,7 +210,7 @@ def packed_linear_lora(
     binding alone. Raises ValueError.
     """
     _check(x, work, tables)
-    return _packed_linear_lora()(
+    return _operator("packed_linear_lora")(
         x, packed, outputs, bias, prepared(work), tables.pointers, tables.ranks, tables.dims, columns, depth
     )
 
@@ -244,7 +244,7 @@ def packed_linear_terms(
     if in_vectors is not None:
         in_rows = prepared(in_work)
         in_pointers, in_dims = _on_host(in_vectors)
-    return _packed_linear_terms()(
+    return _operator("packed_linear_terms")(
         x,
         packed,
         outputs,
@@ -278,7 +278,9 @@ def rms_norm_changed(
 ) -> Tensor:
     """``rms_norm`` where rows of ``work`` have ``offset + weight + sum over parts of scale * difference`` as gain, the
     scales of ``tables`` being the differences. Rows without one have the bits of ``rms_norm``. Raises ValueError."""
-    return _rms_norm_changed()(x, weight, eps, offset, prepared(work), tables.pointers, tables.dims, norm, depth)
+    return _operator("rms_norm_changed")(
+        x, weight, eps, offset, prepared(work), tables.pointers, tables.dims, norm, depth
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -301,19 +303,9 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_c
 
 
 @cache
-def _packed_linear_terms() -> Callable[..., Tensor]:
-    return torch.ops.deltaserve_cpu.packed_linear_terms.default
-
-
-@cache
-def _rms_norm_changed() -> Callable[..., Tensor]:
-    return torch.ops.deltaserve_cpu.rms_norm_changed.default
-
-
-@cache
-def _packed_linear_lora() -> Callable[..., Tensor]:
+def _operator(name: str) -> Callable[..., Any]:
     """The operator itself: looking it up costs as much as a small product."""
-    return torch.ops.deltaserve_cpu.packed_linear_lora.default
+    return getattr(torch.ops.deltaserve_cpu, name).default
 
 
 def prepared(work: WorkList) -> Tensor:

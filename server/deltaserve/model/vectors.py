@@ -58,6 +58,7 @@ class Joining:
         self._outputs: VectorTables | None = None
         self._inputs: VectorTables | None = None
         self._turning: tuple[int, ...] = ()
+        self._turns_outputs = False
 
     def concerns(self, step: VectorStep) -> bool:
         """Whether the group differs at all from one in a step without vectors."""
@@ -71,6 +72,7 @@ class Joining:
         self._outputs = family.outputs if family.outputs.has_any_of(members) else None
         self._inputs = family.inputs if family.inputs.has_any_of(members) else None
         self._turning = tuple(at for at, member in enumerate(members) if rotations.has_any(member.linear))
+        self._turns_outputs = family.out_rotations.has_any_of(members)
         self._has_any = bool(self._outputs or self._inputs or self._turning)
         self._family, self._version = family, family.version
 
@@ -95,16 +97,27 @@ class Joining:
             fed,
         )
         if turned is not None:
-            _change_outputs(y, group, turned.step)
+            self._turn_outputs(y, turned.step, depth)
             lora_linear(y, rows, turned.step.work, lora, self.members, depth)
         return y
+
+    def _turn_outputs(self, y: Tensor, step: VectorStep, depth: float) -> None:
+        """``_change_outputs``, to the bit, without a copy of the rows where rotations are all there is."""
+        family, product = step.family, y
+        if self._outputs is not None:
+            product = y.clone() if self._turns_outputs else y
+            scale_shift(y, step.work, self._outputs, self.members, depth)
+        if self._turns_outputs:
+            cpu.rotate_blocks(y, product, step.work, family.out_rotations, self.members, depth)
 
     def _turn(self, rows: Tensor, work: WorkList, at: int, step: VectorStep, depth: float) -> Tensor:
         """What the member in place ``at`` multiplies."""
         whole = ((self.members[at].linear, 0, rows.shape[1]),)
+        inputs, rotations = step.family.inputs, step.family.in_rotations
         fed = rows.clone()
-        scale_shift(fed, work, step.family.inputs, whole, depth)
-        rotate_blocks(fed, rows, work, step.family.in_rotations, whole, depth)
+        if inputs.has_any(whole[0][0]):
+            cpu.scale_shift(fed, work, inputs, whole, depth, None, None, 1.0)
+        cpu.rotate_blocks(fed, rows, work, rotations, whole, depth)
         return fed
 
 
