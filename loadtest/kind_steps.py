@@ -16,7 +16,7 @@ import torch
 
 from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.deltas.folded import FOLDED_FILE_NAME, FoldedAdapter
-from deltaserve.engine.batch import PrefixCopy, ScheduledPart, ScheduledSequence
+from deltaserve.engine.batch import PrefixFill, PrefixPart, ScheduledPart, ScheduledSequence
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
@@ -135,7 +135,7 @@ class Stand:
                 sequence.parts = (ScheduledPart(slot),)
             batch.append(sequence)
             copied = ScheduledSequence(row, sequence.token_ids, start, tuple(table), sequence.parts)
-            copied.prefix = PrefixCopy(slot) if has_prefix else None
+            copied.prefix = PrefixFill((PrefixPart(slot, 0, PREFIX_TOKENS),)) if has_prefix else None
             first.append(copied)
         runner = self.new_runner()
         runner.execute(first)

@@ -193,6 +193,8 @@ def changed_embeddings(
     for rows, parts in items_of(step.embedding) if step.embedding is not None else ():
         index = torch.tensor(rows, dtype=torch.int64, device=ids.device)
         tokens = ids[index]
+        if bool((tokens >= max(len(weight), step.num_token_ids)).any()):
+            raise OutOfRange(f"tokens {tokens.tolist()[:8]}; there are rows for 0..{len(weight) - 1}")
         total = torch.zeros(len(rows), weight.shape[1], device=ids.device)
         touched = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
         for slot, scale, _ in parts:

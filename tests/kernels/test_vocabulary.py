@@ -143,8 +143,8 @@ def test_many_rows_of_odd_width_equal_the_definition(dtype: torch.dtype, cpu_bac
     step = split_vocabulary(runs, 47, None, family)
     x, before = randn(47, width, seed=5, dtype=dtype), randn(47, vocab, seed=6, dtype=dtype)
     found, wanted = before.clone(), before.clone()
-    change_head(found, x, step, backend=cpu_backend)
-    change_head(wanted, x, step, backend="reference")
+    change_head(found, x, step, vocab, backend=cpu_backend)
+    change_head(wanted, x, step, vocab, backend="reference")
     tolerance = {"atol": 1e-4, "rtol": 0.0} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 2**-7}
     torch.testing.assert_close(found.float(), wanted.float(), **tolerance)
     assert torch.equal(found[46], before[46])
@@ -165,7 +165,7 @@ def test_rows_beyond_the_matrix_are_refused(any_backend: str) -> None:
         (torch.zeros(3, VOCAB), torch.zeros(2, WIDTH)),
     ):
         with pytest.raises((ValueError, IndexError, RuntimeError)):
-            change_head(bad_y, bad_x, step, backend="cpu" if any_backend == "cpu" else "reference")
+            change_head(bad_y, bad_x, step, VOCAB, backend="cpu" if any_backend == "cpu" else "reference")
     with pytest.raises((ValueError, IndexError)):
         list(changed_embeddings(torch.tensor([0, VOCAB]), weight, step, backend=any_backend))
 
