@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from deltaserve_kernels.backend import select
@@ -47,10 +48,12 @@ def change_head(y: Tensor, x: Tensor, step: VocabularyStep, vocab_size: int, *, 
     from deltaserve_kernels.triton_ops import vocabulary
 
     if work.is_padded or family.lora.has_any(HEAD):
-        # Rows as far apart as in any step: kernels are compiled by that, and not in live traffic.
-        known = y if y.shape[1] == vocab_size else y[:, :vocab_size].contiguous()
+        # Rows as far apart as in any step: kernels are compiled by that, and not in live traffic. A single row is
+        # contiguous whatever its stride.
+        is_wide = y.shape[1] != vocab_size
+        known = y[:, :vocab_size].clone(memory_format=torch.contiguous_format) if is_wide else y
         lora_linear(known, x, work, family.lora, ((HEAD, 0, vocab_size),), 1.0)
-        if known is not y:
+        if is_wide:
             y[:, :vocab_size] = known
     if work.is_padded or family.rows.has_any(HEAD):
         vocabulary.head_rows(y, x, work, family.rows)
