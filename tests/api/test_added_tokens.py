@@ -171,6 +171,9 @@ def test_tokenizing_takes_the_adapters_words(http: httpx.Client, shelf: Shelf) -
     assert http.post("/tokenize", json={"prompt": TEXT}).json()["tokens"] == shelf.tokenizer.encode(TEXT)
     back = http.post("/detokenize", json={"model": "trained", "tokens": found["tokens"], "skip_special_tokens": False})
     assert back.json()["prompt"] == grown.tokenizer.decode(found["tokens"], skip_special_tokens=False)
+    for foreign in ({"tokens": [grown.ids[0]]}, {"model": "trained", "tokens": [grown.ids[-1] + 1]}):
+        refused = http.post("/detokenize", json=foreign)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tokens")
 
 
 def test_composing(http: httpx.Client, shelf: Shelf) -> None:

@@ -77,6 +77,7 @@ def test_tokenize_and_detokenize(http: TestClient, engine: FakeEngine) -> None:
         ("/tokenize", {"prompt": "x", "messages": messages}),
         ("/tokenize", {"prompt": 5}),
         ("/detokenize", {"tokens": [-1]}),
+        ("/detokenize", {"tokens": [engine.tokenizer.vocab_size]}),
         ("/detokenize", {"tokens": "x"}),
         ("/detokenize", {"tokens": [1], "x": 1}),
         ("/tokenize", {"messages": messages, "add_special_tokens": True}),

@@ -48,6 +48,15 @@ def test_a_mean_of_probabilities_takes_weights_of_any_sum() -> None:
         assert torch.allclose(mixed, mean, atol=1e-6)
 
 
+@pytest.mark.parametrize("weights", [(5e-324, 1000.0), (5e-324, 1e-300), (5e-324, 5e-324)])
+def test_a_weight_whose_share_no_number_holds_counts_for_next_to_nothing(weights: tuple[float, float]) -> None:
+    each = rows(2, 3, 211)
+    mixed = mix(each, models(*weights, how=Mix.PROBABILITIES)).softmax(-1)
+    share = weights[0] / sum(weights)
+    mean = share * each[0].softmax(-1) + (1 - share) * each[1].softmax(-1)
+    assert torch.allclose(mixed, mean, atol=1e-6)
+
+
 @pytest.mark.parametrize("how", Mix)
 def test_what_members_cannot_say(how: Mix) -> None:
     """Of logits the mean is a product of probabilities: one member that rules a token out is enough."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from deltaserve_store.added_tokens import AddedToken
+from deltaserve_store.file_names import TOKEN_LIST
+from deltaserve_store.findings import Findings
 
 FORMAT = "deltaserve-tokens"
 
@@ -30,3 +32,30 @@ def listed_tokens(data: Mapping[str, Any]) -> Iterator[tuple[Any, Mapping[str, A
     for entry in listed if isinstance(listed, list) else ():
         if isinstance(entry, dict):
             yield entry.get("id"), {**entry, "special": entry.get("is_special", False)}
+
+
+def check_token_list(data: Mapping[str, Any], first: int, findings: Findings) -> None:
+    """The file is ours, so nothing in it is passed over: all of its fields are known, and every token has an id from
+    ``first`` on."""
+    if data.get("format") != FORMAT:
+        findings.add("invalid_value", f"{TOKEN_LIST}:format", data.get("format"), FORMAT)
+    _check_keys(data, ("format", "tokens"), TOKEN_LIST, findings)
+    listed = data.get("tokens")
+    if not isinstance(listed, list) or not listed:
+        findings.add("invalid_value", f"{TOKEN_LIST}:tokens", listed, "a list of one token or more")
+        return
+    known = [field.name for field in fields(AddedToken)]
+    for place, entry in enumerate(listed):
+        where = f"{TOKEN_LIST}:tokens[{place}]"
+        if not isinstance(entry, dict):
+            findings.add("invalid_value", where, entry, "an object with id and content")
+            continue
+        _check_keys(entry, known, where, findings)
+        if type(entry.get("id")) is not int or entry["id"] < first:
+            findings.add("invalid_value", f"{where}.id", entry.get("id"), f"a token id of at least {first}")
+
+
+def _check_keys(data: Mapping[str, Any], known: Sequence[str], where: str, findings: Findings) -> None:
+    for key in data:
+        if key not in known:
+            findings.add("unknown_field", f"{where}:{key}", data[key], f"one of {', '.join(known)}")

@@ -19,7 +19,7 @@ from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.file_names import ADDED_TOKENS, TOKEN_LIST, TOKENIZER, TOKENIZER_CONFIG, cap_of
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats.json_file import MAX_NODES, read_json_object
-from deltaserve_store.formats.token_list import FORMAT, listed_tokens
+from deltaserve_store.formats.token_list import check_token_list, listed_tokens
 from deltaserve_store.spec import BaseSpec
 
 MAX_TOKEN_CHARS = 256
@@ -44,8 +44,8 @@ def read_added_tokens(folder: Path, names: set[str], base: BaseSpec, findings: F
         except AdapterInvalid as error:
             findings.extend(error)
             continue
-        if name == TOKEN_LIST and data.get("format") != FORMAT:
-            findings.add("invalid_value", f"{name}:format", repr(data.get("format"))[:80], FORMAT)
+        if name == TOKEN_LIST:
+            check_token_list(data, first, findings)
         for token in _tokens_of(name, data, first, findings):
             known = found.setdefault(token.id, token)
             if known.content != token.content:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -31,6 +31,7 @@ class OutputStream(Protocol):
 class Limits(Protocol):
     @property
     def max_model_len(self) -> int: ...
+    def check_ids(self, token_ids: Iterable[int], param: str, num_token_ids: int = 0) -> None: ...
 
 
 class GenerationEngine(Protocol):

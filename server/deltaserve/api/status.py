@@ -99,9 +99,11 @@ async def _ids(services: Services, caller: Caller, fields: TokenizeRequest) -> t
 @router.post("/detokenize")
 async def detokenize(http: Request, caller: Caller = MAY_USE) -> dict[str, str]:
     services = services_of(http)
-    tokenizer = services.tokenizer
+    tokenizer, num_token_ids = services.tokenizer, 0
     fields = DetokenizeRequest.model_validate(await read_json(http, services.config.max_body_bytes))
     if fields.model is not None:
-        tokenizer = await tokenizer_of(services, resolve_target(services.engine, caller, fields.model))
+        target = resolve_target(services.engine, caller, fields.model)
+        tokenizer, num_token_ids = await tokenizer_of(services, target), target.binding.num_token_ids
+    services.engine.limits.check_ids(fields.tokens, "tokens", num_token_ids)
     text = await asyncio.to_thread(tokenizer.decode, fields.tokens, fields.skip_special_tokens)
     return {"prompt": text}

@@ -139,7 +139,7 @@ class EngineLimits:
                 f"The prompt has {len(prompt_ids)} tokens; the longest sequence is {self.max_model_len} tokens.",
                 param="prompt",
             )
-        self._check_ids(prompt_ids, "prompt", num_token_ids)
+        self.check_ids(prompt_ids, "prompt", num_token_ids)
 
     def check_binding(self, binding: Binding) -> None:
         if len(binding.parts) > self.max_parts:
@@ -198,10 +198,11 @@ class EngineLimits:
                 raise InvalidRequest(f"{name} is not a finite number.", param=name)
         if not all(math.isfinite(bias) for _, bias in sampling.logit_bias):
             raise InvalidRequest("A value of logit_bias is not a finite number.", param="logit_bias")
-        self._check_ids([token_id for token_id, _ in sampling.logit_bias], "logit_bias", num_token_ids)
-        self._check_ids(sampling.stop_token_ids, "stop_token_ids", num_token_ids)
+        self.check_ids([token_id for token_id, _ in sampling.logit_bias], "logit_bias", num_token_ids)
+        self.check_ids(sampling.stop_token_ids, "stop_token_ids", num_token_ids)
 
-    def _check_ids(self, token_ids: Iterable[int], param: str, num_token_ids: int) -> None:
+    def check_ids(self, token_ids: Iterable[int], param: str, num_token_ids: int = 0) -> None:
+        """Tokens of the base, and those that adapters add to them."""
         low, high = min(token_ids, default=0), max(token_ids, default=0)
         limit = max(self.vocab_size, num_token_ids)
         if low < 0 or high >= limit:

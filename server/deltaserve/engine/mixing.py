@@ -41,7 +41,9 @@ def _mean_of_probabilities(rows: Sequence[Tensor], weights: Sequence[float]) -> 
     shares = [weight / total for weight in weights]
     wide = [row.double() for row in rows]
     norms = [row.logsumexp(dim=-1, keepdim=True) for row in wide]
-    terms = [row - norm + math.log(share) for row, norm, share in zip(wide, norms, shares, strict=True)]
+    # Not the share's logarithm: beside a large weight the share of a tiny one is 0 in a double.
+    logs = [math.log(weight) - math.log(total) for weight in weights]
+    terms = [row - norm + log for row, norm, log in zip(wide, norms, logs, strict=True)]
     level = norms[0] * shares[0]
     for norm, share in zip(norms[1:], shares[1:], strict=True):
         level += norm * share

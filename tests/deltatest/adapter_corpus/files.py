@@ -157,8 +157,40 @@ FILES = (
     BadAdapter(
         "a list of tokens in another format",
         "lora",
-        write_file("tokens.json", b'{"format": "tokens", "tokens": []}'),
+        write_file("tokens.json", b'{"format": "tokens", "tokens": [{"id": 90, "content": "<a>"}]}'),
         (("invalid_value", "tokens.json:format"),),
+    ),
+    BadAdapter(
+        "a list of tokens without one",
+        "lora",
+        write_file("tokens.json", b'{"format": "deltaserve-tokens", "tokens": null}'),
+        (("invalid_value", "tokens.json:tokens"),),
+    ),
+    BadAdapter(
+        "a list of tokens with more than tokens",
+        "lora",
+        write_file(
+            "tokens.json",
+            json.dumps(
+                {
+                    "format": "deltaserve-tokens",
+                    "version": 2,
+                    "tokens": [
+                        {"id": 90, "content": "<a>", "special": True},
+                        "<b>",
+                        {"id": "91", "content": "<c>"},
+                        {"id": 3, "content": "<d>"},
+                    ],
+                }
+            ).encode(),
+        ),
+        (
+            ("unknown_field", "tokens.json:version"),
+            ("unknown_field", "tokens.json:tokens[0]:special"),
+            ("invalid_value", "tokens.json:tokens[1]"),
+            ("invalid_value", "tokens.json:tokens[2].id"),
+            ("invalid_value", "tokens.json:tokens[3].id"),
+        ),
     ),
     BadAdapter("tokenizer is no JSON", "lora", write_file("tokenizer.json", b"["), (("bad_json", "tokenizer.json"),)),
 )
