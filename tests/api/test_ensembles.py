@@ -188,7 +188,7 @@ def test_model_is_the_base_and_adapters_belong_to_members(http: TestClient, engi
         *[(of({"model": "code", "weight": weight}), "ensemble.members[0].weight") for weight in ("1", True, [1], 0)],
         (of({"model": "code", "weight": 1001}), "ensemble.members[0].weight"),
         (of({"model": "code"}, {"model": BASE, "weight": -1}, mix="probabilities"), "ensemble.members[1].weight"),
-        (of({"adapters": [{"id": "code", "scale": 1e39}]}), "ensemble.members[0].adapters"),
+        (of({"adapters": [{"id": "code", "scale": 1e39}]}), "ensemble.members[0].adapters[0].scale"),
         (of(*[{"model": BASE}] * 257), "ensemble.members"),
     ],
 )

@@ -324,6 +324,7 @@ class Engine:
 
 def _not_numbers() -> DeltaserveError:
     return DeltaserveError(
-        "The model's output is not a number for this request; the adapter, its scale or a repetition_penalty near 0 overflows.",
+        "The model's output is not a number for this request; the adapter, its scale or a repetition_penalty near 0 "
+        "overflows.",
         code="non_finite_logits",
     )
