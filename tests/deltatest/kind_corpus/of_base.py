@@ -1,4 +1,4 @@
-"""Types that need the base's weight, or factors of it."""
+"""PVeRA, PSOFT, GLoRA and FRoD."""
 
 from __future__ import annotations
 

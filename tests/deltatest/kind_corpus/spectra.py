@@ -1,4 +1,4 @@
-"""Types of spectra, circulants and bases that are drawn."""
+"""Types of spectra, circulants and bases: FourierFT, WaveFT, C3A, RandLoRA, DEFT, HiRA."""
 
 from __future__ import annotations
 

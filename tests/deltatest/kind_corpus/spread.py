@@ -1,4 +1,4 @@
-"""Types that spread few numbers over many places, and those that turn inputs."""
+"""Few numbers spread over many places, or inputs turned: DeLoRA, VB-LoRA, UniLoRA, TinyLoRA, HRA, Supertuning."""
 
 from __future__ import annotations
 
