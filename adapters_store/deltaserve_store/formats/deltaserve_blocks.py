@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from deltaserve_store.block_deltas import BlockDelta
 from deltaserve_store.file_names import SPARSE_CONFIG
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats.module_match import is_head
-from deltaserve_store.formats.own_config import check_shared, fields_of, is_one_of, modules_of, write_files
+from deltaserve_store.formats.own_config import Told, fields_of, is_one_of, modules_of, parsed_file, write_files
 from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, check_dtype, check_shape, check_values
 from deltaserve_store.formats.tensor_file import TensorFile
 from deltaserve_store.parsed import ParsedAdapter
@@ -32,14 +32,7 @@ FIELDS: Mapping[str, str] = fields_of(FORMAT, "object: path of a linear to the l
 
 
 def write_block_adapter(
-    folder: Path,
-    deltas: Iterable[BlockDelta],
-    base_fingerprint: str,
-    *,
-    base_name: str | None = None,
-    method: str | None = None,
-    chat_template: str | None = None,
-    stop_token_ids: Sequence[int] = (),
+    folder: Path, deltas: Iterable[BlockDelta], base_fingerprint: str, **told: Unpack[Told]
 ) -> None:
     """Writes both files into ``folder`` (made if missing).
 
@@ -55,27 +48,14 @@ def write_block_adapter(
         tensors |= {f"{delta.module}.{name}": indices.contiguous() for name, indices in given.items()}
         tensors[f"{delta.module}.block"] = delta.values.contiguous()
         modules[delta.module] = list(given)
-    if not modules:
-        raise ValueError("no delta is given; there is nothing to write")
-    write_files(
-        folder,
-        FORMAT,
-        tensors,
-        modules,
-        base_fingerprint,
-        base_name=base_name,
-        method=method,
-        chat_template=chat_template,
-        stop_token_ids=stop_token_ids,
-    )
+    write_files(folder, FORMAT, tensors, modules, base_fingerprint, **told)
 
 
 def parse_deltaserve_blocks(
     config: Mapping[str, Any], tensors: TensorFile, base: BaseSpec, findings: Findings
 ) -> ParsedAdapter | None:
     """None when ``findings`` got a reason."""
-    check_shared(config, FIELDS, FORMAT, base, findings)
-    modules = modules_of(config, FIELDS, findings)
+    modules = modules_of(config, FIELDS, FORMAT, base, findings)
     known = {name: parts for name, parts in modules.items() if _is_known(name, parts, base, findings)}
     expected: set[str] = set()
     for module, lists in known.items():
@@ -90,18 +70,7 @@ def parse_deltaserve_blocks(
     deltas = [_read(base.linears[name], tensors, findings) for name in base.linears if name in known]
     if findings:
         return None
-    return ParsedAdapter(
-        kind="block",
-        file_format=FORMAT,
-        deltas=tuple(deltas),
-        config=config,
-        base_name=config.get("base_name"),
-        base_fingerprint=config["base_fingerprint"],
-        rank=None,
-        num_parameters=sum(delta.values.numel() for delta in deltas),
-        chat_template=config.get("chat_template"),
-        stop_token_ids=tuple(config.get("stop_token_ids") or ()),
-    )
+    return parsed_file(config, ("block",), deltas, num_parameters=sum(delta.values.numel() for delta in deltas))
 
 
 def _is_known(module: str, lists: Any, base: BaseSpec, findings: Findings) -> bool:

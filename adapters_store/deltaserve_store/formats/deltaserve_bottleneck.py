@@ -9,19 +9,28 @@ parallel ones those of He et al. (arXiv:2110.04366); neither has a file format t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 import torch
 
 from deltaserve_store.bottleneck_deltas import ACTIVATIONS, BottleneckDelta
 from deltaserve_store.file_names import SPARSE_CONFIG
 from deltaserve_store.findings import Findings
-from deltaserve_store.formats.own_config import check_shared, fields_of, is_one_of, modules_of, write_files
+from deltaserve_store.formats.own_config import (
+    BY_FILE,
+    Told,
+    check_listed,
+    fields_of,
+    is_one_of,
+    modules_of,
+    parsed_file,
+    write_files,
+)
 from deltaserve_store.formats.peft_fields import MAX_RANK
-from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, check_dtype, check_shape, check_values
+from deltaserve_store.formats.tensor_checks import check_values
 from deltaserve_store.formats.tensor_file import TensorFile
 from deltaserve_store.parsed import ParsedAdapter
 from deltaserve_store.spec import BaseSpec
@@ -54,14 +63,7 @@ class _Module:
 
 
 def write_bottleneck_adapter(
-    folder: Path,
-    deltas: Iterable[BottleneckDelta],
-    base_fingerprint: str,
-    *,
-    base_name: str | None = None,
-    method: str | None = None,
-    chat_template: str | None = None,
-    stop_token_ids: Sequence[int] = (),
+    folder: Path, deltas: Iterable[BottleneckDelta], base_fingerprint: str, **told: Unpack[Told]
 ) -> None:
     """Writes both files into ``folder`` (made if missing). Raises ``ValueError`` for two modules at one point, for an
     unknown activation, or when there is nothing to write."""
@@ -79,30 +81,17 @@ def write_bottleneck_adapter(
             "scale": delta.scale,
             "biases": [part for part in BIASES if part in given],
         }
-    if not modules:
-        raise ValueError("there is no module to write")
-    write_files(
-        folder,
-        FORMAT,
-        tensors,
-        modules,
-        base_fingerprint,
-        base_name=base_name,
-        method=method,
-        chat_template=chat_template,
-        stop_token_ids=stop_token_ids,
-    )
+    write_files(folder, FORMAT, tensors, modules, base_fingerprint, **told)
 
 
 def parse_deltaserve_bottleneck(
     config: Mapping[str, Any], tensors: TensorFile, base: BaseSpec, findings: Findings
 ) -> ParsedAdapter | None:
     """None when ``findings`` got a reason."""
-    check_shared(config, FIELDS, FORMAT, base, findings)
-    given = modules_of(config, FIELDS, findings)
+    given = modules_of(config, FIELDS, FORMAT, base, findings)
     modules = {point: _module(point, entry, base, findings) for point, entry in given.items()}
     shapes = {name: shape for module in modules.values() if module for name, shape in module.shapes.items()}
-    _check_layout(shapes, tensors, findings)
+    check_listed(shapes, tensors, findings, why=BY_FILE, allowed=f"what {SPARSE_CONFIG} lists")
     if findings:
         return None
     found = {name: tensors.read(name) for name in shapes}
@@ -124,17 +113,12 @@ def parse_deltaserve_bottleneck(
         for point, module in sorted(modules.items())
         if module is not None
     )
-    return ParsedAdapter(
-        kind="bottleneck",
-        file_format=FORMAT,
-        deltas=deltas,
-        config=config,
-        base_name=config.get("base_name"),
-        base_fingerprint=config["base_fingerprint"],
-        rank=max(delta.rank for delta in deltas),
+    return parsed_file(
+        config,
+        ("bottleneck",),
+        deltas,
         num_parameters=sum(math.prod(shape) for shape in shapes.values()),
-        chat_template=config.get("chat_template"),
-        stop_token_ids=tuple(config.get("stop_token_ids") or ()),
+        rank=max(delta.rank for delta in deltas),
     )
 
 
@@ -187,16 +171,3 @@ def _told(base: BaseSpec) -> str:
     """A few attach points, for a reader."""
     first = [point for point in sorted(base.points) if "." not in point or point.split(".")[1] == "0"]
     return ", ".join(first) + (f"; layers 0 to {base.num_layers - 1}" if len(first) < len(base.points) else "")
-
-
-def _check_layout(shapes: Mapping[str, tuple[int, ...]], tensors: TensorFile, findings: Findings) -> None:
-    for name, shape in shapes.items():
-        info = tensors.header.tensors.get(name)
-        if info is None:
-            findings.add("missing_tensor", name, "nothing", f"{list(shape)} by {SPARSE_CONFIG}")
-            continue
-        check_dtype(info, FLOAT_DTYPES, findings)
-        check_shape(info, shape, f"by {SPARSE_CONFIG} and the base", findings)
-    for name in tensors.header.tensors:
-        if name not in shapes:
-            findings.add("unexpected_tensor", name, "a tensor of no listed module", f"what {SPARSE_CONFIG} lists")

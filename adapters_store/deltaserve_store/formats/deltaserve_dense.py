@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 import torch
 
 from deltaserve_store.dense_deltas import WORD_BITS, DenseDelta, MaskDelta, SignDelta
 from deltaserve_store.file_names import SPARSE_CONFIG
 from deltaserve_store.findings import Findings
-from deltaserve_store.formats.module_match import is_head
-from deltaserve_store.formats.own_config import check_shared, fields_of, is_one_of, modules_of, write_files
+from deltaserve_store.formats.deltaserve_vectors import NORM_PARTS, vector_shapes
+from deltaserve_store.formats.own_config import Told, fields_of, is_one_of, modules_of, parsed_file, write_files
 from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, check_dtype, check_values
 from deltaserve_store.formats.tensor_file import TensorFile
 from deltaserve_store.parsed import Delta, ParsedAdapter
@@ -28,7 +28,6 @@ from deltaserve_store.vector_deltas import NormDelta, VectorDelta
 FORMAT: Final = "deltaserve-dense"
 FORMS = (("delta",), ("mask",), ("signs", "scale"))
 PARTS = ("delta", "mask", "signs", "scale", "bias")
-NORM_PARTS = ("gain", "shift")
 INTEGERS = ("mask", "signs")
 MAX_DENSE_WEIGHTS = 1 << 29
 """Most weights that ``delta`` and ``mask`` of an adapter may cover, 1 GB in 16 bits; ``signs`` count 1/16."""
@@ -42,11 +41,7 @@ def write_dense_adapter(
     folder: Path,
     deltas: Iterable[DenseDelta | MaskDelta | SignDelta | VectorDelta | NormDelta],
     base_fingerprint: str,
-    *,
-    base_name: str | None = None,
-    method: str | None = None,
-    chat_template: str | None = None,
-    stop_token_ids: Sequence[int] = (),
+    **told: Unpack[Told],
 ) -> None:
     """Writes both files into ``folder`` (made if missing). Of vectors: biases that are added, and norm differences.
 
@@ -69,27 +64,14 @@ def write_dense_adapter(
                 raise ValueError(f"{delta.module}: {part} is given twice, or not a change that this format can say")
             tensors[f"{delta.module}.{part}"] = value.contiguous()
             modules.setdefault(delta.module, []).append(part)
-    if not modules:
-        raise ValueError("no delta has a tensor; there is nothing to write")
-    write_files(
-        folder,
-        FORMAT,
-        tensors,
-        modules,
-        base_fingerprint,
-        base_name=base_name,
-        method=method,
-        chat_template=chat_template,
-        stop_token_ids=stop_token_ids,
-    )
+    write_files(folder, FORMAT, tensors, modules, base_fingerprint, **told)
 
 
 def parse_deltaserve_dense(
     config: Mapping[str, Any], tensors: TensorFile, base: BaseSpec, findings: Findings
 ) -> ParsedAdapter | None:
     """None when ``findings`` got a reason."""
-    check_shared(config, FIELDS, FORMAT, base, findings)
-    modules = modules_of(config, FIELDS, findings)
+    modules = modules_of(config, FIELDS, FORMAT, base, findings)
     shapes: Shapes = {}
     for module, parts in modules.items():
         shapes |= _shapes(module, parts, base, findings)
@@ -112,18 +94,7 @@ def parse_deltaserve_dense(
         deltas += _deltas(module, found)
     if findings:
         return None
-    return ParsedAdapter(
-        kind="dense",
-        file_format=FORMAT,
-        deltas=tuple(deltas),
-        config=config,
-        base_name=config.get("base_name"),
-        base_fingerprint=config["base_fingerprint"],
-        rank=None,
-        num_parameters=num_parameters,
-        chat_template=config.get("chat_template"),
-        stop_token_ids=tuple(config.get("stop_token_ids") or ()),
-    )
+    return parsed_file(config, ("dense",), deltas, num_parameters=num_parameters)
 
 
 def _deltas(module: str, found: Mapping[str, torch.Tensor]) -> list[Delta]:
@@ -144,31 +115,22 @@ def _deltas(module: str, found: Mapping[str, torch.Tensor]) -> list[Delta]:
 def _shapes(module: str, parts: Any, base: BaseSpec, findings: Findings) -> Shapes:
     """The tensors of one module by name, with the shapes they may have; empty when it cannot have them."""
     where = f"{SPARSE_CONFIG}:modules:{module}"
-    linear, norm = base.linears.get(module), base.norms.get(module)
-    if is_head(module):
-        findings.add("unsupported_target", where, module, "linears and norms of the decoder")
-    elif linear is None and norm is None:
-        findings.add("unknown_module", where, module, "names of linears and norms of the base")
-    elif not is_one_of(parts, PARTS if linear is not None else NORM_PARTS):
+    linear = base.linears.get(module)
+    if linear is None:
+        found = vector_shapes(module, parts, base, findings, allowed=FIELDS["modules"])
+        return {name: (shape,) for name, shape in found.items()}
+    if not is_one_of(parts, PARTS) or _form_of(parts) is None:
         findings.add("invalid_value", where, parts, FIELDS["modules"])
-    elif linear is not None:
-        if _form_of(parts) is None:
-            findings.add("invalid_value", where, parts, FIELDS["modules"])
-            return {}
-        size, words = (linear.out_features, linear.in_features), -(-linear.in_features // WORD_BITS)
-        of_part: Shapes = {
-            "delta": (size,),
-            "mask": ((size[0], words),),
-            "signs": ((size[0], words),),
-            "scale": ((size[0],), (1,)),
-            "bias": ((size[0],),),
-        }
-        return {f"{module}.{part}": of_part[part] for part in parts}
-    elif norm is not None and "shift" in parts and not norm.has_bias:
-        findings.add("unsupported_feature", where, "a shift of a norm that has no bias", "a gain")
-    elif norm is not None:
-        return {f"{module}.{part}": ((norm.size,),) for part in parts}
-    return {}
+        return {}
+    size, words = (linear.out_features, linear.in_features), -(-linear.in_features // WORD_BITS)
+    of_part: Shapes = {
+        "delta": (size,),
+        "mask": ((size[0], words),),
+        "signs": ((size[0], words),),
+        "scale": ((size[0],), (1,)),
+        "bias": ((size[0],),),
+    }
+    return {f"{module}.{part}": of_part[part] for part in parts}
 
 
 def _form_of(parts: Sequence[str]) -> tuple[str, ...] | None:

@@ -9,9 +9,9 @@ factor of larger blocks. Nothing has to be orthogonal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from deltaserve_store.file_names import SPARSE_CONFIG
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats.module_match import is_head
-from deltaserve_store.formats.own_config import check_shared, fields_of, modules_of, write_files
+from deltaserve_store.formats.own_config import Told, fields_of, modules_of, parsed_file, write_files
 from deltaserve_store.formats.peft_kinds.cayley import MAX_BLOCK, turn_columns
 from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, check_dtype, check_shape, check_values
 from deltaserve_store.formats.tensor_file import TensorFile
@@ -39,14 +39,7 @@ FIELDS: Mapping[str, str] = fields_of(
 
 
 def write_rotation_adapter(
-    folder: Path,
-    deltas: Iterable[RotationDelta],
-    base_fingerprint: str,
-    *,
-    base_name: str | None = None,
-    method: str | None = None,
-    chat_template: str | None = None,
-    stop_token_ids: Sequence[int] = (),
+    folder: Path, deltas: Iterable[RotationDelta], base_fingerprint: str, **told: Unpack[Told]
 ) -> None:
     """Writes both files into ``folder`` (made if missing); of each delta its ``factors`` count, not its ``turn``.
 
@@ -63,27 +56,14 @@ def write_rotation_adapter(
                 tensors[f"{delta.module}.order.{at}"] = order.int().contiguous()
         orders = [at for at, factor in enumerate(delta.factors) if factor.order is not None]
         modules[delta.module] = {"side": delta.side, "factors": len(delta.factors), "orders": orders}
-    if not modules:
-        raise ValueError("there is no rotation; there is nothing to write")
-    write_files(
-        folder,
-        FORMAT,
-        tensors,
-        modules,
-        base_fingerprint,
-        base_name=base_name,
-        method=method,
-        chat_template=chat_template,
-        stop_token_ids=stop_token_ids,
-    )
+    write_files(folder, FORMAT, tensors, modules, base_fingerprint, **told)
 
 
 def parse_deltaserve_rotations(
     config: Mapping[str, Any], tensors: TensorFile, base: BaseSpec, findings: Findings
 ) -> ParsedAdapter | None:
     """None when ``findings`` got a reason."""
-    check_shared(config, FIELDS, FORMAT, base, findings)
-    modules = modules_of(config, FIELDS, findings)
+    modules = modules_of(config, FIELDS, FORMAT, base, findings)
     names = {
         name for module, parts in modules.items() for name in _check_module(module, parts, tensors, base, findings)
     }
@@ -96,17 +76,11 @@ def parse_deltaserve_rotations(
     deltas = [_read(name, modules[name], tensors, findings) for name in base.linears if name in modules]
     if findings:
         return None
-    return ParsedAdapter(
-        kind="rotation",
-        file_format=FORMAT,
-        deltas=tuple(deltas),
-        config=config,
-        base_name=config.get("base_name"),
-        base_fingerprint=config["base_fingerprint"],
-        rank=None,
+    return parsed_file(
+        config,
+        ("rotation",),
+        deltas,
         num_parameters=sum(changes.numel() for delta in deltas for changes, _ in delta.factors),
-        chat_template=config.get("chat_template"),
-        stop_token_ids=tuple(config.get("stop_token_ids") or ()),
     )
 
 

@@ -7,16 +7,16 @@ the base's fingerprint, so these files cannot be served on another base, with or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from deltaserve_store.file_names import SPARSE_CONFIG
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats.module_match import is_head
-from deltaserve_store.formats.own_config import check_shared, fields_of, write_files
+from deltaserve_store.formats.own_config import Told, fields_of, modules_of, parsed_file, write_files
 from deltaserve_store.formats.sparse_entries import check_positions, keys_of, sort_entries
 from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, check_dtype, check_shape, check_values
 from deltaserve_store.formats.tensor_file import TensorFile
@@ -29,14 +29,7 @@ FIELDS: Mapping[str, str] = fields_of(FORMAT, "object: module path to its number
 
 
 def write_sparse_adapter(
-    folder: Path,
-    deltas: Iterable[SparseDelta],
-    base_fingerprint: str,
-    *,
-    base_name: str | None = None,
-    method: str | None = None,
-    chat_template: str | None = None,
-    stop_token_ids: Sequence[int] = (),
+    folder: Path, deltas: Iterable[SparseDelta], base_fingerprint: str, **told: Unpack[Told]
 ) -> None:
     """Writes both files into ``folder`` (made if missing). Deltas without entries are left out.
 
@@ -58,19 +51,7 @@ def write_sparse_adapter(
             raise ValueError(f"{num_duplicates} positions of {delta.module} occur twice")
         tensors |= {f"{delta.module}.{part}": item for part, item in zip(PARTS, (rows, cols, values), strict=True)}
         modules[delta.module] = delta.num_entries
-    if not modules:
-        raise ValueError("no delta has an entry; there is nothing to write")
-    write_files(
-        folder,
-        FORMAT,
-        tensors,
-        modules,
-        base_fingerprint,
-        base_name=base_name,
-        method=method,
-        chat_template=chat_template,
-        stop_token_ids=stop_token_ids,
-    )
+    write_files(folder, FORMAT, tensors, modules, base_fingerprint, **told)
 
 
 def parse_deltaserve_sparse(
@@ -88,18 +69,7 @@ def parse_deltaserve_sparse(
     )
     if findings:
         return None
-    return ParsedAdapter(
-        kind="sparse",
-        file_format="deltaserve-sparse",
-        deltas=deltas,
-        config=config,
-        base_name=config.get("base_name"),
-        base_fingerprint=config["base_fingerprint"],
-        rank=None,
-        num_parameters=sum(delta.num_entries for delta in deltas),
-        chat_template=config.get("chat_template"),
-        stop_token_ids=tuple(config.get("stop_token_ids") or ()),
-    )
+    return parsed_file(config, ("sparse",), deltas, num_parameters=sum(delta.num_entries for delta in deltas))
 
 
 def _is_count(value: Any) -> bool:
@@ -108,14 +78,11 @@ def _is_count(value: Any) -> bool:
 
 def _check_config(config: Mapping[str, Any], base: BaseSpec, findings: Findings) -> dict[str, int]:
     """The ``modules`` object; empty when it cannot be used."""
-    check_shared(config, FIELDS, FORMAT, base, findings)
-    where, modules = f"{SPARSE_CONFIG}:modules", config.get("modules", {})
-    if not isinstance(modules, dict) or not all(_is_count(count) for count in modules.values()):
-        findings.add("invalid_value", where, modules, FIELDS["modules"])
-        return {}
-    if not modules and "modules" in config:
-        findings.add("target_not_found", where, modules, FIELDS["modules"])
-    return modules
+    modules = modules_of(config, FIELDS, FORMAT, base, findings)
+    if all(_is_count(count) for count in modules.values()):
+        return modules
+    findings.add("invalid_value", f"{SPARSE_CONFIG}:modules", modules, FIELDS["modules"])
+    return {}
 
 
 def _check_layout(modules: Mapping[str, int], tensors: TensorFile, base: BaseSpec, findings: Findings) -> None:

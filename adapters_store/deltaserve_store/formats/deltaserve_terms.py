@@ -10,9 +10,9 @@ base's fingerprint and, per module, what it has.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 import torch
 from torch import Tensor
@@ -23,14 +23,21 @@ from deltaserve_store.findings import Findings
 from deltaserve_store.formats.deltaserve_dense import MAX_DENSE_WEIGHTS, check_bits
 from deltaserve_store.formats.deltaserve_sparse import PARTS as ENTRY_PARTS
 from deltaserve_store.formats.deltaserve_sparse import read_entries
-from deltaserve_store.formats.deltaserve_vectors import LINEAR_PARTS, NORM_PARTS
-from deltaserve_store.formats.deltaserve_vectors import sizes_of as vector_sizes
+from deltaserve_store.formats.deltaserve_vectors import LINEAR_PARTS, NORM_PARTS, vector_shapes
 from deltaserve_store.formats.module_match import is_head
-from deltaserve_store.formats.own_config import check_shared, fields_of, modules_of, write_files
+from deltaserve_store.formats.own_config import (
+    BY_FILE,
+    Told,
+    check_listed,
+    fields_of,
+    modules_of,
+    parsed_file,
+    write_files,
+)
 from deltaserve_store.formats.packed_terms import ALLOWED as PACKED_ALLOWED
 from deltaserve_store.formats.packed_terms import packed_shapes, read_packed, told_of
 from deltaserve_store.formats.sparse_entries import sort_entries
-from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, check_dtype, check_shape, check_values
+from deltaserve_store.formats.tensor_checks import check_values
 from deltaserve_store.formats.tensor_file import TensorFile
 from deltaserve_store.packed_factors import PackedFactors
 from deltaserve_store.parsed import Kind, LoraDelta, ParsedAdapter, SparseDelta
@@ -46,18 +53,13 @@ FIELDS: Mapping[str, str] = fields_of(
     f"path of a norm to vectors alone (some of {', '.join(NORM_PARTS)})",
 )
 MATRICES: Mapping[str, tuple[str, ...]] = {"delta": ("delta",), "signs": ("signs", "scale")}
+DTYPES = {**dict.fromkeys(("rows", "cols", "signs"), ("I32",)), "codes": ("U8",)}
+"""Of the parts that are no floating-point numbers."""
 Delta = LoraDelta | SparseDelta | DenseDelta | SignDelta | VectorDelta | NormDelta
 
 
 def write_terms_adapter(
-    folder: Path,
-    deltas: Iterable[Delta | PackedFactors],
-    base_fingerprint: str,
-    *,
-    base_name: str | None = None,
-    method: str | None = None,
-    chat_template: str | None = None,
-    stop_token_ids: Sequence[int] = (),
+    folder: Path, deltas: Iterable[Delta | PackedFactors], base_fingerprint: str, **told: Unpack[Told]
 ) -> None:
     """Writes both files into ``folder`` (made if missing). ``scaling`` of a low-rank delta is multiplied into ``b``.
 
@@ -68,25 +70,13 @@ def write_terms_adapter(
     modules: dict[str, dict[str, Any]] = {}
     for delta in deltas:
         given = modules.setdefault(delta.module, {})
-        made, told = _tensors(delta)
-        if set(told) & set(given):
+        made, entry = _tensors(delta)
+        if set(entry) & set(given):
             raise ValueError(f"{delta.module}: two deltas of one sort")
-        given |= told
+        given |= entry
         tensors |= {f"{delta.module}.{part}": tensor.contiguous() for part, tensor in made.items()}
-    modules = {module: told for module, told in modules.items() if told}
-    if not modules:
-        raise ValueError("no delta has a number; there is nothing to write")
-    write_files(
-        folder,
-        FORMAT,
-        tensors,
-        modules,
-        base_fingerprint,
-        base_name=base_name,
-        method=method,
-        chat_template=chat_template,
-        stop_token_ids=stop_token_ids,
-    )
+    modules = {module: entry for module, entry in modules.items() if entry}
+    write_files(folder, FORMAT, tensors, modules, base_fingerprint, **told)
 
 
 def _tensors(delta: Delta | PackedFactors) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -126,13 +116,13 @@ def parse_deltaserve_terms(
     config: Mapping[str, Any], tensors: TensorFile, base: BaseSpec, findings: Findings
 ) -> ParsedAdapter | None:
     """None when ``findings`` got a reason."""
-    check_shared(config, FIELDS, FORMAT, base, findings)
-    modules = modules_of(config, FIELDS, findings)
+    modules = modules_of(config, FIELDS, FORMAT, base, findings)
     shapes: dict[str, tuple[int, ...]] = {}
     for module, told in modules.items():
         shapes |= _shapes(module, told, base, findings)
     _check_size(shapes, findings)
-    _check_layout(shapes, tensors, findings)
+    allowed = f"tensors listed in {SPARSE_CONFIG}"
+    check_listed(shapes, tensors, findings, why=BY_FILE, allowed=allowed, noun="term", dtypes=DTYPES)
     if findings:
         return None
     deltas: list[Delta] = []
@@ -142,18 +132,12 @@ def parse_deltaserve_terms(
         return None
     kinds = sorted({_KINDS[type(delta)] for delta in deltas})
     ranks = [delta.rank for delta in deltas if isinstance(delta, LoraDelta)]
-    return ParsedAdapter(
-        kind=kinds[0],
-        more_kinds=tuple(kinds[1:]),
-        file_format=FORMAT,
-        deltas=tuple(deltas),
-        config=config,
-        base_name=config.get("base_name"),
-        base_fingerprint=config["base_fingerprint"],
-        rank=max(ranks, default=None),
+    return parsed_file(
+        config,
+        kinds,
+        deltas,
         num_parameters=sum(_num_parameters(delta, base) for delta in deltas),
-        chat_template=config.get("chat_template"),
-        stop_token_ids=tuple(config.get("stop_token_ids") or ()),
+        rank=max(ranks, default=None),
     )
 
 
@@ -198,8 +182,7 @@ def _shapes(module: str, told: Any, base: BaseSpec, findings: Findings) -> dict[
         # Its strength would not be linear, and the terms beside it are.
         findings.add("unsupported_feature", where, "scales on both sides of one linear", "a scale on one side")
     elif "vectors" in told:
-        sizes = vector_sizes(module, told["vectors"], base, findings, allowed=FIELDS["modules"])
-        shapes |= {name: (size,) for name, size in sizes.items()}
+        shapes |= vector_shapes(module, told["vectors"], base, findings, allowed=FIELDS["modules"])
     rank = told.get("rank", 0)
     if linear is not None and "rank" in told:
         if type(rank) is not int or not 1 <= rank <= MAX_RANK:
@@ -239,23 +222,6 @@ def _check_size(shapes: Mapping[str, tuple[int, ...]], findings: Findings) -> No
         findings.add(
             "file_too_large", f"{SPARSE_CONFIG}:modules", f"{total:.0f} weights", f"at most {MAX_DENSE_WEIGHTS}"
         )
-
-
-_DTYPES = {**dict.fromkeys(("rows", "cols", "signs"), ("I32",)), "codes": ("U8",)}
-
-
-def _check_layout(shapes: Mapping[str, tuple[int, ...]], tensors: TensorFile, findings: Findings) -> None:
-    for name, shape in shapes.items():
-        info = tensors.header.tensors.get(name)
-        if info is None:
-            findings.add("missing_tensor", name, "nothing", f"{list(shape)} by {SPARSE_CONFIG}")
-            continue
-        check_dtype(info, _DTYPES.get(name.rpartition(".")[2], FLOAT_DTYPES), findings)
-        check_shape(info, shape, f"by {SPARSE_CONFIG} and the base", findings)
-    for name in tensors.header.tensors:
-        if name not in shapes:
-            allowed = f"tensors listed in {SPARSE_CONFIG}"
-            findings.add("unexpected_tensor", name, "a tensor of no listed term", allowed)
 
 
 def _read_module(

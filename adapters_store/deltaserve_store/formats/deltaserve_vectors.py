@@ -9,17 +9,25 @@ base's fingerprint and, per module, what it has.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 import torch
 
 from deltaserve_store.file_names import SPARSE_CONFIG
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats.module_match import is_head
-from deltaserve_store.formats.own_config import check_shared, fields_of, is_one_of, modules_of, write_files
-from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, check_dtype, check_shape, check_values
+from deltaserve_store.formats.own_config import (
+    Told,
+    check_listed,
+    fields_of,
+    is_one_of,
+    modules_of,
+    parsed_file,
+    write_files,
+)
+from deltaserve_store.formats.tensor_checks import check_values
 from deltaserve_store.formats.tensor_file import TensorFile
 from deltaserve_store.parsed import ParsedAdapter
 from deltaserve_store.spec import BaseSpec
@@ -35,14 +43,7 @@ FIELDS: Mapping[str, str] = fields_of(
 
 
 def write_vector_adapter(
-    folder: Path,
-    deltas: Iterable[VectorDelta | NormDelta],
-    base_fingerprint: str,
-    *,
-    base_name: str | None = None,
-    method: str | None = None,
-    chat_template: str | None = None,
-    stop_token_ids: Sequence[int] = (),
+    folder: Path, deltas: Iterable[VectorDelta | NormDelta], base_fingerprint: str, **told: Unpack[Told]
 ) -> None:
     """Writes both files into ``folder`` (made if missing).
 
@@ -63,34 +64,21 @@ def write_vector_adapter(
         tensors |= {f"{delta.module}.{part}": vector.contiguous() for part, vector in given.items()}
         if given:
             modules[delta.module] = list(given)
-    if not modules:
-        raise ValueError("no delta has a vector; there is nothing to write")
-    write_files(
-        folder,
-        FORMAT,
-        tensors,
-        modules,
-        base_fingerprint,
-        base_name=base_name,
-        method=method,
-        chat_template=chat_template,
-        stop_token_ids=stop_token_ids,
-    )
+    write_files(folder, FORMAT, tensors, modules, base_fingerprint, **told)
 
 
 def parse_deltaserve_vectors(
     config: Mapping[str, Any], tensors: TensorFile, base: BaseSpec, findings: Findings
 ) -> ParsedAdapter | None:
     """None when ``findings`` got a reason."""
-    check_shared(config, FIELDS, FORMAT, base, findings)
-    modules = modules_of(config, FIELDS, findings)
-    sizes: dict[str, int] = {}
+    modules = modules_of(config, FIELDS, FORMAT, base, findings)
+    shapes: dict[str, tuple[int, ...]] = {}
     for module, parts in modules.items():
-        sizes |= sizes_of(module, parts, base, findings)
-    _check_layout(sizes, tensors, findings)
+        shapes |= vector_shapes(module, parts, base, findings)
+    check_listed(shapes, tensors, findings, why="by the base", allowed=f"vectors listed in {SPARSE_CONFIG}")
     if findings:
         return None
-    found = {name: tensors.read(name) for name in sizes}
+    found = {name: tensors.read(name) for name in shapes}
     for name, values in found.items():
         check_values(name, values, findings)
     if findings:
@@ -99,24 +87,13 @@ def parse_deltaserve_vectors(
     for module in [name for name in (*base.linears, *base.norms) if name in modules]:
         given: dict[str, Any] = {part: found[f"{module}.{part}"] for part in modules[module]}
         deltas.append(VectorDelta(module, **given) if module in base.linears else NormDelta(module, **given))
-    return ParsedAdapter(
-        kind="vector",
-        file_format=FORMAT,
-        deltas=tuple(deltas),
-        config=config,
-        base_name=config.get("base_name"),
-        base_fingerprint=config["base_fingerprint"],
-        rank=None,
-        num_parameters=sum(sizes.values()),
-        chat_template=config.get("chat_template"),
-        stop_token_ids=tuple(config.get("stop_token_ids") or ()),
-    )
+    return parsed_file(config, ("vector",), deltas, num_parameters=sum(size for (size,) in shapes.values()))
 
 
-def sizes_of(
+def vector_shapes(
     module: str, parts: Any, base: BaseSpec, findings: Findings, *, allowed: str = FIELDS["modules"]
-) -> dict[str, int]:
-    """The vectors of one module by tensor name; empty when it cannot have them."""
+) -> dict[str, tuple[int, ...]]:
+    """The vectors of one module by tensor name; empty, with a finding, when it cannot have them."""
     where = f"{SPARSE_CONFIG}:modules:{module}"
     linear, norm = base.linears.get(module), base.norms.get(module)
     if is_head(module):
@@ -126,24 +103,9 @@ def sizes_of(
     elif not is_one_of(parts, LINEAR_PARTS if linear is not None else NORM_PARTS):
         findings.add("invalid_value", where, parts, allowed)
     elif linear is not None:
-        return {f"{module}.{p}": linear.in_features if p.startswith("in_") else linear.out_features for p in parts}
+        return {f"{module}.{p}": (linear.in_features if p.startswith("in_") else linear.out_features,) for p in parts}
     elif norm is not None and "shift" in parts and not norm.has_bias:
         findings.add("unsupported_feature", where, "a shift of a norm that has no bias", "a gain")
     elif norm is not None:
-        return {f"{module}.{part}": norm.size for part in parts}
+        return {f"{module}.{part}": (norm.size,) for part in parts}
     return {}
-
-
-def _check_layout(sizes: Mapping[str, int], tensors: TensorFile, findings: Findings) -> None:
-    for name, size in sizes.items():
-        info = tensors.header.tensors.get(name)
-        if info is None:
-            findings.add("missing_tensor", name, "nothing", f"[{size}] by {SPARSE_CONFIG}")
-            continue
-        check_dtype(info, FLOAT_DTYPES, findings)
-        check_shape(info, (size,), "by the base", findings)
-    for name in tensors.header.tensors:
-        if name not in sizes:
-            findings.add(
-                "unexpected_tensor", name, "a tensor of no listed module", f"vectors listed in {SPARSE_CONFIG}"
-            )

@@ -25,7 +25,7 @@ MAX_DIGIT_RUNS = 3
 MAX_PATTERN_KEYS = 2048
 
 HEAD_NAMES = frozenset({"lm_head", "embed_tokens", "embed_out", "embed_in", "wte", "wpe", "embed_positions"})
-"""Last path segments of output heads and embeddings; adapters may not touch them yet."""
+"""Last path segments of output heads and embeddings, which are no linears of the decoder."""
 
 _FIRST_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 

@@ -137,6 +137,14 @@ def off(*neutral: Any, why: str = "not served with this kind") -> FieldRule:
 
 TEXT = FieldRule("descriptive", is_text, f"null or a string of at most {MAX_TEXT} characters")
 FLAG = FieldRule("descriptive", is_bool, "true or false")
+NUMBER = FieldRule("descriptive", lambda value: isinstance(value, int | float), "a number")
+INTEGER = FieldRule("descriptive", is_int, "an integer")
+SWITCH = FieldRule("understood", is_bool, "true or false")
+SEED = FieldRule("understood", lambda value: is_int(value) and 0 <= value < 1 << 63, "an integer of 63 bits")
+LENGTH = FieldRule(
+    "understood", lambda value: is_int(value) and 1 <= value <= 1 << 24, "an integer above 0", required=True
+)
+"""Of a trained vector that stands for all of an adapter."""
 
 COMMON_FIELDS: dict[str, FieldRule] = {
     "peft_type": FieldRule("understood", is_text, "a type listed in docs/adapter-kinds.md", required=True),
@@ -162,6 +170,8 @@ SELECTION_FIELDS: dict[str, FieldRule] = {
     "layers_to_transform": FieldRule("understood", _is_layers, "null, an integer or a list of integers"),
     "layers_pattern": FieldRule("understood", _is_layers_pattern, "null, a module name or a list of them"),
 }
+LAYER_FIELDS = {name: rule for name, rule in SELECTION_FIELDS.items() if name != "exclude_modules"}
+"""Of the kinds whose configs exclude nothing."""
 RANK = FieldRule("understood", is_rank, f"an integer from 1 to {MAX_RANK}", "rank_out_of_range", required=True)
 ALPHA = FieldRule("understood", is_alpha, f"a number above 0, at most {MAX_ALPHA:g}", required=True)
 RANK_PATTERN = FieldRule(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,9 @@ from deltaserve_store.file_names import (
     role_of,
 )
 from deltaserve_store.findings import Findings, refuse
-from deltaserve_store.formats import deltaserve_bottleneck, deltaserve_dense
 from deltaserve_store.formats.added_rows import with_added_tokens
-from deltaserve_store.formats.deltaserve_blocks import FORMAT as BLOCKS
-from deltaserve_store.formats.deltaserve_blocks import parse_deltaserve_blocks
-from deltaserve_store.formats.deltaserve_rotations import FORMAT as ROTATIONS
-from deltaserve_store.formats.deltaserve_rotations import parse_deltaserve_rotations
-from deltaserve_store.formats.deltaserve_sparse import parse_deltaserve_sparse
-from deltaserve_store.formats.deltaserve_terms import FORMAT as TERMS
-from deltaserve_store.formats.deltaserve_terms import parse_deltaserve_terms
-from deltaserve_store.formats.deltaserve_vectors import FORMAT as VECTORS
-from deltaserve_store.formats.deltaserve_vectors import parse_deltaserve_vectors
 from deltaserve_store.formats.json_file import read_json_object
+from deltaserve_store.formats.own_formats import parse_own
 from deltaserve_store.formats.peft_kinds.low_rank import DEFAULT_LIMITS, ConversionLimits
 from deltaserve_store.formats.peft_kinds.reader import read_kind
 from deltaserve_store.formats.peft_kinds.table import READERS, peft_type_of
@@ -48,10 +39,17 @@ from deltaserve_store.parsed import ParsedAdapter
 from deltaserve_store.spec import BaseSpec
 
 MAX_FILES = 256
+PARSERS: Mapping[str, Callable[[Mapping[str, Any], str, TensorFile, BaseSpec, Findings], ParsedAdapter | None]] = {
+    "LORA": parse_peft_lora,
+    "SHIRA": parse_peft_shira,
+    "TRAINABLE_TOKENS": parse_peft_trainable_tokens,
+    **VECTOR_READERS,
+}
+"""By PEFT type, where a type has a parser of its own; the others are in ``READERS`` and ``PREFIX_KINDS``."""
 
 
 def read_adapter(folder: Path, base: BaseSpec, limits: ConversionLimits = DEFAULT_LIMITS) -> ParsedAdapter:
-    """Checks and reads the adapter in ``folder``: a PEFT type that is served, or the project's sparse format.
+    """Checks and reads the adapter in ``folder``: a PEFT type that is served, or one of the project's own.
 
     Every tensor is accounted for, every config field understood, every value finite, or ``AdapterInvalid`` (its
     subclass ``BaseMismatch`` for another base) is raised with all reasons. Whether a PEFT file's ``base_name`` is a
@@ -136,31 +134,13 @@ def _parse_kind(
     findings: Findings,
     limits: ConversionLimits,
 ) -> ParsedAdapter | None:
-    if kind == "LORA":
-        return parse_peft_lora(config, PEFT_CONFIG, tensors, base, findings)
-    if kind == "SHIRA":
-        return parse_peft_shira(config, PEFT_CONFIG, tensors, base, findings)
-    if kind == "TRAINABLE_TOKENS":
-        return parse_peft_trainable_tokens(config, PEFT_CONFIG, tensors, base, findings)
+    if not kind:
+        return parse_own(config, tensors, base, findings)
     if kind in READERS:
         return read_kind(READERS[kind], config, PEFT_CONFIG, tensors, base, findings, limits)
-    if not kind and config.get("format") == BLOCKS:
-        return parse_deltaserve_blocks(config, tensors, base, findings)
-    if not kind and config.get("format") == VECTORS:
-        return parse_deltaserve_vectors(config, tensors, base, findings)
-    if not kind and config.get("format") == TERMS:
-        return parse_deltaserve_terms(config, tensors, base, findings)
-    if not kind and config.get("format") == ROTATIONS:
-        return parse_deltaserve_rotations(config, tensors, base, findings)
-    if not kind and config.get("format") == deltaserve_bottleneck.FORMAT:
-        return deltaserve_bottleneck.parse_deltaserve_bottleneck(config, tensors, base, findings)
-    if not kind and config.get("format") == deltaserve_dense.FORMAT:
-        return deltaserve_dense.parse_deltaserve_dense(config, tensors, base, findings)
     if kind in PREFIX_KINDS:
         return parse_peft_prefix(kind, config, PEFT_CONFIG, tensors, base, findings)
-    if kind in VECTOR_READERS:
-        return VECTOR_READERS[kind](config, PEFT_CONFIG, tensors, base, findings)
-    return parse_deltaserve_sparse(config, tensors, base, findings)
+    return PARSERS[kind](config, PEFT_CONFIG, tensors, base, findings)
 
 
 def _list_files(folder: Path, findings: Findings) -> tuple[set[str], tuple[str, ...]]:

@@ -59,7 +59,7 @@ def name_stray_tensor(name: str, base: BaseSpec, findings: Findings) -> None:
     for marker, feature in _FEATURES.items():
         if marker in f"{module}.":
             findings.add(
-                "unsupported_feature", name, feature, "what the config announces (other features are not served yet)"
+                "unsupported_feature", name, feature, "what the config announces, of the features that are served"
             )
             return
     for suffix in (

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from deltaserve_store.findings import Findings
-from deltaserve_store.formats.peft_fields import LORA_FIELDS, MAX_RANK, FieldRule, is_int, is_rank, off
+from deltaserve_store.formats.peft_fields import FLAG, LORA_FIELDS, MAX_RANK, FieldRule, is_int, is_rank, off
 from deltaserve_store.formats.peft_kinds.reader import PeftReader, TensorRule
 from deltaserve_store.parsed import LoraDelta
 from deltaserve_store.spec import LinearSpec
@@ -50,7 +50,7 @@ class AdaLora(PeftReader):
         # PEFT's AdaLoRA takes these fields and applies neither.
         "use_rslora": off(False),
         "alpha_pattern": off(None, {}),
-        "init_lora_weights": FieldRule("descriptive", lambda value: isinstance(value, bool), "true or false"),
+        "init_lora_weights": FLAG,
         "target_r": _COUNT,
         "tinit": _COUNT,
         "tfinal": _COUNT,

@@ -25,6 +25,7 @@ from deltaserve_store.formats.peft_fields import (
     COMMON_FIELDS,
     FLAG,
     FRACTION,
+    LAYER_FIELDS,
     MAX_RANK,
     RANK,
     SELECTION_FIELDS,
@@ -131,7 +132,7 @@ class GraLora(PeftReader):
     limits = "k that does not divide r, the inputs or the outputs"
     fields: ClassVar[Mapping[str, FieldRule]] = {
         **COMMON_FIELDS,
-        **{name: rule for name, rule in SELECTION_FIELDS.items() if name != "exclude_modules"},
+        **LAYER_FIELDS,
         "r": RANK,
         "hybrid_r": FieldRule(
             "understood",

@@ -19,7 +19,7 @@ from deltaserve_store.formats.module_match import PatternTable
 from deltaserve_store.formats.peft_fields import (
     BIAS,
     COMMON_FIELDS,
-    SELECTION_FIELDS,
+    LAYER_FIELDS,
     FieldRule,
     is_int,
     is_pattern,
@@ -46,7 +46,7 @@ class C3a(PeftReader):
     limits = "a block size that does not divide both sides; an error above the limit, where the rank exceeds the bound"
     fields: ClassVar[Mapping[str, FieldRule]] = {
         **{name: rule for name, rule in COMMON_FIELDS.items() if name != "fan_in_fan_out"},
-        **{name: rule for name, rule in SELECTION_FIELDS.items() if name != "exclude_modules"},
+        **LAYER_FIELDS,
         "block_size": FieldRule("understood", _is_size, "an integer above 0", required=True),
         "block_size_pattern": FieldRule(
             "understood",

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from deltaserve_store.findings import Findings
-from deltaserve_store.formats.peft_fields import BIAS, COMMON_FIELDS, FLAG, SELECTION_FIELDS, FieldRule
+from deltaserve_store.formats.peft_fields import BIAS, COMMON_FIELDS, FLAG, SEED, SELECTION_FIELDS, FieldRule
 from deltaserve_store.formats.peft_kinds.low_rank import from_factors
 from deltaserve_store.formats.peft_kinds.positions import (
     COUNT,
     COUNT_PATTERN,
     DEFAULT_SEED,
     SCALING,
-    SEED,
     Positions,
     check_positions_of,
     count_of,

@@ -23,10 +23,11 @@ from deltaserve_store.formats.peft_fields import (
     COMMON_FIELDS,
     FLAG,
     FRACTION,
-    SELECTION_FIELDS,
+    INTEGER,
+    LAYER_FIELDS,
+    NUMBER,
     FieldRule,
     is_fraction,
-    is_int,
     one_of,
 )
 from deltaserve_store.formats.peft_kinds.low_rank import converted
@@ -54,7 +55,7 @@ class Frod(PeftReader):
     )
     fields: ClassVar[Mapping[str, FieldRule]] = {
         **COMMON_FIELDS,
-        **{name: rule for name, rule in SELECTION_FIELDS.items() if name != "exclude_modules"},
+        **LAYER_FIELDS,
         "sparse_rate": FieldRule("understood", is_fraction, "a number from 0 to 1", required=True),
         "save_projection": FieldRule(
             "understood",
@@ -62,8 +63,8 @@ class Frod(PeftReader):
             "true (the basis is a decomposition of all layers' weights, which differs from build to build)",
             "seed_not_usable",
         ),
-        "projection_prng_key": FieldRule("descriptive", is_int, "an integer"),
-        "regularization_alpha": FieldRule("descriptive", lambda value: isinstance(value, int | float), "a number"),
+        "projection_prng_key": INTEGER,
+        "regularization_alpha": NUMBER,
         "frod_dropout": FRACTION,
         "progressbar": FLAG,
         "runtime_offload_base_weight": FLAG,

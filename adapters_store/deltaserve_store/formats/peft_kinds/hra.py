@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deltaserve_store.findings import Findings
-from deltaserve_store.formats.peft_fields import BIAS, COMMON_FIELDS, FLAG, RANK, SELECTION_FIELDS, FieldRule
+from deltaserve_store.formats.peft_fields import BIAS, COMMON_FIELDS, FLAG, RANK, SELECTION_FIELDS, SWITCH, FieldRule
 from deltaserve_store.formats.peft_kinds.reader import PeftReader, TensorRule
 from deltaserve_store.formats.tensor_checks import PEFT_PREFIX
 from deltaserve_store.parsed import WeightDelta
@@ -35,7 +35,7 @@ class Hra(PeftReader):
         **{name: rule for name, rule in COMMON_FIELDS.items() if name != "fan_in_fan_out"},
         **SELECTION_FIELDS,
         "r": RANK,
-        "apply_GS": FieldRule("understood", lambda value: isinstance(value, bool), "true or false"),
+        "apply_GS": SWITCH,
         "bias": BIAS,
         "init_weights": FLAG,
     }

@@ -31,7 +31,6 @@ COUNT = FieldRule("understood", is_count, f"an integer from 1 to {MAX_POSITIONS}
 COUNT_PATTERN = FieldRule(
     "understood", lambda value: is_pattern(value, is_count), "module paths to integers above 0", per_key=is_count
 )
-SEED = FieldRule("understood", lambda value: is_int(value) and 0 <= value < 1 << 63, "an integer of 63 bits")
 SCALING = FieldRule(
     "understood",
     lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < abs(value) <= 1e6,

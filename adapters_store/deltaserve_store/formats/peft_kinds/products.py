@@ -26,6 +26,7 @@ from deltaserve_store.formats.peft_fields import (
     RANK,
     RANK_PATTERN,
     SELECTION_FIELDS,
+    SWITCH,
     FieldRule,
     is_int,
     one_of,
@@ -111,7 +112,7 @@ class LoKr(_Product):
     limits = "an error above the limit, where the ranks multiply to more than the bound"
     fields: ClassVar[Mapping[str, FieldRule]] = {
         **_FIELDS,
-        "decompose_both": FieldRule("understood", lambda value: isinstance(value, bool), "true or false"),
+        "decompose_both": SWITCH,
         "decompose_factor": FieldRule(
             "understood",
             lambda value: is_int(value) and (value == -1 or 1 <= value <= 1 << 20),

@@ -27,6 +27,7 @@ from deltaserve_store.formats.peft_fields import (
     COMMON_FIELDS,
     FLAG,
     FRACTION,
+    INTEGER,
     RANK,
     SELECTION_FIELDS,
     FieldRule,
@@ -81,8 +82,8 @@ class Psoft(PeftReader):
             "full (lowrank finds directions that hang on a random start)",
             "unsupported_feature",
         ),
-        "psoft_svd_lowrank_niter": FieldRule("descriptive", is_int, "an integer"),
-        "random_seed": FieldRule("descriptive", is_int, "an integer"),
+        "psoft_svd_lowrank_niter": INTEGER,
+        "random_seed": INTEGER,
         "use_cayley_neumann": _SWITCH,
         "num_cayley_neumann_terms": FieldRule(
             "understood", lambda value: is_int(value) and 1 <= value <= MAX_TERMS, f"1 to {MAX_TERMS}", required=True

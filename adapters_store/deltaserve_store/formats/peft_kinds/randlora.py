@@ -25,10 +25,10 @@ from deltaserve_store.formats.peft_fields import (
     COMMON_FIELDS,
     FLAG,
     FRACTION,
+    INTEGER,
+    LAYER_FIELDS,
     RANK,
-    SELECTION_FIELDS,
     FieldRule,
-    is_int,
     one_of,
 )
 from deltaserve_store.formats.peft_kinds.low_rank import converted
@@ -49,13 +49,13 @@ class RandLora(PeftReader):
     limits = "bases left out (`save_projection: false`); an error above the limit, where the rank exceeds the bound"
     fields: ClassVar[Mapping[str, FieldRule]] = {
         **COMMON_FIELDS,
-        **{name: rule for name, rule in SELECTION_FIELDS.items() if name != "exclude_modules"},
+        **LAYER_FIELDS,
         "r": RANK,
         "randlora_alpha": ALPHA,
         "save_projection": FieldRule(
             "understood", one_of(True), "true (the machine decides the dtype of the draw)", "seed_not_usable"
         ),
-        "projection_prng_key": FieldRule("descriptive", is_int, "an integer"),
+        "projection_prng_key": INTEGER,
         "sparse": FLAG,
         "very_sparse": FLAG,
         "randlora_dropout": FRACTION,

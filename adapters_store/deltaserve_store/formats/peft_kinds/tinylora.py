@@ -21,10 +21,12 @@ from deltaserve_store.formats.peft_fields import (
     BIAS,
     COMMON_FIELDS,
     FRACTION,
+    LAYER_FIELDS,
+    LENGTH,
+    NUMBER,
     RANK,
-    SELECTION_FIELDS,
+    SWITCH,
     FieldRule,
-    is_bool,
     is_fraction,
     is_int,
     one_of,
@@ -48,19 +50,17 @@ class TinyLora(PeftReader):
     )
     fields: ClassVar[Mapping[str, FieldRule]] = {
         **COMMON_FIELDS,
-        **{name: rule for name, rule in SELECTION_FIELDS.items() if name != "exclude_modules"},
+        **LAYER_FIELDS,
         "r": RANK,
         "bias": BIAS,
-        "u": FieldRule(
-            "understood", lambda value: is_int(value) and 1 <= value <= 1 << 24, "an integer above 0", required=True
-        ),
+        "u": LENGTH,
         "weight_tying": FieldRule("understood", is_fraction, "a number from 0 to 1"),
-        "save_projection": FieldRule("understood", is_bool, "true or false"),
+        "save_projection": SWITCH,
         "projection_seed": FieldRule(
             "understood", lambda value: is_int(value) and -(1 << 62) <= value < 1 << 62, "an integer of 63 bits"
         ),
         "tinylora_dropout": FRACTION,
-        "init_v_bound": FieldRule("descriptive", lambda value: isinstance(value, int | float), "a number"),
+        "init_v_bound": NUMBER,
         "init_weights": FieldRule("descriptive", one_of(True, False, "uniform"), "true, false or uniform"),
     }
 

@@ -22,11 +22,13 @@ from deltaserve_store.formats.peft_fields import (
     COMMON_FIELDS,
     FLAG,
     FRACTION,
+    LAYER_FIELDS,
+    LENGTH,
+    NUMBER,
     RANK,
-    SELECTION_FIELDS,
+    SEED,
+    SWITCH,
     FieldRule,
-    is_bool,
-    is_int,
 )
 from deltaserve_store.formats.peft_kinds.draws import balanced_draw, check_order, is_known_shuffle
 from deltaserve_store.formats.peft_kinds.reader import INDEX_DTYPES, PeftReader, TensorRule
@@ -53,18 +55,14 @@ class UniLora(PeftReader):
     )
     fields: ClassVar[Mapping[str, FieldRule]] = {
         **COMMON_FIELDS,
-        **{name: rule for name, rule in SELECTION_FIELDS.items() if name != "exclude_modules"},
+        **LAYER_FIELDS,
         "r": RANK,
         "bias": BIAS,
-        "theta_d_length": FieldRule(
-            "understood", lambda value: is_int(value) and 1 <= value <= 1 << 24, "an integer above 0", required=True
-        ),
-        "save_indices": FieldRule("understood", is_bool, "true or false"),
-        "proj_seed": FieldRule(
-            "understood", lambda value: is_int(value) and 0 <= value < 1 << 63, "an integer of 63 bits"
-        ),
+        "theta_d_length": LENGTH,
+        "save_indices": SWITCH,
+        "proj_seed": SEED,
         "unilora_dropout": FRACTION,
-        "init_theta_d_bound": FieldRule("descriptive", lambda value: isinstance(value, int | float), "a number"),
+        "init_theta_d_bound": NUMBER,
         "init_weights": FLAG,
     }
 

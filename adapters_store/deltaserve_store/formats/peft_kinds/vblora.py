@@ -21,10 +21,11 @@ from deltaserve_store.formats.peft_fields import (
     BIAS,
     COMMON_FIELDS,
     FRACTION,
+    NUMBER,
     RANK,
     SELECTION_FIELDS,
+    SWITCH,
     FieldRule,
-    is_bool,
     is_int,
 )
 from deltaserve_store.formats.peft_kinds.reader import INDEX_DTYPES, PeftReader, TensorRule
@@ -37,7 +38,6 @@ BANK = "base_model.vblora_vector_bank"
 _SIZE = FieldRule(
     "understood", lambda value: is_int(value) and 1 <= value <= 1 << 20, "an integer above 0", required=True
 )
-_NUMBER = FieldRule("descriptive", lambda value: isinstance(value, int | float), "a number")
 
 
 class VbLora(PeftReader):
@@ -55,11 +55,11 @@ class VbLora(PeftReader):
         "num_vectors": _SIZE,
         "vector_length": _SIZE,
         "topk": _SIZE,
-        "save_only_topk_weights": FieldRule("understood", is_bool, "true or false"),
+        "save_only_topk_weights": SWITCH,
         "bias": BIAS,
         "vblora_dropout": FRACTION,
-        "init_vector_bank_bound": _NUMBER,
-        "init_logits_std": _NUMBER,
+        "init_vector_bank_bound": NUMBER,
+        "init_logits_std": NUMBER,
     }
 
     def _sizes(self) -> tuple[int, int, int]:

@@ -22,8 +22,10 @@ from deltaserve_store.formats.peft_fields import (
     COMMON_FIELDS,
     FLAG,
     FRACTION,
+    LAYER_FIELDS,
+    NUMBER,
     RANK,
-    SELECTION_FIELDS,
+    SWITCH,
     FieldRule,
     is_int,
     one_of,
@@ -61,14 +63,14 @@ class Vera(PeftReader):
     )
     fields: ClassVar[Mapping[str, FieldRule]] = {
         **COMMON_FIELDS,
-        **{name: rule for name, rule in SELECTION_FIELDS.items() if name != "exclude_modules"},
+        **LAYER_FIELDS,
         "r": RANK,
         "bias": BIAS,
-        "save_projection": FieldRule("understood", lambda value: isinstance(value, bool), "true or false"),
+        "save_projection": SWITCH,
         "projection_prng_key": FieldRule(
             "understood", lambda value: is_int(value) and -(1 << 63) <= value < 1 << 63, "an integer of 64 bits"
         ),
-        "d_initial": FieldRule("descriptive", lambda value: isinstance(value, int | float), "a number"),
+        "d_initial": NUMBER,
         "vera_dropout": FRACTION,
         "init_weights": FLAG,
     }

@@ -23,14 +23,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaserve_store.findings import Findings
-from deltaserve_store.formats.peft_fields import BIAS, COMMON_FIELDS, FLAG, SELECTION_FIELDS, FieldRule, is_bool, one_of
+from deltaserve_store.formats.peft_fields import (
+    BIAS,
+    COMMON_FIELDS,
+    FLAG,
+    SEED,
+    SELECTION_FIELDS,
+    SWITCH,
+    FieldRule,
+    one_of,
+)
 from deltaserve_store.formats.peft_kinds.low_rank import converted
 from deltaserve_store.formats.peft_kinds.positions import (
     COUNT,
     COUNT_PATTERN,
     DEFAULT_SEED,
     SCALING,
-    SEED,
     Positions,
     check_positions_of,
     count_of,
@@ -57,11 +65,11 @@ class WaveFt(PeftReader):
         **SELECTION_FIELDS,
         "n_frequency": COUNT,
         "n_frequency_pattern": COUNT_PATTERN,
-        "proportional_parameters": FieldRule("understood", is_bool, "true or false"),
+        "proportional_parameters": SWITCH,
         "scaling": SCALING,
         "random_loc_seed": SEED,
         "wavelet_family": FieldRule("understood", one_of(*FAMILIES), "db1 to db10", "unsupported_feature"),
-        "use_idwt": FieldRule("understood", is_bool, "true or false"),
+        "use_idwt": SWITCH,
         "bias": BIAS,
         "init_weights": FLAG,
     }
