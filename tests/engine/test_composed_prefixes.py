@@ -137,6 +137,9 @@ def prompt_of(index: int) -> list[int]:
 def mixed(setting: Setting) -> dict[str, tuple[list[int], Tensor]]:
     """All compositions, their prefixes alone, and the base in one batch; prompts come in several chunks."""
     rig = setting.rig(max_num_batched_tokens=90)
+    # How many adapters a step may place goes by the clock: all are placed before, so that all rows meet in one step.
+    versions = sorted({version for parts in COMPOSED.values() for version, *_ in parts} | set(PREFIXES))
+    rig.run(*(ask(f"first-{name}", [5], ((name, 1.0),), max_tokens=1) for name in versions))
     requests = [ask(name, prompt_of(index), parts) for index, (name, parts) in enumerate(COMPOSED.items())]
     others = [ask(name, ids(20), ((name, 1.0),)) for name in PREFIXES]
     found = rows_of(rig, *requests, *others, ask("base", ids(20), ()))
