@@ -70,8 +70,12 @@ def test_adapters_that_come_and_go_are_counted_by_the_server(folder: Path, capsy
     assert asked - 4 <= counted["evictions"] <= asked + 2
     assert results["resident"]["counted"]["loads"] <= 1
     uploads = results["upload"]["background"]["operations"]
-    assert set(uploads) == {"register", "replace", "delete"}
-    assert results["upload"]["counted"]["uploads"] == uploads["register"] + uploads["replace"]
+    # One after the other, as often as the window has time for.
+    counts = [uploads.pop(name, 0) for name in ("register", "replace", "delete")]
+    assert not uploads
+    assert counts == sorted(counts, reverse=True)
+    assert 0 < counts[0] <= counts[-1] + 1
+    assert results["upload"]["counted"]["uploads"] == counts[0] + counts[1]
     assert made["parameters"]["other_adapters"] == 5
     assert "| register, replace, delete over HTTP |" in render(made)
     assert is_png(folder / "out-churn" / "itl_under_churn.png")
