@@ -6,7 +6,8 @@ What a step costs depends on shapes and memory, not on values; all are small eno
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from deltaserve_kernels import BLOCK_SIZE, RotationEntry, RotationFactor
 from deltaserve_store.spec import LinearSpec
 
 RANK, DENSITY, MASKED, PREFIX_TOKENS, TOKENS, BLOCK, BOTTLENECK = 16, 0.005, 0.05, 32, 64, 32, 64
+NO_TERMS: Mapping[str, tuple[Term, ...]] = MappingProxyType({})
 FIRST_TOKEN = 5
 """Tokens from here on are trained by the kind of trained tokens, and decoded by the benchmark."""
 
@@ -46,8 +48,8 @@ def last(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _folded(base: BaseModel, terms: Mapping[str, tuple[Term, ...]], **parts: object) -> FoldedAdapter:
-    return FoldedAdapter(terms, base.spec.fingerprint, base.dtype, **parts)  # type: ignore[arg-type]
+def _folded(base: BaseModel, terms: Mapping[str, tuple[Term, ...]] = NO_TERMS) -> FoldedAdapter:
+    return FoldedAdapter(terms, base.spec.fingerprint, base.dtype)
 
 
 def _linears(base: BaseModel, *only: str) -> Iterator[tuple[str, LinearSpec]]:
@@ -112,9 +114,8 @@ def _both_sides(spec: LinearSpec) -> VectorTerm:
 
 
 def norms(base: BaseModel) -> FoldedAdapter:
-    return _folded(
-        base, {}, norms={name: NormTerm(gain=0.05 * torch.randn(len(base.norm(name)[0]))) for name in base.norms}
-    )
+    changed = {name: NormTerm(gain=0.05 * torch.randn(len(base.norm(name)[0]))) for name in base.norms}
+    return replace(_folded(base), norms=changed)
 
 
 def rotations(base: BaseModel, side: Side, turn: Callable[[int], RotationEntry]) -> FoldedAdapter:
@@ -156,7 +157,7 @@ def prefix(base: BaseModel) -> FoldedAdapter:
     pages = _normal(
         base, base.num_kv_regimes, blocks, spec.num_layers, 2, spec.kv_heads, BLOCK_SIZE, spec.head_dim, std=0.5
     )
-    return _folded(base, {}, prefix=PrefixTerm(pages, PREFIX_TOKENS))
+    return replace(_folded(base), prefix=PrefixTerm(pages, PREFIX_TOKENS))
 
 
 def tokens(base: BaseModel) -> FoldedAdapter:
@@ -204,7 +205,7 @@ def bottlenecks(base: BaseModel, endings: Iterable[str], *, is_parallel: bool = 
             down, up_t = (_normal(base, BOTTLENECK, base.hidden_size, std=0.02) for _ in range(2))
             down_bias, up_bias = 0.01 * torch.randn(BOTTLENECK), 0.01 * torch.randn(base.hidden_size)
             modules[point] = ModuleTerm(down, up_t, "gelu", down_bias, up_bias, is_parallel)
-    return _folded(base, {}, modules=modules)
+    return replace(_folded(base), modules=modules)
 
 
 KINDS = (

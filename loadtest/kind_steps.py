@@ -14,22 +14,14 @@ from typing import Any
 
 import torch
 
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.deltas.folded import FOLDED_FILE_NAME, FoldedAdapter
 from deltaserve.engine.batch import PrefixFill, PrefixPart, ScheduledPart, ScheduledSequence
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
-from deltaserve_kernels import (
-    ApartFamily,
-    BlockTables,
-    LoraTables,
-    PrefixTables,
-    SparseTables,
-    VectorFamily,
-    VocabularyFamily,
-    cpu,
-)
+from deltaserve_kernels import cpu
 from loadtest.kind_adapters import BY_NAME, FIRST_TOKEN, PREFIX_TOKENS, Kind
 from loadtest.kind_work import Work, work_of
 from loadtest.small import Shape
@@ -68,39 +60,13 @@ class Stand:
     def __init__(self, base: BaseModel, kv: KVCache, rows: int, context: int) -> None:
         self.base, self.kv, self.rows, self.context = base, kv, rows, context
         slots = 2 * rows
-        lora, sparse = LoraTables(len(base.linears), slots), SparseTables(len(base.linears), slots)
-        vectors = VectorFamily(len(base.linears), len(base.norms), slots)
-        apart = ApartFamily(len(base.linears), len(base.points), slots)
-        vocabulary = VocabularyFamily(slots)
-        blocks, prefixes = BlockTables(len(base.linears), slots), PrefixTables(slots)
-        self.pool = DevicePool(
-            base.linears,
-            lora,
-            sparse,
-            num_slots=slots,
-            max_bytes=sys.maxsize,
-            vectors=vectors,
-            norms=base.norms,
-            apart=apart,
-            points=base.points,
-            vocabulary=vocabulary,
-            matrices=base.matrices,
-            blocks=blocks,
-            prefixes=prefixes,
-        )
-        self.tables = (lora, sparse)
-        self.families = {
-            "vectors": vectors,
-            "apart": apart,
-            "vocabulary": vocabulary,
-            "blocks": blocks,
-            "prefixes": prefixes,
-        }
+        self.tables = DeltaTables.of(base, slots)
+        self.pool = DevicePool(self.tables, num_slots=slots, max_bytes=sys.maxsize)
         self.runner = self.new_runner()
 
     def new_runner(self) -> ModelRunner:
         """It keeps the lists of its last step, as in traffic: steps that take turns have one each."""
-        return ModelRunner(self.base, self.kv, *self.tables, **self.families)  # type: ignore[arg-type]
+        return ModelRunner(self.base, self.kv, self.tables)
 
     def fill(self, kind: Kind, slots: Iterable[int]) -> tuple[Work, int]:
         """Adapters of the kind in these slots, each in memory of its own; what one is, and its bytes on the device.

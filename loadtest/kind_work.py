@@ -58,8 +58,7 @@ def _flops(term: Term) -> int:
     if isinstance(term, RotationTerm):
         return 2 * sum(factor.blocks.numel() for factor in term.factors)
     if isinstance(term, DenseTerm):
-        out, width = (term.delta if term.delta is not None else term.signs).shape[0], term.in_features  # type: ignore[union-attr]
-        return 2 * out * width
+        return 2 * len(next(iter(term.tensors().values()))) * term.in_features  # each tensor has a row an output
     if isinstance(term, BlockTerm):
         return 2 * term.d.numel()
     raise TypeError(f"work of a {type(term).__name__} is unknown")

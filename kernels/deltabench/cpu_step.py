@@ -25,6 +25,7 @@ from torch import Tensor
 
 from deltabench import machine, step_adapters
 from deltabench.points import uniform
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.deltas.folded import FOLDED_FILE_NAME, FoldedAdapter, LowRankTerm, SparseTerm, Term
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
@@ -78,7 +79,7 @@ def measure(base: BaseModel, given: argparse.Namespace) -> dict[str, Any]:
     memory = torch.ones(READ_BYTES // 4)
 
     def step(tables: tuple[LoraTables, SparseTables], has_adapters: bool) -> Callable[[], object]:
-        runner = ModelRunner(base, kv, *tables)
+        runner = ModelRunner(base, kv, DeltaTables(*tables))
         batch = [
             ScheduledSequence(
                 row,
@@ -136,7 +137,8 @@ def as_served(base: BaseModel, drawn: LoraTables | SparseTables) -> tuple[LoraTa
     """Tables with the adapters of ``drawn`` in the same slots, in memory as the server has them: written to folded
     files, loaded and installed by its own code."""
     lora, sparse = LoraTables(len(base.linears), drawn.num_slots), SparseTables(len(base.linears), drawn.num_slots)
-    pool = DevicePool(base.linears, lora, sparse, num_slots=drawn.num_slots, max_bytes=sys.maxsize)
+    tables = DeltaTables(lora, sparse, linears=base.linears)
+    pool = DevicePool(tables, num_slots=drawn.num_slots, max_bytes=sys.maxsize)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, FOLDED_FILE_NAME)
         for slot in range(drawn.num_slots):

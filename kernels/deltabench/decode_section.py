@@ -26,6 +26,7 @@ from deltabench.points import Plan, Point, uniform
 from deltabench.step_adapters import adapter_width, lora_tables, sparse_tables
 from deltabench.step_capture import CountingCapture, HostCapture
 from deltabench.timing import CaptureFailed, is_alive, timed_passes
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
 from deltaserve.engine.decode_graphs import DecodeGraphs
 from deltaserve.engine.model_runner import ModelRunner
@@ -239,8 +240,7 @@ class DecodeSection:
         graphs = DecodeGraphs(
             self.base,
             self.kv,
-            lora,
-            sparse,
+            DeltaTables(lora, sparse),
             max_seqs=rows,
             max_blocks=self.blocks_per_sequence,
             max_rank=largest,
@@ -259,7 +259,7 @@ class DecodeSection:
         sparse: SparseTables | None,
     ) -> dict[str, Any]:
         """Milliseconds of the replay alone, of a whole run, of eager launches; distance from the definition."""
-        runner = ModelRunner(self.base, self.kv, lora, sparse)
+        runner = ModelRunner(self.base, self.kv, DeltaTables(lora, sparse))
         previous = use_backend("reference")
         wanted = runner.execute(batch).clone()
         use_backend(previous)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from deltaserve import __version__, tinybase
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.adapters.host_cache import HostCache
 from deltaserve.adapters.loader import FoldedLoader
@@ -40,19 +41,7 @@ from deltaserve.model import checkpoint
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve.model.kv_cache import KVCache
 from deltaserve.text import Tokenizer
-from deltaserve_kernels import (
-    ApartFamily,
-    BackendUnavailable,
-    BlockTables,
-    LoraTables,
-    PrefixTables,
-    SparseTables,
-    VectorFamily,
-    VocabularyFamily,
-    select,
-    source_digest,
-    use_backend,
-)
+from deltaserve_kernels import BackendUnavailable, select, source_digest, use_backend
 from deltaserve_store.formats.peft_kinds.low_rank import ConversionLimits
 from deltaserve_store.names import DEFAULT_TENANT
 from deltaserve_store.store import AdapterStore
@@ -173,31 +162,9 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
             "the KV cache is smaller than the base's context; sequences are limited to it",
             extra={"fields": {"max_model_len": max_model_len, "max_context": base.max_context}},
         )
-    lora = LoraTables(len(base.linears), limits.adapter_slots, base.device)
     # What the operators read is all that is held, and booked: Triton's read no CSR.
-    has_csr = select(base.device) != "triton"
-    sparse = SparseTables(len(base.linears), limits.adapter_slots, base.device, has_csr=has_csr)
-    vectors = VectorFamily(len(base.linears), len(base.norms), limits.adapter_slots, base.device)
-    apart = ApartFamily(len(base.linears), len(base.points), limits.adapter_slots, base.device)
-    vocabulary = VocabularyFamily(limits.adapter_slots, base.device)
-    block_tables = BlockTables(len(base.linears), limits.adapter_slots, base.device)
-    prefixes = PrefixTables(limits.adapter_slots)
-    pool = DevicePool(
-        base.linears,
-        lora,
-        sparse,
-        num_slots=limits.adapter_slots,
-        max_bytes=limits.adapter_device_bytes,
-        device=base.device,
-        vectors=vectors,
-        norms=base.norms,
-        apart=apart,
-        points=base.points,
-        vocabulary=vocabulary,
-        matrices=base.matrices,
-        blocks=block_tables,
-        prefixes=prefixes,
-    )
+    tables = DeltaTables.of(base, limits.adapter_slots, has_csr=select(base.device) != "triton")
+    pool = DevicePool(tables, num_slots=limits.adapter_slots, max_bytes=limits.adapter_device_bytes, device=base.device)
     loader = FoldedLoader(base.spec, base.dtype, proven.locate)
     residency = AdapterResidency(
         pool,
@@ -220,37 +187,15 @@ def build_engine(config: ServeConfig, base: BaseModel, proven: ProvenFiles, metr
     graphs = None
     if has_graphs:
         max_blocks = -(-max_model_len // BLOCK_SIZE)
-        graphs = DecodeGraphs(
-            base,
-            kv,
-            lora,
-            sparse,
-            vectors=vectors,
-            blocks=block_tables,
-            apart=apart,
-            vocabulary=vocabulary,
-            max_seqs=limits.max_num_seqs,
-            max_blocks=max_blocks,
-        )
-    runner = ModelRunner(
-        base,
-        kv,
-        lora,
-        sparse,
-        vectors=vectors,
-        apart=apart,
-        vocabulary=vocabulary,
-        blocks=block_tables,
-        prefixes=prefixes,
-        graphs=graphs,
-    )
+        graphs = DecodeGraphs(base, kv, tables, max_seqs=limits.max_num_seqs, max_blocks=max_blocks)
+    runner = ModelRunner(base, kv, tables, graphs=graphs)
     began = time.monotonic()
     _apart(runner.warm_up, max_tokens=limits.max_num_batched_tokens)
     if graphs is not None:
         fields = {"graphs": graphs.num_graphs, "seconds": round(time.monotonic() - began, 1)}
         logger.info("decode steps captured", extra={"fields": fields})
     kv_regime = base.kv_regime if base.has_kv_regimes else None
-    scheduler = Scheduler(blocks, residency, engine_limits, kv_regime=kv_regime, prefixes=prefixes)
+    scheduler = Scheduler(blocks, residency, engine_limits, kv_regime=kv_regime, prefixes=tables.prefixes)
     engine = Engine(runner, residency, blocks, scheduler, Sampler(base.vocab_size), engine_limits)
     return AsyncEngine(engine, loader=loader, metrics=metrics)
 

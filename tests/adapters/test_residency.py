@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from deltaserve.adapters import residency as residency_module
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.adapters.device_pool import DevicePool, StagedAdapter
 from deltaserve.adapters.host_cache import GOES_FIRST, HostCache, HostedAdapter
 from deltaserve.adapters.loader import NotPrepared
@@ -43,7 +44,9 @@ class Bench:
         self.now = 100.0
         self.loader = FakeLoader(CONTENTS)
         self.lora, self.sparse = LoraTables(1, slots, "cpu"), SparseTables(1, slots, "cpu")
-        pool = DevicePool([LINEAR], self.lora, self.sparse, num_slots=slots, max_bytes=device * ADAPTER_BYTES)
+        pool = DevicePool(
+            DeltaTables(self.lora, self.sparse, linears=[LINEAR]), num_slots=slots, max_bytes=device * ADAPTER_BYTES
+        )
         self.observed = Observed()
         self.residency = AdapterResidency(
             pool,
@@ -365,7 +368,7 @@ def bytes_of(terms: StagedAdapter) -> int:
 def test_the_jagged_form_is_all_that_is_held_and_booked_where_it_is_all_that_is_read(device: str) -> None:
     """``meta`` stands for a device with memory of its own: it takes what is copied to it and computes nothing."""
     lora, sparse = LoraTables(1, 2, device), SparseTables(1, 2, device, has_csr=False)
-    pool = DevicePool([LINEAR], lora, sparse, num_slots=2, max_bytes=1 << 20, device=device)
+    pool = DevicePool(DeltaTables(lora, sparse, linears=[LINEAR]), num_slots=2, max_bytes=1 << 20, device=device)
     staged: list[StagedAdapter] = []
     install = pool.install
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.deltas.fold import dense_delta, dense_deltas, fold
 from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm
 from deltaserve.engine.batch import ScheduledPart
@@ -96,7 +97,7 @@ def resident(base: BaseModel, adapters: list[FoldedAdapter]) -> PagedDriver:
                     lora.set(index, slot, term.a, term.b_t)
                 else:
                     sparse.set(index, slot, term.indptr, term.cols, term.values)
-    return PagedDriver(base, num_blocks=256, lora=lora, sparse=sparse)
+    return PagedDriver(base, DeltaTables(lora, sparse), num_blocks=256)
 
 
 def test_all_kinds_in_one_batch_equal_peft_and_folded_weights(

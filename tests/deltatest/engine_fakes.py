@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.adapters.host_cache import HostCache
 from deltaserve.adapters.residency import AdapterResidency
@@ -200,9 +201,8 @@ def make_rig(
     """``host_adapters`` and ``device_adapters``: byte budgets in adapters of ``ADAPTER_BYTES``."""
     loader = FakeLoader(contents or {})
     lora, sparse = LoraTables(1, num_slots, "cpu"), SparseTables(1, num_slots, "cpu")
-    pool = DevicePool(
-        [LINEAR], lora, sparse, num_slots=num_slots, max_bytes=ADAPTER_BYTES * (device_adapters or num_slots)
-    )
+    tables = DeltaTables(lora, sparse, linears=[LINEAR])
+    pool = DevicePool(tables, num_slots=num_slots, max_bytes=ADAPTER_BYTES * (device_adapters or num_slots))
     residency = AdapterResidency(
         pool,
         HostCache(ADAPTER_BYTES * host_adapters),

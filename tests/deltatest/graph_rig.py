@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
 from deltaserve.engine.decode_graphs import DecodeGraphs
 from deltaserve.engine.graph_capture import Pass
@@ -50,8 +51,7 @@ class GraphRig:
     ``has_vectors`` also scales, biases and norms ("vectors") and input scales of linears that share theirs ("fed");
     with ``has_blocks`` row and column blocks ("blocks"); with ``has_apart`` dense differences ("dense") and modules at
     attach points ("modules"): slot 0 alone has modules, so that a binding has one at a point; with ``has_vocabulary``
-    low rank and trained rows of embedding and head ("vocabulary"). ``tables``: what a runner is given beside low-rank
-    and sparse tables."""
+    low rank and trained rows of embedding and head ("vocabulary")."""
 
     def __init__(
         self,
@@ -78,21 +78,14 @@ class GraphRig:
         self.blocks = BlockTables(len(base.linears), NUM_SLOTS, device) if has_blocks else None
         self.apart = ApartFamily(len(base.linears), len(base.points), NUM_SLOTS, device) if has_apart else None
         self.vocabulary = VocabularyFamily(NUM_SLOTS, device) if has_vocabulary else None
-        self.tables: dict[str, Any] = {
-            "vectors": self.vectors,
-            "blocks": self.blocks,
-            "apart": self.apart,
-            "vocabulary": self.vocabulary,
-        }
+        self.tables = DeltaTables(self.lora, self.sparse, self.vectors, self.apart, self.vocabulary, self.blocks)
         self.num_blocks = max(40, LONGEST_TABLE * max(options.get("row_counts") or [max_seqs]))
         self.kv = KVCache(base.kv_layout, self.num_blocks, device, has_scratch=True)
         self.kv.pool.normal_(generator=torch.Generator(device).manual_seed(seed))
         self.graphs = DecodeGraphs(
             base,
             self.kv,
-            self.lora,
-            self.sparse,
-            **self.tables,
+            self.tables,
             max_seqs=max_seqs,
             max_blocks=8,
             capture=self._count,
@@ -105,7 +98,7 @@ class GraphRig:
 
     def new_runner(self) -> ModelRunner:
         """Over the same tables, without graphs, and the cache that is a copy."""
-        return ModelRunner(self.base, self.eager_kv, self.lora, self.sparse, **self.tables)
+        return ModelRunner(self.base, self.eager_kv, self.tables)
 
     def _count(self, run: Pass) -> Pass:
         self.num_captures += 1
@@ -133,11 +126,7 @@ class GraphRig:
                 self.fill(slot, self.draw.choice(kinds if slot else kinds + 3 * with_modules))
 
     def clear(self, slot: int) -> None:
-        self.lora.clear(slot)
-        self.sparse.clear(slot)
-        for tables in self.tables.values():
-            if tables is not None:
-                tables.clear(slot)
+        self.tables.clear(slot)
 
     def fill_apart(self, slot: int, families: Sequence[str], targets: Sequence[int], share: float = 0.7) -> None:
         """Differences of some targets, full or packed, and modules at some points, some of them parallel."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.deltas.folded import FoldedAdapter
 from deltaserve.engine.batch import ScheduledPart
 from deltaserve.model.base import BaseModel
-from deltaserve_kernels import ApartFamily, BlockTables, LoraTables, SparseTables, VectorFamily, VocabularyFamily
 from deltatest.paged_driver import PagedDriver
 
 
@@ -20,37 +21,11 @@ class MixedBatch:
     """Adapters by name; ``logits`` runs sequences together, each with an adapter at a strength."""
 
     def __init__(self, base: BaseModel, num_slots: int = 16) -> None:
-        lora, sparse = LoraTables(len(base.linears), num_slots), SparseTables(len(base.linears), num_slots)
-        vectors = VectorFamily(len(base.linears), len(base.norms), num_slots)
         self.base = base
-        apart = ApartFamily(len(base.linears), len(base.points), num_slots)
-        vocabulary = VocabularyFamily(num_slots)
-        block_tables = BlockTables(len(base.linears), num_slots)
-        self.pool = DevicePool(
-            base.linears,
-            lora,
-            sparse,
-            num_slots=num_slots,
-            max_bytes=1 << 30,
-            vectors=vectors,
-            norms=base.norms,
-            apart=apart,
-            points=base.points,
-            vocabulary=vocabulary,
-            matrices=base.matrices,
-            blocks=block_tables,
-        )
+        tables = replace(DeltaTables.of(base, num_slots), prefixes=None)
+        self.pool = DevicePool(tables, num_slots=num_slots, max_bytes=1 << 30)
         self.slots: dict[str, int] = {}
-        self.driver = PagedDriver(
-            base,
-            num_blocks=128,
-            lora=lora,
-            sparse=sparse,
-            vectors=vectors,
-            apart=apart,
-            vocabulary=vocabulary,
-            blocks=block_tables,
-        )
+        self.driver = PagedDriver(base, tables, num_blocks=128)
 
     def load(self, name: str, folded: FoldedAdapter) -> None:
         staged = self.pool.convert(folded)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.engine.batch import ScheduledSequence
-from deltaserve.engine.model_runner import ModelRunner
+from deltaserve.engine.model_runner import NO_TABLES, ModelRunner
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
 
@@ -32,10 +33,10 @@ class Running:
 class PagedDriver:
     """One base with its own cache; blocks are handed out in random order, so that no table is contiguous."""
 
-    def __init__(self, base: BaseModel, *, num_blocks: int = 64, **tables: Any) -> None:
+    def __init__(self, base: BaseModel, tables: DeltaTables = NO_TABLES, *, num_blocks: int = 64) -> None:
         self.base = base
         kv = KVCache(base.kv_layout, num_blocks, base.device)
-        self.runner = ModelRunner(base, kv, **tables)
+        self.runner = ModelRunner(base, kv, tables)
         # Whatever is left over from earlier use must not matter.
         self.runner.kv.pool.normal_(generator=torch.Generator(base.device).manual_seed(1))
         self.free = list(range(num_blocks))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.core import Binding, Logits
 from deltaserve.deltas.folded import FoldedAdapter
@@ -15,15 +16,6 @@ from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import KVCache
-from deltaserve_kernels import (
-    ApartFamily,
-    BlockTables,
-    LoraTables,
-    PrefixTables,
-    SparseTables,
-    VectorFamily,
-    VocabularyFamily,
-)
 from deltaserve_store.names import NameMap
 
 
@@ -44,38 +36,9 @@ class SerialEngine:
         self.on_probe: Callable[[Binding, torch.Tensor], torch.Tensor] | None = None
         self.num_probes = 0
         self.published: list[NameMap] = []
-        lora, sparse = LoraTables(len(base.linears), 1, base.device), SparseTables(len(base.linears), 1, base.device)
-        vectors = VectorFamily(len(base.linears), len(base.norms), 1, base.device)
-        apart = ApartFamily(len(base.linears), len(base.points), 1, base.device)
-        vocabulary = VocabularyFamily(1, base.device)
-        block_tables = BlockTables(len(base.linears), 1, base.device)
-        self._prefixes = PrefixTables(1)
-        self._pool = DevicePool(
-            base.linears,
-            lora,
-            sparse,
-            num_slots=1,
-            max_bytes=1 << 30,
-            vectors=vectors,
-            norms=base.norms,
-            apart=apart,
-            points=base.points,
-            vocabulary=vocabulary,
-            matrices=base.matrices,
-            blocks=block_tables,
-            prefixes=self._prefixes,
-        )
-        self._runner = ModelRunner(
-            base,
-            KVCache(base.kv_layout, 8, base.device),
-            lora,
-            sparse,
-            vectors=vectors,
-            apart=apart,
-            vocabulary=vocabulary,
-            blocks=block_tables,
-            prefixes=self._prefixes,
-        )
+        self._tables = DeltaTables.of(base, 1)
+        self._pool = DevicePool(self._tables, num_slots=1, max_bytes=1 << 30)
+        self._runner = ModelRunner(base, KVCache(base.kv_layout, 8, base.device), self._tables)
 
     def publish(self, names: NameMap) -> None:
         self.names = names
@@ -95,7 +58,7 @@ class SerialEngine:
             path = self.candidates[part.version]
             self._install(FoldedAdapter.load(path, self.base.spec, self.base.dtype))
             parts = (ScheduledPart(0, part.scale_first, part.scale_last),)
-        start = self._prefixes.num_tokens(0) if parts else 0
+        start = self._tables.prefixes.num_tokens(0) if parts else 0
         blocks = list(range(1 + (start + len(ids) - 1) // 16))
         prefix = PrefixFill((PrefixPart(0, 0, start),)) if start else None
         seq = ScheduledSequence(0, ids, start, blocks, () if start else parts, logits="all", prefix=prefix)

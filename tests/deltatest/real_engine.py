@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.adapters.host_cache import HostCache
 from deltaserve.adapters.residency import AdapterResidency
@@ -25,15 +26,6 @@ from deltaserve.engine.sampler import Sampler
 from deltaserve.engine.scheduler import Scheduler
 from deltaserve.model.base import BaseModel
 from deltaserve.model.kv_cache import KVCache
-from deltaserve_kernels import (
-    ApartFamily,
-    BlockTables,
-    LoraTables,
-    PrefixTables,
-    SparseTables,
-    VectorFamily,
-    VocabularyFamily,
-)
 from deltaserve_store.formats import read_adapter
 
 
@@ -103,29 +95,8 @@ def real_rig(
     max_num_batched_tokens: int = 256,
     has_graphs: bool = False,
 ) -> RealRig:
-    lora = LoraTables(len(base.linears), num_slots, base.device)
-    sparse = SparseTables(len(base.linears), num_slots, base.device)
-    vectors = VectorFamily(len(base.linears), len(base.norms), num_slots, base.device)
-    apart = ApartFamily(len(base.linears), len(base.points), num_slots, base.device)
-    vocabulary = VocabularyFamily(num_slots, base.device)
-    block_tables = BlockTables(len(base.linears), num_slots, base.device)
-    prefixes = PrefixTables(num_slots)
-    pool = DevicePool(
-        base.linears,
-        lora,
-        sparse,
-        num_slots=num_slots,
-        max_bytes=1 << 30,
-        device=base.device,
-        vectors=vectors,
-        norms=base.norms,
-        apart=apart,
-        points=base.points,
-        vocabulary=vocabulary,
-        matrices=base.matrices,
-        blocks=block_tables,
-        prefixes=prefixes,
-    )
+    tables = DeltaTables.of(base, num_slots)
+    pool = DevicePool(tables, num_slots=num_slots, max_bytes=1 << 30, device=base.device)
     residency = AdapterResidency(pool, HostCache(1 << 30), MemoryLoader(adapters or {}))
     limits = EngineLimits(
         max_model_len=min(base.max_context, num_blocks * 16),
@@ -139,23 +110,15 @@ def real_rig(
     # What blocks held before must not matter.
     kv.pool.normal_(generator=torch.Generator(base.device).manual_seed(1))
     kv_regime = base.kv_regime if base.has_kv_regimes else None
-    scheduler = Scheduler(blocks, residency, limits, kv_regime=kv_regime, patience_seconds=0.05, prefixes=prefixes)
+    scheduler = Scheduler(
+        blocks, residency, limits, kv_regime=kv_regime, patience_seconds=0.05, prefixes=tables.prefixes
+    )
     graphs = None
     if has_graphs:  # each a pass that is run again; wants the reference operators
-        graphs = DecodeGraphs(base, kv, lora, sparse, max_seqs=max_num_seqs, capture=lambda run: run)
+        few = DeltaTables(tables.lora, tables.sparse)  # rows with other terms run eagerly
+        graphs = DecodeGraphs(base, kv, few, max_seqs=max_num_seqs, capture=lambda run: run)
         graphs.capture()
-    inner = ModelRunner(
-        base,
-        kv,
-        lora,
-        sparse,
-        vectors=vectors,
-        apart=apart,
-        vocabulary=vocabulary,
-        blocks=block_tables,
-        prefixes=prefixes,
-        graphs=graphs,
-    )
+    inner = ModelRunner(base, kv, tables, graphs=graphs)
     runner = RecordingRunner(inner)
     engine = Engine(runner, residency, blocks, scheduler, Sampler(base.vocab_size), limits)
     return RealRig(engine, runner, residency)

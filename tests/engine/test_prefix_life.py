@@ -7,6 +7,7 @@ import random
 
 import torch
 
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.adapters.device_pool import DevicePool
 from deltaserve.adapters.host_cache import HostCache
 from deltaserve.adapters.residency import AdapterResidency
@@ -20,7 +21,7 @@ from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.prefix_fill import copy_prefixes, passes
 from deltaserve.engine.sampler import Sampler
 from deltaserve.engine.scheduler import Scheduler
-from deltaserve_kernels import LoraTables, PrefixTables, SparseTables
+from deltaserve_kernels import LoraTables, PrefixTables
 from deltatest.engine_fakes import FINGERPRINT, LINEAR, VOCAB, FakeLoader, FakeRunner, adapter, request, row_logits
 
 NUM_BLOCKS, NUM_SLOTS = 16, 4
@@ -119,9 +120,8 @@ def expected(prompt: tuple[int, ...], versions: tuple[str, ...], num_tokens: int
 
 def test_random_life() -> None:
     lora, prefixes = LoraTables(1, NUM_SLOTS, "cpu"), PrefixTables(NUM_SLOTS)
-    pool = DevicePool(
-        [LINEAR], lora, SparseTables(1, NUM_SLOTS, "cpu"), num_slots=NUM_SLOTS, max_bytes=2000, prefixes=prefixes
-    )
+    tables = DeltaTables(lora, prefixes=prefixes, linears=[LINEAR])
+    pool = DevicePool(tables, num_slots=NUM_SLOTS, max_bytes=2000)
     residency = AdapterResidency(pool, HostCache(2000), Loader(CONTENTS))
     limits = EngineLimits(
         max_model_len=160, max_num_seqs=6, max_num_batched_tokens=24, max_queue=1000, vocab_size=VOCAB

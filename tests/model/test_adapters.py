@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.engine.batch import ScheduledPart
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve_kernels import LoraTables, SparseTables
@@ -92,7 +93,7 @@ def test_lora_on_all_linears_equals_peft_and_folded_weights_beside_others(settin
     tables = LoraTables(len(base.linears), 3, "cpu")
     fill_lora(tables, base, 2, first)
     fill_lora(tables, base, 0, second)
-    driver = PagedDriver(base, lora=tables, sparse=SparseTables(len(base.linears), 3, "cpu"))
+    driver = PagedDriver(base, DeltaTables(tables, SparseTables(len(base.linears), 3, "cpu")))
     parts = [(ScheduledPart(2, 0.5, 0.5),), (), (ScheduledPart(0),), (ScheduledPart(2, 0.5, 0.5),)]
     found = driver.logits(prompts, parts, chunk=11)
     plain = driver.logits(prompts)
@@ -122,7 +123,7 @@ def test_scale_runs_over_depth(llama: BaseModel) -> None:
     tables = LoraTables(len(llama.linears), 1, "cpu")
     fill_lora(tables, llama, 0, factors)
     ids = random_prompts()[0]
-    found = PagedDriver(llama, lora=tables).logits([ids], [(ScheduledPart(0, 0.25, 1.25),)])[0]
+    found = PagedDriver(llama, DeltaTables(tables)).logits([ids], [(ScheduledPart(0, 0.25, 1.25),)])[0]
     scales = {0: 0.25, 1: 0.75, 2: 1.25}
     layers = {name: spec.layer for name, spec in llama.spec.linears.items()}
     wanted = llama.folded_logits(torch.tensor(ids), deltas_of(factors, lambda name: scales[layers[name]]))
@@ -142,7 +143,7 @@ def test_sparse_and_lora_in_one_binding_equal_folded_weights(llama: BaseModel) -
         csr = dense[name].to_sparse_csr()
         sparse.set(index, 1, csr.crow_indices().int(), csr.col_indices().int(), csr.values())
     ids = random_prompts()[0]
-    driver = PagedDriver(llama, lora=lora, sparse=sparse)
+    driver = PagedDriver(llama, DeltaTables(lora, sparse))
     both, only_sparse = driver.logits([ids, ids], [(ScheduledPart(0), ScheduledPart(1, 0.5, 0.5)), (ScheduledPart(1),)])
     folded = llama.folded_logits(torch.tensor(ids), {name: (lambda n=name: dense[n]) for name in dense})
     assert (only_sparse - folded).abs().max() < 1e-4
@@ -154,7 +155,7 @@ def test_sparse_and_lora_in_one_binding_equal_folded_weights(llama: BaseModel) -
 def test_a_part_joins_at_its_start_position(llama: BaseModel) -> None:
     tables = LoraTables(len(llama.linears), 1, "cpu")
     fill_lora(tables, llama, 0, random_factors(llama, 3, 1))
-    driver = PagedDriver(llama, lora=tables)
+    driver = PagedDriver(llama, DeltaTables(tables))
     ids = random_prompts()[0]
     late = (ScheduledPart(0, start_position=12),)
     whole, chunked = driver.logits([ids], [late])[0], driver.logits([ids], [late], chunk=12)[0]
@@ -173,7 +174,7 @@ def test_company_does_not_change_a_rows_answer(llama: BaseModel) -> None:
     tables = LoraTables(len(llama.linears), 8, "cpu")
     for slot in range(8):
         fill_lora(tables, llama, slot, random_factors(llama, 1 + 3 * slot, slot))
-    driver = PagedDriver(llama, lora=tables, num_blocks=128)
+    driver = PagedDriver(llama, DeltaTables(tables), num_blocks=128)
     generator = torch.Generator().manual_seed(9)
     running = [
         Running(

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
-from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve.model.context import ForwardContext
 from deltaserve_kernels import (
@@ -104,7 +103,7 @@ def test_a_slot_that_holds_another_adapter_is_met_anew(base: BaseModel, monkeypa
         rig.clear(1)
         rig.fill(1, ("modules",), share=1.0)
         found = rig.eager.execute(batch)
-        fresh = ModelRunner(base, rig.eager_kv, rig.lora, rig.sparse, apart=rig.apart)
+        fresh = rig.new_runner()
         assert torch.equal(found, fresh.execute(batch))
         assert isinstance(rig.eager._apart_step, ApartStep)
         assert not torch.equal(found, first)

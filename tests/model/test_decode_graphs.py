@@ -19,7 +19,7 @@ from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.engine.static_step import StaticStep
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve.model.kv_cache import KVCache
-from deltaserve_kernels import EMBEDDING, LoraTables, RotationFactor, VectorEntries, VocabularyEntries, use_backend
+from deltaserve_kernels import EMBEDDING, RotationFactor, VectorEntries, VocabularyEntries, use_backend
 from deltatest.engine_fakes import request as make_request
 from deltatest.graph_rig import GraphRig, rerun
 from deltatest.real_engine import real_rig
@@ -160,7 +160,7 @@ def test_a_step_takes_the_smallest_graph_that_has_its_rows_and_families(llama: B
     narrow.check(batch)
     assert recorded.replayed == [(2, frozenset({"lora", "sparse"}))]
     with pytest.raises(ValueError, match="only \\['lora', 'sparse'\\] have tables"):
-        DecodeGraphs(llama, narrow.kv, narrow.lora, narrow.sparse, keys=[["blocks"]], capture=rerun)
+        DecodeGraphs(llama, narrow.kv, narrow.tables, keys=[["blocks"]], capture=rerun)
 
 
 def test_graphs_of_every_family_at_start_up_are_as_many_as_the_docs_say(llama: BaseModel) -> None:
@@ -241,7 +241,7 @@ def test_what_no_graph_serves_is_left_to_the_eager_runner(llama: BaseModel) -> N
     rig.lora.grow(9)
     assert rig.graphs.run(one) is None  # the graphs hold the old tables' addresses
     with pytest.raises(ValueError, match="scratch block"):
-        DecodeGraphs(llama, KVCache(llama.kv_layout, 4, "cpu"), LoraTables(len(llama.linears), 2), capture=rerun)
+        DecodeGraphs(llama, KVCache(llama.kv_layout, 4, "cpu"), rig.tables, capture=rerun)
     fresh = GraphRig(llama, capture_now=False)
     assert fresh.graphs.run(one) is None
 
@@ -287,7 +287,7 @@ def test_a_step_is_under_2_kb_and_block_tables_travel_only_when_they_change(
 
 def test_the_runner_replays_decodes_and_runs_the_rest_eagerly(llama: BaseModel) -> None:
     rig = GraphRig(llama, capture_now=False)
-    runner = ModelRunner(llama, rig.kv, rig.lora, rig.sparse, graphs=rig.graphs)
+    runner = ModelRunner(llama, rig.kv, rig.tables, graphs=rig.graphs)
     runner.warm_up()
     assert not rig.kv.pool.any()
     recorded = Recorded(rig.graphs)

@@ -175,7 +175,7 @@ def test_replays_are_near_the_eager_runner(base: BaseModel) -> None:
 @pytest.mark.skipif(not ON_GPU, reason="the tape raises on what would sync, in graph_cases")
 def test_a_step_does_not_wait_and_sampling_waits_once(base: BaseModel) -> None:
     rig = rig_of(base, capture_now=False, has_vectors=True, has_vocabulary=True)
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=rig.graphs, **rig.tables)
+    runner = ModelRunner(base, rig.kv, rig.tables, graphs=rig.graphs)
     runner.warm_up()
     rig.change_adapters()
     batch = rig.random_batch(7)
@@ -223,7 +223,7 @@ def sampling_sequences(count: int) -> list:  # type: ignore[type-arg]
 @pytest.mark.skipif(not ON_GPU, reason="no compiler and no device memory")
 def test_a_thousand_replays_take_no_memory_and_compile_nothing(base: BaseModel) -> None:
     rig = rig_of(base, capture_now=False, has_vectors=True, has_vocabulary=True)
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=rig.graphs, **rig.tables)
+    runner = ModelRunner(base, rig.kv, rig.tables, graphs=rig.graphs)
     runner.warm_up(max_tokens=256)
     compiled = num_compiled()
     assert compiled >= len(KERNELS)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.engine import model_runner
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
 from deltaserve.engine.model_runner import ModelRunner
@@ -29,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 @pytest.fixture
 def runner(base: BaseModel) -> ModelRunner:
-    return ModelRunner(base, KVCache(base.kv_layout, 6, "cpu"), LoraTables(len(base.linears), 2, "cpu"))
+    return ModelRunner(base, KVCache(base.kv_layout, 6, "cpu"), DeltaTables(LoraTables(len(base.linears), 2, "cpu")))
 
 
 def test_rows_come_in_batch_order_none_last_all(base: BaseModel, runner: ModelRunner) -> None:

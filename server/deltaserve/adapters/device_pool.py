@@ -5,36 +5,31 @@ On a CPU the device's memory is the host's, so staging copies nothing and an ada
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from deltaserve.adapters.apart_entries import apart_entries
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.adapters.vector_entries import vector_entries
 from deltaserve.adapters.vocabulary_entries import vocabulary_entries
 from deltaserve.deltas.blocks import BlockTerm
 from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm, SparseTerm
 from deltaserve_kernels import (
     ApartEntries,
-    ApartFamily,
     BlockEntry,
-    BlockTables,
-    LoraTables,
     PrefixEntry,
-    PrefixTables,
     SparseEntry,
-    SparseTables,
     VectorEntries,
-    VectorFamily,
     VocabularyEntries,
-    VocabularyFamily,
 )
 
 NO_VECTORS = VectorEntries()
 NOTHING_APART = ApartEntries()
 NO_VOCABULARY = VocabularyEntries()
+Family = TypeVar("Family")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,48 +66,29 @@ class DevicePool:
     """``num_slots`` slots and ``max_bytes`` bytes. For the engine thread; ``convert`` and ``stage`` for any, best for a
     worker.
 
-    ``linears`` are the base's linears in table order, ``norms`` its norms, ``points`` its attach points, ``matrices``
-    the names of its embedding and head. Without ``vectors``, ``apart`` (dense differences and modules),
-    ``vocabulary``, ``blocks`` or ``prefixes`` adapters that have such terms are refused.
+    Adapters with terms of a family that ``tables`` have not are refused.
     """
 
     def __init__(
         self,
-        linears: Sequence[str],
-        lora: LoraTables,
-        sparse: SparseTables,
+        tables: DeltaTables,
         *,
         num_slots: int,
         max_bytes: int,
         device: torch.device | str = "cpu",
-        vectors: VectorFamily | None = None,
-        norms: Sequence[str] = (),
-        apart: ApartFamily | None = None,
-        points: Sequence[str] = (),
-        vocabulary: VocabularyFamily | None = None,
-        matrices: Sequence[str | None] = (None, None),
-        blocks: BlockTables | None = None,
-        prefixes: PrefixTables | None = None,
     ) -> None:
-        given = (lora, sparse, vectors, apart, vocabulary, blocks, prefixes)
-        available = [tables.num_slots for tables in given if tables is not None]
-        if num_slots > min(available):
+        available = [family.num_slots for family in tables.served()]
+        if num_slots > min(available, default=0):
             raise ValueError(f"{num_slots} slots asked for; the tables have {', '.join(map(str, available))}")
         self.num_slots = num_slots
         self.max_bytes = max_bytes
         self.used_bytes = 0
         self.device = torch.device(device)
-        self._linear_index = {name: index for index, name in enumerate(linears)}
-        self._norm_index = {name: index for index, name in enumerate(norms)}
-        self._matrix_index = {name: index for index, name in enumerate(matrices) if name is not None}
-        self._vectors = vectors
-        self._point_index = {name: index for index, name in enumerate(points)}
-        self._apart = apart
-        self._vocabulary = vocabulary
-        self._blocks = blocks
-        self._prefixes = prefixes
-        self._lora = lora
-        self._sparse = sparse
+        self._tables = tables
+        self._linear_index = {name: index for index, name in enumerate(tables.linears)}
+        self._norm_index = {name: index for index, name in enumerate(tables.norms)}
+        self._point_index = {name: index for index, name in enumerate(tables.points)}
+        self._matrix_index = {name: index for index, name in enumerate(tables.matrices) if name is not None}
         self._free = list(range(num_slots - 1, -1, -1))
         self._held: dict[int, tuple[str, int]] = {}  # slot -> (version, bytes)
         self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -136,8 +112,9 @@ class DevicePool:
         lora: list[tuple[int, Tensor, Tensor]] = []
         sparse: list[tuple[int, SparseEntry]] = []
         blocks: list[tuple[int, BlockEntry]] = []
+        tables = self._tables
         # A file's tensors share one buffer: whatever stays of it would keep the CSR arrays that nobody reads.
-        is_apart = not self._sparse.has_csr and "sparse" in folded.kinds
+        is_apart = tables.sparse is not None and not tables.sparse.has_csr and "sparse" in folded.kinds
         for name, terms in folded.terms.items():
             if name in self._matrix_index:
                 continue
@@ -146,33 +123,33 @@ class DevicePool:
                 raise ValueError(f"the base has no linear {name!r}")
             for term in terms:
                 if isinstance(term, LowRankTerm):
+                    _served(tables.lora, "low-rank terms")
                     a, b_t = (term.a.clone(), term.b_t.clone()) if is_apart else (term.a, term.b_t)
                     lora.append((index, a, b_t))
                 elif isinstance(term, SparseTerm):
-                    sparse.append((index, self._sparse.scan(term.indptr, term.cols, term.values)))
+                    scan = _served(tables.sparse, "sparse terms").scan
+                    sparse.append((index, scan(term.indptr, term.cols, term.values)))
                 elif isinstance(term, BlockTerm):
-                    blocks.append((index, self._scan_block(name, term, is_apart)))
+                    blocks.append((index, self._scan_block(term, is_apart)))
         vectors = vector_entries(folded, self._linear_index, self._norm_index, is_apart=is_apart)
-        if self._vectors is None and vectors.nbytes:
-            raise ValueError("this pool has no tables for vector terms")
+        if vectors.nbytes:
+            _served(tables.vectors, "vector terms")
         terms_apart = apart_entries(folded, self._linear_index, self._point_index, is_apart=is_apart)
-        if self._apart is None and terms_apart.nbytes:
-            raise ValueError("this pool has no tables for dense differences and residual modules")
+        if terms_apart.nbytes:
+            _served(tables.apart, "dense differences and residual modules")
         vocabulary = vocabulary_entries(folded, self._matrix_index, is_apart=is_apart)
-        if self._vocabulary is None and vocabulary.nbytes:
-            raise ValueError("this pool has no tables for terms of embedding and head")
+        if vocabulary.nbytes:
+            _served(tables.vocabulary, "terms of embedding and head")
         prefix = None
         if folded.prefix is not None:
-            if self._prefixes is None:
-                raise ValueError("this pool has no tables for prefixes")
+            _served(tables.prefixes, "prefixes")
             prefix = PrefixEntry(folded.prefix.pages, folded.prefix.num_tokens, folded.prefix.embeddings)
         return StagedAdapter(tuple(lora), tuple(sparse), vectors, terms_apart, vocabulary, tuple(blocks), prefix)
 
-    def _scan_block(self, name: str, term: BlockTerm, is_apart: bool) -> BlockEntry:
-        if self._blocks is None:
-            raise ValueError(f"this pool has no tables for the block of {name!r}")
+    def _scan_block(self, term: BlockTerm, is_apart: bool) -> BlockEntry:
+        blocks = _served(self._tables.blocks, "row and column blocks")
         kept = {role: tensor.clone() if is_apart else tensor for role, tensor in term.tensors().items()}
-        return self._blocks.scan(
+        return blocks.scan(
             kept["block"],
             term.in_features,
             term.out_features,
@@ -200,43 +177,32 @@ class DevicePool:
 
     def install(self, slot: int, staged: StagedAdapter) -> None:
         """Point the tables' ``slot`` at the terms. On an error of the tables the slot is left empty, still reserved."""
+        tables = self._tables
         try:
-            self._lora.set_all(slot, staged.lora)
-            self._sparse.set_all(slot, staged.sparse)
-            if self._vectors is not None:
-                self._vectors.set_all(slot, staged.vectors)
-            if self._apart is not None:
-                self._apart.set_all(slot, staged.apart)
-            if self._vocabulary is not None:
-                self._vocabulary.set_all(slot, staged.vocabulary)
-            if self._blocks is not None:
-                self._blocks.set_all(slot, staged.blocks)
-            if self._prefixes is not None and staged.prefix is not None:
-                self._prefixes.set(slot, staged.prefix)
+            if tables.lora is not None:
+                tables.lora.set_all(slot, staged.lora)
+            if tables.sparse is not None:
+                tables.sparse.set_all(slot, staged.sparse)
+            if tables.vectors is not None:
+                tables.vectors.set_all(slot, staged.vectors)
+            if tables.apart is not None:
+                tables.apart.set_all(slot, staged.apart)
+            if tables.vocabulary is not None:
+                tables.vocabulary.set_all(slot, staged.vocabulary)
+            if tables.blocks is not None:
+                tables.blocks.set_all(slot, staged.blocks)
+            if tables.prefixes is not None and staged.prefix is not None:
+                tables.prefixes.set(slot, staged.prefix)
         except Exception:
-            self._clear(slot)
+            tables.clear(slot)
             raise
 
     def release(self, slot: int) -> None:
         """Empty a slot and give it back."""
         _, nbytes = self._held.pop(slot)
-        self._clear(slot)
+        self._tables.clear(slot)
         self.used_bytes -= nbytes
         self._free.append(slot)
-
-    def _clear(self, slot: int) -> None:
-        self._lora.clear(slot)
-        self._sparse.clear(slot)
-        if self._vectors is not None:
-            self._vectors.clear(slot)
-        if self._apart is not None:
-            self._apart.clear(slot)
-        if self._vocabulary is not None:
-            self._vocabulary.clear(slot)
-        if self._blocks is not None and self._blocks.has_slot(slot):
-            self._blocks.clear(slot)
-        if self._prefixes is not None:
-            self._prefixes.clear(slot)
 
     def versions(self) -> list[str]:
         """Versions that hold a slot."""
@@ -250,3 +216,9 @@ class DevicePool:
         total = sum(nbytes for _, nbytes in self._held.values())
         if total != self.used_bytes or not 0 <= total <= self.max_bytes:
             raise RuntimeError(f"device pool: {total} bytes held, {self.used_bytes} booked, {self.max_bytes} allowed")
+
+
+def _served(tables: Family | None, noun: str) -> Family:
+    if tables is None:
+        raise ValueError(f"this pool has no tables for {noun}")
+    return tables

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.engine.batch import ScheduledSequence
 from deltaserve.engine.graph_capture import Capture, CudaCapture, Pass
 from deltaserve.engine.graph_families import Family, default_keys, give, known_families
@@ -21,15 +22,7 @@ from deltaserve.engine.static_step import RowBinding, StaticStep
 from deltaserve.model.base import BaseModel
 from deltaserve.model.context import ForwardContext
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
-from deltaserve_kernels import (
-    ApartFamily,
-    BlockTables,
-    LoraTables,
-    PaddedLayout,
-    SparseTables,
-    VectorFamily,
-    VocabularyFamily,
-)
+from deltaserve_kernels import PaddedLayout
 
 MAX_RANK = 256
 """Ranks that graphs have room for. Adapters of a higher one are served without graphs."""
@@ -50,7 +43,7 @@ class DecodeGraphs:
     change nothing. ``row_counts``: the buckets. ``capture``: CUDA graphs unless said otherwise; those need operators
     that look into no tensor, which are the Triton ones.
 
-        graphs = DecodeGraphs(base, KVCache(layout, num_blocks, device, has_scratch=True), lora, sparse, max_seqs=64)
+        graphs = DecodeGraphs(base, KVCache(layout, num_blocks, device, has_scratch=True), tables, max_seqs=64)
         graphs.capture()              # before traffic
         logits = graphs.run(batch)    # [R, vocab], or None: run it with ModelRunner
 
@@ -61,13 +54,8 @@ class DecodeGraphs:
         self,
         base: BaseModel,
         kv: KVCache,
-        lora: LoraTables | None = None,
-        sparse: SparseTables | None = None,
+        tables: DeltaTables,
         *,
-        vectors: VectorFamily | None = None,
-        blocks: BlockTables | None = None,
-        apart: ApartFamily | None = None,
-        vocabulary: VocabularyFamily | None = None,
         max_seqs: int = 64,
         max_blocks: int | None = None,
         max_rank: int = MAX_RANK,
@@ -81,16 +69,7 @@ class DecodeGraphs:
         if max_blocks is None:
             max_blocks = min(-(-base.max_context // BLOCK_SIZE), kv.num_blocks)
         self.step = StaticStep(kv, max_seqs=self.row_counts[-1], max_blocks=max_blocks, has_regimes=base.has_kv_regimes)
-        self.families = known_families(
-            base,
-            lora=lora,
-            sparse=sparse,
-            vectors=vectors,
-            blocks=blocks,
-            apart=apart,
-            vocabulary=vocabulary,
-            max_rank=max_rank,
-        )
+        self.families = known_families(base, tables, max_rank=max_rank)
         self._num_slots = {name: family.num_slots() for name, family in self.families.items()}
         self.keys = self._sorted_keys(keys)
         self._capture: Capture = capture or CudaCapture(kv.pool.device)

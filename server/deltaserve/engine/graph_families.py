@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.model.base import BaseModel
 from deltaserve.model.context import ForwardContext
 from deltaserve_kernels import (
@@ -60,35 +61,25 @@ class GraphFamily:
     is_large: bool = False
 
 
-def known_families(
-    base: BaseModel,
-    *,
-    lora: LoraTables | None = None,
-    sparse: SparseTables | None = None,
-    vectors: VectorFamily | None = None,
-    blocks: BlockTables | None = None,
-    apart: ApartFamily | None = None,
-    vocabulary: VocabularyFamily | None = None,
-    max_rank: int,
-) -> dict[Family, GraphFamily]:
-    """The families of the tables that are given, by name, in the order that they are given to a pass."""
+def known_families(base: BaseModel, tables: DeltaTables, *, max_rank: int) -> dict[Family, GraphFamily]:
+    """The families that are served, by name, in the order that they are given to a pass."""
     known: dict[Family, GraphFamily] = {}
-    if lora is not None:
-        lora.reserve_rank(max_rank)
-        known["lora"] = _low_rank(lora)
-    if sparse is not None:
-        known["sparse"] = _sparse(sparse)
-    if vectors is not None:
-        known["vectors"] = _vectors(vectors)
-        known["fed"] = _fed(vectors, base)
-    if blocks is not None:
-        known["blocks"] = _blocks(blocks)
-    if apart is not None:
-        apart.modules.reserve_rank(max_rank)
-        known["apart"] = _apart(apart)
-    if vocabulary is not None:
-        vocabulary.lora.reserve_rank(max_rank)
-        known["vocabulary"] = _vocabulary(vocabulary, base)
+    if tables.lora is not None:
+        tables.lora.reserve_rank(max_rank)
+        known["lora"] = _low_rank(tables.lora)
+    if tables.sparse is not None:
+        known["sparse"] = _sparse(tables.sparse)
+    if tables.vectors is not None:
+        known["vectors"] = _vectors(tables.vectors)
+        known["fed"] = _fed(tables.vectors, base)
+    if tables.blocks is not None:
+        known["blocks"] = _blocks(tables.blocks)
+    if tables.apart is not None:
+        tables.apart.modules.reserve_rank(max_rank)
+        known["apart"] = _apart(tables.apart)
+    if tables.vocabulary is not None:
+        tables.vocabulary.lora.reserve_rank(max_rank)
+        known["vocabulary"] = _vocabulary(tables.vocabulary, base)
     return known
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.engine.batch import ScheduledSequence, check_batch
 from deltaserve.engine.decode_graphs import DecodeGraphs
 from deltaserve.engine.prefix_fill import copy_prefixes, passes
@@ -27,15 +28,12 @@ from deltaserve_kernels import (
     ApartRows,
     ApartStep,
     BlockTables,
-    LoraTables,
     PaddedLayout,
     PrefixTables,
     RotationTables,
-    SparseTables,
     VectorFamily,
     VectorRows,
     VectorStep,
-    VocabularyFamily,
     VocabularyStep,
     WorkList,
     build_work_list_runs,
@@ -49,6 +47,7 @@ from deltaserve_kernels import (
 
 # Rows of a rehearsal that enters products several times: what compiles for few rows has compiled for many.
 MOST_ROWS_FANNED_OUT = 64
+NO_TABLES = DeltaTables()
 
 # (first row, number of rows, active parts as (slot, scale_first, scale_last))
 Run = tuple[int, int, tuple[tuple[int, float, float], ...]]
@@ -62,25 +61,19 @@ class ModelRunner:
         self,
         base: BaseModel,
         kv: KVCache,
-        lora: LoraTables | None = None,
-        sparse: SparseTables | None = None,
+        tables: DeltaTables = NO_TABLES,
         *,
-        vectors: VectorFamily | None = None,
-        apart: ApartFamily | None = None,
-        vocabulary: VocabularyFamily | None = None,
-        blocks: BlockTables | None = None,
-        prefixes: PrefixTables | None = None,
         graphs: DecodeGraphs | None = None,
     ) -> None:
         self.base = base
         self.kv = kv
-        self.lora = lora
-        self.sparse = sparse
-        self.vectors = vectors
-        self.apart = apart
-        self.vocabulary = vocabulary
-        self.blocks = blocks
-        self.prefixes = prefixes
+        self.lora = tables.lora
+        self.sparse = tables.sparse
+        self.vectors = tables.vectors
+        self.apart = tables.apart
+        self.vocabulary = tables.vocabulary
+        self.blocks = tables.blocks
+        self.prefixes = tables.prefixes
         self.graphs = graphs
         self._is_host = base.device.type == "cpu"
         self._staging = np.empty(0, dtype=np.int64)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model import base as base_module
@@ -76,7 +77,7 @@ def kinds_of(base: BaseModel) -> set[str]:
 
 def steps(base: BaseModel, lora=None) -> torch.Tensor:
     """A step of a prompt and a chunk, then one token each; the second sequence has adapter 0."""
-    runner = ModelRunner(base, KVCache(base.kv_layout, 6, "cpu"), lora)
+    runner = ModelRunner(base, KVCache(base.kv_layout, 6, "cpu"), DeltaTables(lora))
     parts = (ScheduledPart(0),) if lora is not None else ()
     first = [ScheduledSequence(0, (40, 41, 42, 43, 44), 0, (0,)), ScheduledSequence(1, (7, 8), 0, (3,), parts)]
     second = [ScheduledSequence(0, (5,), 5, (0,)), ScheduledSequence(1, (6,), 2, (3,), parts)]

@@ -102,7 +102,7 @@ def test_replays_follow_adapters_ranks_counts_and_rows_to_the_bit(base):
     # A composition without room in the list is launched, and the tape is none the worse for it.
     batch = [ScheduledSequence(i, [5 + i], 3, [i], many(4, i)) for i in range(3)]
     assert rig.graphs.run(batch) is None  # twelve parts; the list of three rows has room for eleven
-    launched = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=rig.graphs).execute(batch)
+    launched = ModelRunner(base, rig.kv, rig.tables, graphs=rig.graphs).execute(batch)
     rig.eager_kv.pool.copy_(rig.kv.pool[: rig.num_blocks])
     use_backend("reference")
     torch.testing.assert_close(launched, rig.eager.execute(batch), rtol=0, atol=1e-4)

@@ -249,7 +249,7 @@ def test_serving_compiles_nothing_after_the_warm_up(
     base = loaded(architecture, torch.bfloat16, tmp_path)
     rig = GraphRig(base, capture_now=False, **EVERY_FAMILY)
     graphs = rig.graphs if has_graphs else None
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=graphs, **rig.tables)
+    runner = ModelRunner(base, rig.kv, rig.tables, graphs=graphs)
     runner.warm_up(max_tokens=256)
     warm = set(binaries)
     served = {*STEP, *MATRICES, *TURNS, *PROMPT, *BY_ROW - {"gather_rows"}, *VOCABULARY}
