@@ -1,0 +1,81 @@
+"""Configs made to hurt: numbers that no float holds, long lists, many patterns. They are refused, or read, soon."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deltaserve_store.errors import AdapterInvalid
+from deltaserve_store.formats import read_adapter
+from deltaserve_store.formats.lora_vectors import PEFT_LORA_FIELDS
+from deltaserve_store.formats.peft_fields import LORA_FIELDS, SHIRA_FIELDS, FieldRule
+from deltaserve_store.formats.peft_kinds.table import READERS
+from deltaserve_store.formats.peft_prefixes import PREFIX_KINDS
+from deltaserve_store.formats.peft_trainable_tokens import TOKENS_FIELDS
+from deltaserve_store.formats.peft_vectors import IA3_FIELDS, LN_FIELDS
+from deltatest.adapter_corpus import CONFIG, corpus_base, edit_config, write_good_lora
+
+TABLES: dict[str, Mapping[str, FieldRule]] = {
+    "lora": PEFT_LORA_FIELDS,
+    "plain lora": LORA_FIELDS,
+    "shira": SHIRA_FIELDS,
+    "ia3": IA3_FIELDS,
+    "ln tuning": LN_FIELDS,
+    "tokens": TOKENS_FIELDS,
+    **{name: kind.fields for name, kind in PREFIX_KINDS.items()},
+    **{name: reader.fields for name, reader in READERS.items()},
+}
+HUGE = 10**400
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    HUGE,
+    -HUGE,
+    0,
+    -0.5,
+    1e308,
+    "",
+    "x" * 5000,
+    [],
+    [HUGE],
+    [[]],
+    [None, "a", 1],
+    {},
+    {"a": HUGE},
+    {"(a+)+$": 1},
+    {"a": [HUGE, {}]},
+)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_field_has_a_verdict_on_whatever_json_can_say(table: str) -> None:
+    for field, rule in TABLES[table].items():
+        for value in VALUES:
+            assert rule.accepts(value) in (True, False), (field, value)
+            if rule.per_key is not None:
+                assert rule.per_key(value) in (True, False), (field, value)
+
+
+@pytest.mark.parametrize(("field", "code"), [("lora_dropout", "invalid_value"), ("lora_alpha", "invalid_value")])
+def test_a_number_that_no_float_holds_is_refused(field: str, code: str, tmp_path: Path) -> None:
+    folder = write_good_lora(tmp_path / "adapter")
+    edit_config(**{field: HUGE})(folder)
+    with pytest.raises(AdapterInvalid) as raised:
+        read_adapter(folder, corpus_base())
+    assert [(reason.code, reason.where) for reason in raised.value.reasons] == [(code, f"{CONFIG}:{field}")]
+
+
+def test_a_token_twice_in_the_longest_list_is_found_soon(tmp_path: Path) -> None:
+    """Looking back through the list for each of its tokens took minutes."""
+    folder = write_good_lora(tmp_path / "adapter")
+    edit_config(trainable_token_indices=[*range(65_535), 65_534])(folder)
+    before = time.monotonic()
+    with pytest.raises(AdapterInvalid) as raised:
+        read_adapter(folder, replace(corpus_base(), vocab_size=70_000, num_tokens=70_000))
+    assert time.monotonic() - before < 5.0
+    assert ("duplicate_index", "token 65534 twice") in [(r.code, r.found) for r in raised.value.reasons]
