@@ -13,12 +13,14 @@ import pytest
 from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.formats import read_adapter
 from deltaserve_store.formats.lora_vectors import PEFT_LORA_FIELDS
+from deltaserve_store.formats.module_match import PatternTable
 from deltaserve_store.formats.peft_fields import LORA_FIELDS, SHIRA_FIELDS, FieldRule
 from deltaserve_store.formats.peft_kinds.table import READERS
 from deltaserve_store.formats.peft_prefixes import PREFIX_KINDS
 from deltaserve_store.formats.peft_trainable_tokens import TOKENS_FIELDS
 from deltaserve_store.formats.peft_vectors import IA3_FIELDS, LN_FIELDS
 from deltatest.adapter_corpus import CONFIG, corpus_base, edit_config, write_good_lora
+from deltatest.kind_corpus import GOOD_KINDS
 
 TABLES: dict[str, Mapping[str, FieldRule]] = {
     "lora": PEFT_LORA_FIELDS,
@@ -79,3 +81,32 @@ def test_a_token_twice_in_the_longest_list_is_found_soon(tmp_path: Path) -> None
         read_adapter(folder, replace(corpus_base(), vocab_size=70_000, num_tokens=70_000))
     assert time.monotonic() - before < 5.0
     assert ("duplicate_index", "token 65534 twice") in [(r.code, r.found) for r in raised.value.reasons]
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("lora", "alpha_pattern", 8),
+        ("loha", "rank_pattern", 2),
+        ("lokr", "alpha_pattern", 4),
+        ("delora", "rank_pattern", 3),
+        ("c3a", "block_size_pattern", 8),
+        ("fourierft", "n_frequency_pattern", 3),
+        ("waveft", "n_frequency_pattern", 5),
+    ],
+)
+def test_a_pattern_is_compiled_once_however_many_linears_there_are(
+    kind: str, field: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = (write_good_lora if kind == "lora" else GOOD_KINDS[kind])(tmp_path / "adapter")
+    edit_config(**{field: {f"blocks.{number}.proj": value for number in range(50)}})(folder)
+    compiled: list[str] = []
+    compile_all = PatternTable.__init__
+
+    def counting(table: PatternTable, patterns: Mapping[str, float]) -> None:
+        compiled.extend(patterns)
+        compile_all(table, patterns)
+
+    monkeypatch.setattr(PatternTable, "__init__", counting)
+    read_adapter(folder, corpus_base())
+    assert len(compiled) == 50
