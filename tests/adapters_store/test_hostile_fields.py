@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltaserve_store.errors import AdapterInvalid
+from deltaserve_store.findings import Findings
 from deltaserve_store.formats import read_adapter
 from deltaserve_store.formats.lora_vectors import PEFT_LORA_FIELDS
 from deltaserve_store.formats.module_match import PatternTable
 from deltaserve_store.formats.peft_fields import LORA_FIELDS, SHIRA_FIELDS, FieldRule
 from deltaserve_store.formats.peft_kinds.table import READERS
+from deltaserve_store.formats.peft_kinds.vblora import VbLora
 from deltaserve_store.formats.peft_prefixes import PREFIX_KINDS
 from deltaserve_store.formats.peft_trainable_tokens import TOKENS_FIELDS
 from deltaserve_store.formats.peft_vectors import IA3_FIELDS, LN_FIELDS
+from deltaserve_store.parsed import LoraDelta
+from deltaserve_store.spec import LinearSpec
 from deltatest.adapter_corpus import CONFIG, corpus_base, edit_config, write_good_lora
 from deltatest.kind_corpus import GOOD_KINDS
 
@@ -110,3 +116,57 @@ def test_a_pattern_is_compiled_once_however_many_linears_there_are(
     monkeypatch.setattr(PatternTable, "__init__", counting)
     read_adapter(folder, corpus_base())
     assert len(compiled) == 50
+
+
+class Largest(TorchDispatchMode):
+    """Most elements of a tensor that an operation has made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_sparse:
+                self.numel = max(self.numel, tensor.numel())
+        return made
+
+
+def _random_parts(reader: VbLora, linear: LinearSpec, count: int) -> dict[str, torch.Tensor]:
+    parts = {}
+    for name, rule in reader.layout(linear).items():
+        if name.endswith("indices"):
+            parts[name] = torch.randint(0, count, rule.shape, dtype=torch.int32)
+        else:
+            parts[name] = torch.rand(rule.shape) / max(1, rule.shape[-1])
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("is_cut", "count", "length", "topk"),
+    [(False, 1000, 64, 1000), (True, 1000, 64, 1000), (True, 4096, 1, 2)],
+    ids=["whole logits", "many vectors in a piece", "a large bank"],
+)
+def test_mixing_vectors_of_a_bank_makes_nothing_larger_than_the_file(
+    is_cut: bool, count: int, length: int, topk: int
+) -> None:
+    """The vectors that are chosen, side by side, or the shares of a whole bank would be some hundred times its size."""
+    torch.manual_seed(0)
+    config = {
+        "r": 4,
+        "num_vectors": count,
+        "vector_length": length,
+        "topk": topk,
+        "save_only_topk_weights": is_cut,
+    }
+    linear = LinearSpec("q_proj", 64, 64)
+    reader = VbLora(config, (linear,), CONFIG)
+    parts = _random_parts(reader, linear, count)
+    given = max(count * length, *(tensor.numel() for tensor in parts.values()), 64 * 64)
+    with Largest() as largest:
+        reader.begin({"base_model.vblora_vector_bank": torch.randn(count, length)}, Findings())
+        delta = reader.convert(linear, parts, Findings())
+        assert isinstance(delta, LoraDelta)
+        assert delta.dense is not None
+        whole = delta.dense()
+    assert largest.numel <= 2 * given
+    assert torch.allclose(delta.b @ delta.a, whole, rtol=1e-4, atol=1e-4)
