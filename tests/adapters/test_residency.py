@@ -490,6 +490,32 @@ def test_unloading_frees_memory_once_unpinned() -> None:
     assert bench.observed.evictions == [("device", "unloaded")]
 
 
+@pytest.mark.parametrize("forget", [False, True])
+@pytest.mark.parametrize("loading", [False, True])
+def test_unloading_and_retiring_leave_a_waiting_sequence_its_adapter(forget: bool, loading: bool) -> None:
+    bench = Bench()
+    bench.residency.hold(["v1"])
+    if loading:
+        bench.loader.gates["v1"] = threading.Event()
+        bench.residency.plan(["v1"])
+        bench.residency.unload("v1")
+        bench.residency.retire("v1", forget=forget)
+        bench.loader.gates["v1"].set()
+        bench.wait(lambda: not bench.residency.is_loading)
+    else:
+        bench.load("v1")
+        bench.acquire("v1")
+        bench.residency.unload("v1")
+        bench.residency.retire("v1", forget=forget)
+        bench.release("v1")
+    assert bench.states("v1") == ["stored"]
+    bench.load("v1")
+    assert bench.acquire("v1") is not None
+    bench.release("v1")
+    bench.residency.unhold(["v1"])
+    assert [entry.state.value for entry in bench.residency.status()] == ([] if forget else ["retired"])
+
+
 def test_placing_many_adapters_is_spread_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residency_module, "MAX_PLACING_SECONDS", 0.005)
     bench = Bench(slots=4)

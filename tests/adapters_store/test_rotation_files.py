@@ -87,6 +87,7 @@ def module(name: str, parts: object) -> object:
         (edit_tensors({f"{Q0}.changes.1": torch.ones(1, 3, 3)}, FILE), {("shape_mismatch", f"{Q0}.changes.1")}),
         (edit_tensors({f"{Q0}.changes.1": torch.ones(8, 4, 2)}, FILE), {("shape_mismatch", f"{Q0}.changes.1")}),
         (edit_tensors({f"{Q0}.changes.1": torch.ones(8, 2)}, FILE), {("shape_mismatch", f"{Q0}.changes.1")}),
+        (edit_tensors({f"{Q0}.changes.1": torch.ones(8, 0, 0)}, FILE), {("shape_mismatch", f"{Q0}.changes.1")}),
         (
             edit_tensors({f"{Q0}.changes.1": torch.ones(8, 2, 2).int()}, FILE),
             {("unsupported_dtype", f"{Q0}.changes.1")},

@@ -21,7 +21,7 @@ from deltaserve.remote import RemoteServer
 from deltatest.grown_adapters import ADDED, KINDS, Grown, make_grown
 from deltatest.live_runtime import serve_runtime
 from deltatest.live_server import LiveServer
-from deltatest.peft_adapters import make_peft_lora, peft_greedy, peft_logits
+from deltatest.peft_adapters import edit_config, make_peft_lora, peft_greedy, peft_logits
 from deltatest.tiny_models import save_random, tiny_config
 from deltatest.tokenizers import byte_level
 
@@ -270,3 +270,14 @@ def test_what_cannot_be_added_is_refused(live: LiveServer, shelf: Shelf, tmp_pat
         with pytest.raises(AdapterRefused) as refused:
             door.upload(spoiled(name, tokens), name)
         assert code in {reason.code for reason in refused.value.reasons}, (name, refused.value.reasons)
+
+
+def test_a_lora_that_begins_in_mid_prompt_adds_none(live: LiveServer, shelf: Shelf, tmp_path: Path) -> None:
+    """Its prompts begin with the base, which has no row for them."""
+    folder = tmp_path / "invoked"
+    shutil.copytree(shelf.grown["copied"].folder, folder)
+    edit_config(folder, alora_invocation_tokens=[5, 6])
+    with pytest.raises(AdapterRefused) as refused:
+        RemoteServer(live.url).upload(folder, "invoked")
+    reasons = [(reason.code, reason.where) for reason in refused.value.reasons]
+    assert reasons == [("unsupported_feature", "adapter_config.json:alora_invocation_tokens")]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from deltaserve.deltas.fold import dense_delta, fold
@@ -15,8 +17,10 @@ from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.formats import read_adapter
 from deltaserve_store.formats.lora_initial import RECOMPUTED, residual_delta
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter
+from deltaserve_store.spec import LinearSpec
+from deltatest.adapter_corpus import PREFIX, TENSORS, corpus_base, write_good_lora
 from deltatest.mixed_batch import MixedBatch, distance
-from deltatest.peft_adapters import base_logits, make_peft_lora, peft_logits
+from deltatest.peft_adapters import base_logits, edit_config, make_peft_lora, peft_logits
 from deltatest.tiny_models import build_tiny_model
 
 IDS = torch.randint(3, 199, (24,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -89,3 +93,23 @@ def test_a_base_that_leaves_the_part_open_is_refused(method: str) -> None:
     (reason,) = caught.value.reasons
     assert (reason.code, reason.where) == ("seed_not_usable", "m")
     assert "path_initial_model_for_weight_conversion" in reason.allowed
+
+
+@pytest.mark.parametrize(("size", "rank"), [(8, 9), (600, 513)])
+@pytest.mark.parametrize("method", [*RECOMPUTED, "kasa"])
+def test_ranks_above_the_linears_or_above_half_of_what_is_served_are_refused(
+    method: str, size: int, rank: int, tmp_path: Path
+) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    base = replace(corpus_base(), linears={name: LinearSpec(name, size, size, False, False)})
+    own = {"kasa_config": {}} if method == "kasa" else {"init_lora_weights": method}
+    folder = edit_config(write_good_lora(tmp_path / "a"), r=rank, target_modules=["q_proj"], **own)
+    tensors = {"A.weight": torch.ones(rank, size), "B.weight": torch.ones(size, rank)}
+    if method == "kasa":
+        tensors["diag"] = torch.ones(rank)
+    save_file({f"{PREFIX}{name}.lora_{part}": values for part, values in tensors.items()}, folder / TENSORS)
+    with pytest.raises(AdapterInvalid) as caught:
+        read_adapter(folder, base)
+    assert [(reason.code, reason.where) for reason in caught.value.reasons] == [
+        ("rank_out_of_range", "adapter_config.json:r")
+    ]

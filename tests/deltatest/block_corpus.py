@@ -59,6 +59,13 @@ BLOCK_CORPUS: tuple[BadAdapter, ...] = (
     _tensor("a block turned", "shape_mismatch", f"{DOWN1}.block", torch.ones(2, 16)),
     _tensor("a block without its second dimension", "shape_mismatch", f"{V0}.block", torch.ones(6)),
     _tensor("more rows than there are", "shape_mismatch", f"{V0}.rows", torch.arange(9).int(), is_exact=False),
+    _tensor("a list of no rows", "shape_mismatch", f"{Q0}.rows", ints(), is_exact=False),
+    _case(
+        "a block of nothing",
+        edit_tensors({f"{V0}.rows": ints(), f"{V0}.block": torch.ones(0, 3)}, TENSORS),
+        ("shape_mismatch", f"{V0}.rows"),
+        is_exact=False,
+    ),
     _tensor("a list of two dimensions", "shape_mismatch", f"{Q0}.rows", torch.ones(3, 1).int(), is_exact=False),
     _tensor("a row outside", "index_out_of_range", f"{Q0}.rows", ints(0, 3, 16)),
     _tensor("a row below zero", "index_out_of_range", f"{Q0}.rows", ints(-1, 3, 15)),

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from deltaserve_store.added_tokens import AddedToken
 from deltaserve_store.block_deltas import RowsDelta
+from deltaserve_store.file_names import PEFT_CONFIG
 from deltaserve_store.findings import Findings
+from deltaserve_store.formats.activated_lora import check_alone
 from deltaserve_store.formats.vocabulary_rows import rows_shape, sorted_rows, tied_head
 from deltaserve_store.parsed import Delta, LoraDelta, ParsedAdapter
 from deltaserve_store.spec import BaseSpec
@@ -57,6 +59,9 @@ def with_added_tokens(
             found = f"no row for token {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             allowed = "a row for every added token (PEFT writes them with save_embedding_layers=True)"
             findings.add("missing_tensor", module, found, allowed)
+    if parsed.invocation_token_ids:
+        has_rows = any(isinstance(delta, RowsDelta) and not delta.is_copy for delta in deltas)
+        check_alone(PEFT_CONFIG, findings, rows_of_added_tokens=has_rows)
     return replace(parsed, deltas=tuple(deltas), added_tokens=tuple(tokens))
 
 

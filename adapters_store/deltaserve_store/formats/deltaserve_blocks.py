@@ -99,10 +99,10 @@ def _check_layout(linear: LinearSpec, lists: Sequence[str], tensors: TensorFile,
         if info is None:
             continue
         check_dtype(info, ("I32",), findings)
-        if len(info.shape) == 1 and info.shape[0] <= sizes[part]:
+        if len(info.shape) == 1 and 1 <= info.shape[0] <= sizes[part]:
             sizes[part] = info.shape[0]
         else:
-            findings.add("shape_mismatch", info.name, list(info.shape), f"[at most {sizes[part]}]")
+            findings.add("shape_mismatch", info.name, list(info.shape), f"[1 to {sizes[part]}]")
     block = header.get(f"{linear.name}.block")
     if block is not None:
         check_dtype(block, FLOAT_DTYPES, findings)

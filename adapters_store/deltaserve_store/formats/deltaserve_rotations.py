@@ -106,7 +106,7 @@ def _check_module(module: str, parts: Any, tensors: TensorFile, base: BaseSpec, 
             elif check_dtype(info, FLOAT_DTYPES, findings):
                 size = info.shape[-1]
                 count = info.shape[0] if len(info.shape) == 3 and info.shape[1] == size else 0
-                if size > MAX_BLOCK or width % size or count not in (1, width // size):
+                if not 1 <= size <= MAX_BLOCK or width % size or count not in (1, width // size):
                     allowed = f"blocks [{width} / b, b, b] or [1, b, b], b up to {MAX_BLOCK}"
                     findings.add("shape_mismatch", name, list(info.shape), allowed)
         for at in parts["orders"]:
@@ -144,8 +144,8 @@ def _read(module: str, parts: Mapping[str, Any], tensors: TensorFile, findings: 
             _check_order(f"{module}.order.{at}", order, findings)
         factors.append(RotationBlocks(changes.float(), order))
     turn = _turn_inputs if parts["side"] == "input" else _turn_outputs
-    kept = tuple((changes.double(), order) for changes, order in factors)
-    return RotationDelta(module, parts["side"], tuple(factors), lambda weight: turn(weight, kept))
+    kept = tuple(factors)
+    return RotationDelta(module, parts["side"], kept, lambda weight: turn(weight, kept))
 
 
 def _check_order(name: str, order: Tensor, findings: Findings) -> None:
@@ -157,7 +157,7 @@ def _check_order(name: str, order: Tensor, findings: Findings) -> None:
         findings.add("duplicate_index", name, "a place twice", f"each of 0..{size - 1} once")
 
 
-Factors = tuple[tuple[Tensor, Tensor | None], ...]
+Factors = tuple[RotationBlocks, ...]
 
 
 def _turn_inputs(weight: Tensor, factors: Factors) -> Tensor:
@@ -177,7 +177,8 @@ def _turn_outputs(weight: Tensor, factors: Factors) -> Tensor:
 
 
 def _whole(changes: Tensor) -> Tensor:
-    return changes + torch.eye(changes.shape[-1], dtype=changes.dtype)
+    """The factor's blocks themselves, float64."""
+    return changes.double() + torch.eye(changes.shape[-1], dtype=torch.float64)
 
 
 def _times(rows: Tensor, blocks: Tensor, order: Tensor | None) -> Tensor:

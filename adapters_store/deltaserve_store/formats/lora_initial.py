@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from deltaserve_store.findings import Findings, refuse
+from deltaserve_store.formats.peft_fields import MAX_RANK
 from deltaserve_store.parsed import LoraDelta, ResidualDelta
+from deltaserve_store.spec import BaseSpec
 
 RECOMPUTED = ("pissa", "olora")
 KASA = "kasa"
@@ -38,6 +40,17 @@ def check_initial(config: Mapping[str, Any], where: str, findings: Findings) -> 
         allowed = "linears stored as [out, in]: PEFT's OLoRA takes the columns as they are stored"
         findings.add("unsupported_feature", f"{where}:init_lora_weights", method, allowed)
     return str(method)
+
+
+def check_ranks(method: str, ranks: Mapping[str, int], base: BaseSpec, where: str, findings: Findings) -> None:
+    """``ranks`` by module. A part of the base has no more directions than its linear, KaSA leaves one, and less that
+    part the delta has twice the rank."""
+    for module, rank in ranks.items():
+        smaller = min(base.linears[module].in_features, base.linears[module].out_features)
+        limit = min(smaller - (method == KASA), MAX_RANK // 2)
+        if rank > limit:
+            allowed = f"at most {limit}: {module} has {smaller} directions, and the delta twice the rank"
+            findings.add("rank_out_of_range", where, rank, allowed)
 
 
 def residual_delta(delta: LoraDelta, method: str) -> ResidualDelta:

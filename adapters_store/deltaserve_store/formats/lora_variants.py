@@ -101,11 +101,6 @@ class LoraVariants:
         self.field = "kasa_config" if self.has_diagonal else "use_bdlora"
         self.is_plain = not self.has_diagonal and not self._blocks
         self.diagonals = {m: f"{PEFT_PREFIX}{m}.lora_diag" for m in modules} if self.has_diagonal else {}
-        for module in self.diagonals:
-            limit = min(base.linears[module].in_features, base.linears[module].out_features) - 1
-            if lora.rank_of(module) > limit:
-                allowed = f"at most {limit}, so that something of {module} is left"
-                findings.add("rank_out_of_range", f"{where}:r", lora.rank_of(module), allowed)
         self._of_training = tuple(
             f"{PEFT_PREFIX}{module}.{part}"
             for field, part in zip(("velora_config", "monteclora_config"), _OF_TRAINING, strict=True)

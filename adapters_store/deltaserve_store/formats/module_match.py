@@ -48,12 +48,14 @@ class PatternTable:
     def __init__(self, patterns: Mapping[str, float]) -> None:
         """Keys must have passed ``is_pattern_key``."""
         self._rules = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in patterns.items()]
+        self._found: dict[str, float | None] = {}
 
     def value_for(self, module: str, default: float) -> float:
-        for rule, value in self._rules:
-            if rule.match(module):
-                return value
-        return default
+        """Readers ask several times for each module, and there may be thousands of rules: they are gone through once."""
+        if module not in self._found:
+            self._found[module] = next((value for rule, value in self._rules if rule.match(module)), None)
+        found = self._found[module]
+        return default if found is None else found
 
 
 @dataclass(frozen=True, slots=True)

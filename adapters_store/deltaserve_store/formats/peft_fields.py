@@ -7,7 +7,6 @@ name unless it is switched off). A field in no table is refused as unknown: what
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ def is_alpha(value: Any) -> bool:
 
 def is_fraction(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and 0 <= value <= 1
+    return number and 0 <= value <= 1
 
 
 def _is_names(value: Any) -> bool:

@@ -13,7 +13,7 @@ from deltaserve_store.findings import Findings
 from deltaserve_store.formats import lora_variants, lora_vocabulary
 from deltaserve_store.formats.activated_lora import check_alone, take_invocation
 from deltaserve_store.formats.lora_beside_initial import beside_initial, in_initial, less_initial
-from deltaserve_store.formats.lora_initial import KASA, check_initial, residual_delta
+from deltaserve_store.formats.lora_initial import KASA, check_initial, check_ranks, residual_delta
 from deltaserve_store.formats.lora_variants import LoraVariants
 from deltaserve_store.formats.lora_vectors import LoraVectors, split_config, vector_names
 from deltaserve_store.formats.lora_vocabulary import LoraVocabulary
@@ -59,6 +59,8 @@ def parse_peft_lora(
         allowed = "null where training took another part out of the base"
         findings.add("unsupported_feature", f"{config_name}:{variants.field}", "an object", allowed)
     method = KASA if variants.has_diagonal else method
+    if method is not None:
+        check_ranks(method, {m: lora.rank_of(m) for m in modules}, base, f"{config_name}:r", findings)
     is_beside_part = method is not None or initial is not None or not variants.is_plain
     vectors = LoraVectors(options, modules, base)
     vectors.check_layout(tensors, findings)

@@ -62,14 +62,7 @@ def name_stray_tensor(name: str, base: BaseSpec, findings: Findings) -> None:
                 "unsupported_feature", name, feature, "what the config announces, of the features that are served"
             )
             return
-    for suffix in (
-        ".lora_A.weight",
-        ".lora_B.weight",
-        ".base_layer.weight",
-        ".shira_weight",
-        ".shira_indices",
-        ".weight",
-    ):
+    for suffix in _SUFFIXES:
         module = module.removesuffix(suffix)
     if is_head(module):
         findings.add("unsupported_target", name, module, "linears of the decoder layers")

@@ -55,7 +55,8 @@ def check_ids(ids: Sequence[int], base: BaseSpec, where: str, findings: Findings
         more = "" if base.num_added_tokens else "; tokenizer.json beside the adapter names those that it adds"
         findings.add("index_out_of_range", where, outside[0], f"tokens of the base, 0..{limit - 1}{more}")
     if len(set(ids)) != len(ids):
-        twice = next(token for i, token in enumerate(ids) if token in ids[:i])
+        seen: set[int] = set()
+        twice = next(token for token in ids if token in seen or seen.add(token))  # type: ignore[func-returns-value]
         findings.add("duplicate_index", where, f"token {twice} twice", "each token once")
 
 

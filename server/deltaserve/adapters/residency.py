@@ -316,13 +316,13 @@ class AdapterResidency:
             self._drop(resident)
 
     def _drop(self, resident: Resident) -> None:
-        """Out of both tiers; RETIRED when no name asks for it, else STORED."""
+        """Out of both tiers; RETIRED when neither name nor sequence asks for it, else STORED."""
         level = self._tiers.take_out(resident)
         if level is not None:
             self.observer.on_adapter_eviction(level, "retired" if resident.is_retiring else "unloaded")
         resident.is_unloading = False
-        self._set(resident, AdapterState.RETIRED if resident.is_retiring else AdapterState.STORED)
-        if resident.is_forgotten:
+        self._set(resident, AdapterState.RETIRED if resident.is_over else AdapterState.STORED)
+        if resident.is_over and resident.is_forgotten:
             del self._residents[resident.version]
 
     # ------------------------------------------------------------ bookkeeping

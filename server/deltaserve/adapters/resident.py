@@ -40,9 +40,14 @@ class Resident:
     at_rest: AdapterStatus | None = None  # what ``status`` last told of a version that was never loaded
 
     @property
+    def is_over(self) -> bool:
+        """Neither a name nor a sequence asks for it."""
+        return self.is_retiring and not self.num_holds
+
+    @property
     def is_unwanted(self) -> bool:
         """It leaves memory as soon as nothing pins it."""
-        return self.is_unloading or (self.is_retiring and not self.num_holds)
+        return self.is_unloading or self.is_over
 
     def status(self, now: float, *, is_hosted: bool) -> AdapterStatus:
         if not self.nbytes and self.last_used is None:

@@ -73,6 +73,12 @@ SPREAD = (
         "unilora", "another length", edit_config(theta_d_length=41), ("shape_mismatch", "base_model.unilora_theta_d")
     ),
     config_case("unilora", "save_indices", "yes", "invalid_value"),
+    among(
+        "tinylora",
+        "more projections than are drawn",
+        edit_config(save_projection=False, r=8, u=1 << 24),
+        ("seed_not_usable", f"{CONFIG}:projection_seed"),
+    ),
     config_case("unilora", "proj_seed", -1, "invalid_value"),
     config_case("unilora", "proj_seed", None, "invalid_value"),
     BadAdapter(

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from deltaserve_store.findings import Findings
-from deltaserve_store.formats.module_match import PatternTable
 from deltaserve_store.formats.peft_fields import (
     BIAS,
     COMMON_FIELDS,
@@ -63,8 +62,7 @@ class C3a(PeftReader):
     }
 
     def _block(self, linear: LinearSpec) -> int:
-        table = PatternTable(self.config.get("block_size_pattern") or {})
-        return int(table.value_for(linear.name, self.config["block_size"]))
+        return int(self.patterns("block_size_pattern").value_for(linear.name, self.config["block_size"]))
 
     def check(self, findings: Findings) -> None:
         for linear in self.linears:

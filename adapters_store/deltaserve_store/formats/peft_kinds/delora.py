@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from deltaserve_store.findings import Findings
-from deltaserve_store.formats.module_match import PatternTable
 from deltaserve_store.formats.peft_fields import (
     ALPHA,
     BIAS,
@@ -53,7 +52,7 @@ class DeLora(PeftReader):
     }
 
     def rank(self, linear: LinearSpec) -> int:
-        return int(PatternTable(self.config.get("rank_pattern") or {}).value_for(linear.name, self.config["r"]))
+        return int(self.patterns("rank_pattern").value_for(linear.name, self.config["r"]))
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
         rank = self.rank(linear)

@@ -56,11 +56,11 @@ class FourierFt(PeftReader):
         self._positions = Positions(int(self.config.get("random_loc_seed", DEFAULT_SEED)))
 
     def check(self, findings: Findings) -> None:
-        counts = {linear.name: count_of(self.config, linear) for linear in self.linears}
+        counts = {linear.name: count_of(self, linear) for linear in self.linears}
         check_positions_of(self.config, self.where, self.linears, counts, findings)
 
     def _places(self, linear: LinearSpec) -> tuple[Tensor, Tensor]:
-        return self._positions.of(linear, count_of(self.config, linear))
+        return self._positions.of(linear, count_of(self, linear))
 
     def _bound(self, linear: LinearSpec) -> int:
         rows, cols = self._places(linear)
@@ -70,7 +70,7 @@ class FourierFt(PeftReader):
         return self.conversion.rank_of(linear, self._bound(linear))
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
-        return {"fourierft_spectrum": TensorRule((count_of(self.config, linear),))}
+        return {"fourierft_spectrum": TensorRule((count_of(self, linear),))}
 
     def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> LoraDelta:
         spectrum, (rows, cols) = parts["fourierft_spectrum"].float(), self._places(linear)

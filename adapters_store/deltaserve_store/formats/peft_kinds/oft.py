@@ -48,12 +48,14 @@ from deltaserve_store.parsed import Kind
 from deltaserve_store.rotation_deltas import RotationBlocks, RotationDelta
 from deltaserve_store.spec import LinearSpec
 
+MAX_LENGTH = 65536.0
+"""Of ``eps``: JSON has integers that no float holds."""
 _SWITCH = FieldRule("understood", is_bool, "true or false", required=True)
 
 
 def _is_length(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= 0
+    return number and 0 <= value <= MAX_LENGTH
 
 
 class Oft(PeftReader):
@@ -70,7 +72,7 @@ class Oft(PeftReader):
         "r": SIZE,
         "oft_block_size": SIZE,
         "coft": _SWITCH,
-        "eps": FieldRule("understood", _is_length, "a number, 0 or above", required=True),
+        "eps": FieldRule("understood", _is_length, f"a number from 0 to {MAX_LENGTH:g}", required=True),
         "block_share": _SWITCH,
         # Its default has changed between versions of PEFT: a file that does not say it is not understood.
         "use_cayley_neumann": _SWITCH,

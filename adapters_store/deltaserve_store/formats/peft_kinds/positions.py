@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from deltaserve_store.findings import Findings
-from deltaserve_store.formats.module_match import PatternTable
 from deltaserve_store.formats.peft_fields import FieldRule, is_int, is_pattern
+from deltaserve_store.formats.peft_kinds.reader import PeftReader
 from deltaserve_store.spec import LinearSpec
 
 MAX_POSITIONS = 1 << 27
@@ -86,7 +86,6 @@ def check_positions_of(
             findings.add("invalid_value", f"{where}:n_frequency", counts[linear.name], allowed)
 
 
-def count_of(config: Mapping[str, Any], linear: LinearSpec) -> int:
+def count_of(reader: PeftReader, linear: LinearSpec) -> int:
     """``n_frequency`` of one linear, patterns applied."""
-    table = PatternTable(config.get("n_frequency_pattern") or {})
-    return int(table.value_for(linear.name, config["n_frequency"]))
+    return int(reader.patterns("n_frequency_pattern").value_for(linear.name, reader.config["n_frequency"]))

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from deltaserve_store.findings import Findings
-from deltaserve_store.formats.module_match import PatternTable
 from deltaserve_store.formats.peft_fields import (
     ALPHA,
     ALPHA_PATTERN,
@@ -54,11 +53,10 @@ class _Product(PeftReader):
     """Rank and scaling of both types: ``r`` and ``alpha`` of the module's own patterns."""
 
     def _own_rank(self, linear: LinearSpec) -> int:
-        return int(PatternTable(self.config.get("rank_pattern") or {}).value_for(linear.name, self.config["r"]))
+        return int(self.patterns("rank_pattern").value_for(linear.name, self.config["r"]))
 
     def _scaling(self, linear: LinearSpec) -> float:
-        alphas = PatternTable(self.config.get("alpha_pattern") or {})
-        return alphas.value_for(linear.name, self.config["alpha"]) / self._own_rank(linear)
+        return self.patterns("alpha_pattern").value_for(linear.name, self.config["alpha"]) / self._own_rank(linear)
 
 
 class LoHa(_Product):

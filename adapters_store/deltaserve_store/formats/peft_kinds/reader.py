@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from deltaserve_store.findings import Findings
+from deltaserve_store.formats.module_match import PatternTable
 from deltaserve_store.formats.peft_config import check_orientation, targets_of
 from deltaserve_store.formats.peft_fields import MAX_RANK, FieldRule, check_fields
 from deltaserve_store.formats.peft_kinds.low_rank import DEFAULT_LIMITS, ConversionLimits
@@ -84,6 +85,13 @@ class PeftReader(ABC):
         self.where = where
         self.conversion = conversion
         self.registered = registered
+        self._patterns: dict[str, PatternTable] = {}
+
+    def patterns(self, field: str) -> PatternTable:
+        """A field that maps module paths to numbers, as a table: made once, since each of its keys is compiled."""
+        if field not in self._patterns:
+            self._patterns[field] = PatternTable(self.config.get(field) or {})
+        return self._patterns[field]
 
     def check(self, findings: Findings) -> None:
         """Constraints between config and base that no single field shows (divisibility, ...)."""
@@ -144,9 +152,10 @@ def read_kind(
     reader = reader_type(config, linears, where, limits, registered)
     if not findings:
         reader.check(findings)
-        _check_ranks(reader, findings)
     if not findings:
         _check_layout(reader, tensors, base, findings)
+    if not findings:  # after the layout: a rank may hang on positions, of which the file bounds the number
+        _check_ranks(reader, findings)
     if findings:
         return None
     deltas = tuple(_deltas(reader, tensors, findings))

@@ -38,6 +38,8 @@ from deltaserve_store.spec import LinearSpec
 
 VECTOR = "base_model.tinylora_v"
 DEFAULT_SEED = 42
+MAX_DRAWN = 1 << 27
+"""Numbers of P of all linears that are drawn: more would take gigabytes while the file is read."""
 
 
 class TinyLora(PeftReader):
@@ -46,7 +48,8 @@ class TinyLora(PeftReader):
     source = "`tinylora_A`, `tinylora_B`, `tinylora_P` or its seed; shared `tinylora_v.<group>`"
     delta = "`B (Σ v_i P_i) A`"
     limits = (
-        "a seed (`save_projection: false`) where the generator of this build draws other numbers (`seed_not_usable`)"
+        "a seed (`save_projection: false`) where the generator of this build draws other numbers (`seed_not_usable`), or "
+        f"for more than {MAX_DRAWN} numbers of P"
     )
     fields: ClassVar[Mapping[str, FieldRule]] = {
         **COMMON_FIELDS,
@@ -76,6 +79,10 @@ class TinyLora(PeftReader):
             if not is_known_normal():
                 allowed = "projections in the file (save_projection=True): this build draws other numbers from a seed"
                 findings.add("seed_not_usable", f"{self.where}:projection_seed", "a seed", allowed)
+            count = sum(self.rank(linear) ** 2 for linear in self.linears) * int(self.config["u"])
+            if count > MAX_DRAWN:
+                allowed = f"at most {MAX_DRAWN}, or projections in the file (save_projection=True)"
+                findings.add("seed_not_usable", f"{self.where}:projection_seed", f"{count} numbers to draw", allowed)
         elif self._num_groups() > 1:
             check_order(self, "weight_tying", findings)
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deltaserve_store.findings import Findings
@@ -119,7 +120,7 @@ class VbLora(PeftReader):
         rank, count, _ = self._sizes()
         bank = self._bank
         mixed: dict[str, Tensor] = {}
-        shares: dict[str, Tensor] = {}
+        chosen: dict[str, tuple[Tensor, Tensor]] = {}
         for side in "AB":
             name = f"{PEFT_PREFIX}{linear.name}.vblora_logits_{side}"
             places = parts[f"vblora_logits_{side}_topk_indices"].long()
@@ -133,13 +134,13 @@ class VbLora(PeftReader):
                 allowed = "parts of a softmax: from 0 to 1, of a sum of at most 1"
                 findings.add("invalid_value", f"{name}_topk_weights", f"a part of {float(weights.min()):.3g}", allowed)
             weights = weights.clamp(min=0.0)
-            mixed[side] = (weights[..., None] * bank[places]).sum(-2)
-            shares[side] = torch.zeros(*places.shape[:-1], count).scatter_add_(-1, places, weights)
+            mixed[side] = _mixed(places, weights, bank)
+            chosen[side] = places, weights
 
         def dense() -> Tensor:
-            """Every vector of the bank with its share, most of them 0."""
-            a = (shares["A"] @ bank).reshape(rank, -1)
-            return (shares["B"] @ bank).permute(0, 2, 1).reshape(-1, rank) @ a
+            """Every vector of the bank with its share, most of them 0: so the shares are a sparse matrix."""
+            a, b = (_by_shares(*chosen[side], bank) for side in "AB")
+            return b.permute(0, 2, 1).reshape(-1, rank) @ a.reshape(rank, -1)
 
         a = mixed["A"].reshape(rank, linear.in_features)
         b = mixed["B"].transpose(1, 2).reshape(linear.out_features, rank)
@@ -148,9 +149,27 @@ class VbLora(PeftReader):
     def _mix(self, logits: Tensor) -> Tensor:
         """``[..., n]`` -> ``[..., v]``."""
         best, places = logits.topk(self.config["topk"], dim=-1)
-        return (best.softmax(-1)[..., None] * self._bank[places]).sum(-2)
+        return _mixed(places, best.softmax(-1), self._bank)
 
     def _weights(self, logits: Tensor) -> Tensor:
         places = logits.topk(self.config["topk"], dim=-1).indices
         chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, places, True)
         return logits.masked_fill(~chosen, float("-inf")).softmax(-1)
+
+
+def _mixed(places: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
+    """``[..., k]`` each -> ``[..., v]``, the vectors at ``places`` summed as they are looked up: all of them side by side
+    would be k times the size of what they make."""
+    flat = places.reshape(-1, places.shape[-1])
+    mixed = F.embedding_bag(flat, bank, mode="sum", per_sample_weights=weights.reshape(flat.shape))
+    return mixed.view(*places.shape[:-1], -1)
+
+
+def _by_shares(places: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
+    """The same by a product with the matrix of shares, one row for each piece; a vector chosen twice has both."""
+    flat = places.reshape(-1, places.shape[-1])
+    rows = torch.arange(len(flat)).repeat_interleave(flat.shape[1])
+    shares = torch.sparse_coo_tensor(
+        torch.stack([rows, flat.flatten()]), weights.flatten(), (len(flat), len(bank)), check_invariants=False
+    )
+    return torch.sparse.mm(shares, bank).view(*places.shape[:-1], -1)

@@ -82,7 +82,7 @@ class WaveFt(PeftReader):
     def _counts(self) -> Mapping[str, int]:
         """Coefficients by linear. Shares by size add up to what equal ones do, but for rounding; no linear has none."""
         if not self.config.get("proportional_parameters", False):
-            return {linear.name: count_of(self.config, linear) for linear in self.linears}
+            return {linear.name: count_of(self, linear) for linear in self.linears}
         sizes = {linear.name: linear.out_features * linear.in_features for linear in self.linears}
         total, budget = sum(sizes.values()), self.config["n_frequency"] * len(sizes)
         return {name: max(1, round(size / total * budget)) for name, size in sizes.items()}
