@@ -29,10 +29,25 @@ DOTS_AT_ONCE = 256
 
 
 class RowsEntry(NamedTuple):
-    """Differences of some rows: token ids int32 [k], strictly ascending, and ``values`` [k, width]."""
+    """Differences of some rows: token ids int32 [k], strictly ascending, and ``values`` [k, width].
+
+    ``last``: the largest id, where ``scanned`` has looked; -1: nobody has.
+    """
 
     ids: Tensor
     values: Tensor
+    last: int = -1
+
+    def scanned(self) -> RowsEntry:
+        """The entry, its ids checked. On the host before it goes to a GPU, where looking would wait. Raises OutOfRange."""
+        if self.last >= 0 or not self.ids.numel():
+            return self
+        if int(self.ids[0]) < 0 or bool((self.ids.diff() <= 0).any()):
+            raise OutOfRange(f"ids {self.ids.tolist()[:8]} must be strictly ascending, none negative")
+        return self._replace(last=int(self.ids[-1]))
+
+    def to(self, device: torch.device) -> RowsEntry:
+        return RowsEntry(self.ids.to(device), self.values.to(device), self.last)
 
 
 class RowsTables(PointerTables):
@@ -51,18 +66,19 @@ class RowsTables(PointerTables):
         self.counts = self._array(dtype=torch.int32)
 
     def set_all(self, slot: int, entries: Sequence[tuple[int, RowsEntry]]) -> None:
-        """Point a slot at an adapter's rows. Raises a KernelError and leaves the table as it was."""
+        """Point a slot at an adapter's rows. Raises a KernelError and leaves the table as it was. Does not wait for
+        entries that were scanned."""
         held = self.dtype
         self._check_places(slot, [matrix for matrix, _ in entries])
-        for matrix, (ids, values) in entries:
+        for matrix, entry in entries:
+            ids, values, _ = entry
             self._check_tensor("ids", ids, 1, (torch.int32,))
             self._check_tensor("values", values, 2, FLOAT_DTYPES)
             self._check_value_dtype("values", values.dtype, held)
             held = values.dtype
             if ids.numel() != values.shape[0] or not values.numel():
                 raise ShapeMismatch(f"{ids.numel()} ids and values {list(values.shape)}; a row for each id is needed")
-            if int(ids[0]) < 0 or bool((ids.diff() <= 0).any()):
-                raise OutOfRange(f"ids {ids.tolist()[:8]} must be strictly ascending, none negative")
+            entry.scanned()
             self._check_dim(matrix, 1, values.shape[1])
         if entries:
             matrices = [matrix for matrix, _ in entries]
@@ -70,7 +86,7 @@ class RowsTables(PointerTables):
             self._put(
                 slot,
                 matrices,
-                [tuple(entry) for entry in rows],
+                [(entry.ids, entry.values) for entry in rows],
                 [(0, entry.values.shape[1]) for entry in rows],
                 pointers=[(entry.ids.data_ptr(), entry.values.data_ptr()) for entry in rows],
                 counts=[entry.ids.numel() for entry in rows],
@@ -94,7 +110,7 @@ class VocabularyEntries(NamedTuple):
     def to(self, device: torch.device) -> VocabularyEntries:
         return VocabularyEntries(
             tuple((matrix, a.to(device), b_t.to(device)) for matrix, a, b_t in self.lora),
-            tuple((matrix, RowsEntry(*(tensor.to(device) for tensor in entry))) for matrix, entry in self.rows),
+            tuple((matrix, entry.to(device)) for matrix, entry in self.rows),
         )
 
 
@@ -106,6 +122,8 @@ class VocabularyFamily:
         self.rows = RowsTables(num_slots, device)
         self.num_slots = num_slots
         self._num_token_ids: dict[int, int] = {}
+        # The same, int32 [num_slots]: what kernels hide foreign tokens by.
+        self.sizes = torch.zeros(num_slots, dtype=torch.int32, device=device)
 
     @property
     def is_empty(self) -> bool:
@@ -122,7 +140,9 @@ class VocabularyFamily:
         """Point a slot at an adapter's terms. Raises a KernelError; ``clear`` the slot then."""
         self.lora.set_all(slot, entries.lora)
         self.rows.set_all(slot, entries.rows)
-        self._num_token_ids[slot] = max((int(entry.ids[-1]) + 1 for _, entry in entries.rows), default=0)
+        size = max((entry.scanned().last + 1 for _, entry in entries.rows), default=0)
+        self._num_token_ids[slot] = size
+        self.sizes[slot] = size
 
     def num_token_ids(self, slot: int) -> int:
         """One more than the largest token with a row in the slot, which may lie beyond the base's matrix; else 0."""
@@ -133,7 +153,8 @@ class VocabularyFamily:
         if self.has_slot(slot):
             self.lora.clear(slot)
             self.rows.clear(slot)
-        self._num_token_ids.pop(slot, None)
+        if self._num_token_ids.pop(slot, 0):
+            self.sizes[slot] = 0
 
 
 @dataclass(frozen=True)
@@ -232,7 +253,7 @@ def widened(y: Tensor, step: VocabularyStep) -> Tensor:
 
 
 def hide_added(logits: Tensor, step: VocabularyStep, vocab_size: int) -> None:
-    """In a step with ``widened`` logits [R, W], set to minus infinity what a row's own adapters have no token for."""
+    """``vocabulary_rows.hide_added`` by its definition, which looks into the list."""
     if logits.shape[1] <= vocab_size or step.head is None:
         return
     own = [vocab_size] * len(logits)

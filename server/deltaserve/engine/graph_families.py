@@ -33,9 +33,12 @@ from deltaserve_kernels import (
     VocabularyFamily,
     VocabularyStep,
     shares_points,
+    turns_twice,
 )
 
 Family = str
+MAX_FACTORS = 4
+"""Factors of a rotation that graphs have launches for. Rotations of more are served without graphs."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def known_families(
         known["sparse"] = _sparse(sparse)
     if vectors is not None:
         known["vectors"] = _vectors(vectors)
+        known["rotations"], known["factors"] = _rotations(vectors), _factors(vectors)
         known["fed"] = _fed(vectors, base)
     if blocks is not None:
         known["blocks"] = _blocks(blocks)
@@ -93,12 +97,13 @@ def known_families(
 
 
 def default_keys(known: Mapping[Family, GraphFamily]) -> list[set[Family]]:
-    """None, the frequent ones and the largest alone, low rank with sparse, all but the large ones, all. Blocks and
-    vocabularies get none of their own: what they share one with is some empty launches, and each set is captured in
-    every bucket."""
+    """None, the frequent ones and the largest alone, low rank with sparse, rotations of one factor on either side, all
+    but the large ones, all. Blocks and vocabularies get none of their own: what they share one with is some empty
+    launches, and each set is captured in every bucket."""
     alone = [{name} for name, family in known.items() if family.is_alone]
     light = {name for name, family in known.items() if not family.is_large}
-    return [set(), *alone, {"lora", "sparse"} & set(known), light, set(known)]
+    together = [{"lora", "sparse"} & set(known), {"vectors", "rotations", "fed"} & set(known)]
+    return [set(), *alone, *together, light, set(known)]
 
 
 def give(known: Mapping[Family, GraphFamily], key: Iterable[Family], ctx: ForwardContext) -> None:
@@ -153,24 +158,57 @@ def _apart(family: ApartFamily) -> GraphFamily:
 
 
 def _vectors(family: VectorFamily) -> GraphFamily:
-    """Scales and biases of outputs, norms, and input scales of linears that share their input with no other."""
+    """Scales and biases of outputs, norms, and input scales of linears that share their input with no other. What else
+    a slot of the family has is told by the families that follow."""
 
     def give_rows(ctx: ForwardContext) -> None:
         if ctx.work is not None:
             ctx.vectors = VectorRows(family, ctx.work, fans_out=False)
 
-    def turns(slot: int) -> bool:
-        return family.in_rotations.has_slot(slot) or family.out_rotations.has_slot(slot)
+    return GraphFamily(family.has_slot, lambda: family.num_slots, give_rows)
 
-    return GraphFamily(family.has_slot, lambda: family.num_slots, give_rows, refuses=turns)
+
+def _rotations(family: VectorFamily) -> GraphFamily:
+    """Rotations of one factor, a launch and a copy of the rows each: of outputs, and of inputs that are not "fed"."""
+
+    def turn(ctx: ForwardContext) -> None:
+        if isinstance(ctx.vectors, VectorRows):
+            ctx.vectors = replace(ctx.vectors, max_factors=1)
+
+    return GraphFamily(
+        lambda slot: family.num_factors(slot) > 0,
+        lambda: family.num_slots,
+        turn,
+        refuses_together=lambda slots: turns_twice(family, slots),
+        is_alone=False,
+        is_large=True,
+    )
+
+
+def _factors(family: VectorFamily) -> GraphFamily:
+    """Rotations of several factors, a launch each."""
+
+    def turn(ctx: ForwardContext) -> None:
+        if isinstance(ctx.vectors, VectorRows):
+            ctx.vectors = replace(ctx.vectors, max_factors=MAX_FACTORS)
+
+    return GraphFamily(
+        lambda slot: family.num_factors(slot) > 1,
+        lambda: family.num_slots,
+        turn,
+        refuses=lambda slot: family.num_factors(slot) > MAX_FACTORS,
+        is_alone=False,
+        is_large=True,
+    )
 
 
 def _fed(family: VectorFamily, base: BaseModel) -> GraphFamily:
-    """Input scales of linears that share their input: products of several times the rows, so a family of its own."""
+    """Own inputs of linears that share theirs: products of several times the rows, so a family of its own."""
     shared = [base.linears.index(name) for group in base.groups() if len(group) > 1 for name in group]
 
     def has_slot(slot: int) -> bool:
-        return any(family.inputs.get(linear, slot) is not None for linear in shared)
+        held = [tables for tables in (family.inputs, family.in_rotations) if tables.has_slot(slot)]
+        return any(tables.mark(linear, slot) is not None for tables in held for linear in shared)
 
     def fan_out(ctx: ForwardContext) -> None:
         if isinstance(ctx.vectors, VectorRows):

@@ -30,7 +30,6 @@ from deltaserve_kernels import (
     LoraTables,
     PaddedLayout,
     PrefixTables,
-    RotationTables,
     SparseTables,
     VectorFamily,
     VectorRows,
@@ -39,7 +38,6 @@ from deltaserve_kernels import (
     VocabularyStep,
     WorkList,
     build_work_list_runs,
-    rotate_blocks,
     select,
     split_apart_rows,
     split_vectors,
@@ -121,10 +119,8 @@ class ModelRunner:
         # Planes as for one adapter a row; more would only take memory.
         ctx.work = replace(empty, num_planes=len(input_ids), has_prompts=len(input_ids) > len(batch))
         if self.vectors is not None:
-            ctx.vectors = VectorRows(self.vectors, ctx.work, fans_out=len(input_ids) <= MOST_ROWS_FANNED_OUT)
-            if not ctx.work.has_prompts:
-                rows = torch.zeros(len(input_ids), 16, dtype=self.base.dtype, device=self.base.device)
-                rotate_blocks(rows.clone(), rows, ctx.work, RotationTables(1, 1, rows.device), ((0, 0, 16),))
+            fans_out = len(input_ids) <= MOST_ROWS_FANNED_OUT
+            ctx.vectors = VectorRows(self.vectors, ctx.work, fans_out=fans_out, max_factors=1)
         ctx.blocks = self.blocks
         if self.apart is not None:
             ctx.apart = ApartRows(self.apart, ctx.work)

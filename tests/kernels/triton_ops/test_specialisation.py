@@ -35,14 +35,16 @@ from deltaserve_kernels import (
     LoraTables,
     NormTables,
     RotationFactor,
-    RotationTables,
     SparseTables,
+    VectorFamily,
+    VectorRows,
     VectorTables,
     build_work_list_runs,
     triton_ops,
+    turn_rows,
     use_backend,
 )
-from deltaserve_kernels.triton_ops import attention, blocks, guard, lora, pointwise, rotary, rotations, sparse, vectors
+from deltaserve_kernels.triton_ops import attention, blocks, guard, lora, pointwise, rotary, sparse, vectors
 from deltatest.graph_rig import GraphRig
 from deltatest.kernel_cases import PagedCase, Parts, csr
 from deltatest.tape import watched
@@ -105,12 +107,13 @@ def step(num_rows: int, runs: list[tuple[int, int, Parts]], tables: Tables, dept
         sparse.sparse_linear(y, x, work, tables.sparse, MEMBERS, depth, sparse_form)
     for block_form in (blocks.DECODE, blocks.PROMPTS):
         blocks.block_linear(y, x, work, tables.blocks, MEMBERS, depth, block_form)
-    turns = RotationTables(3, tables.lora.num_slots)
+    family = VectorFamily(3, 0, tables.lora.num_slots)
     for linear, size in ((0, 4), (2, 8)):
         _, start, stop = MEMBERS[linear]
         factor = RotationFactor(torch.zeros((stop - start) // size, size, size).bfloat16())
-        turns.set_all(0, [(linear, (factor,) * (1 + num_rows % 3))])
-    rotations.rotate_blocks(y, torch.zeros_like(y), work, turns, MEMBERS, depth)
+        family.out_rotations.set_all(0, [(linear, (factor,) * (1 + num_rows % 3))])
+    rows = VectorRows(family, work, None, max_factors=1 + num_rows % 3)
+    turn_rows(y, torch.zeros_like(y), rows, family.out_rotations, MEMBERS, depth)
     vectors.rms_norm(x, x[0], 1e-6, work, tables.norms, num_rows % 3, depth)
 
 
@@ -122,7 +125,7 @@ def test_adapter_operators_compile_once(binaries: set[tuple[str, str]]) -> None:
         {"shrink_rows", "expand_rows", "shrink", "expand", "fused"},
         {"sparse", "sparse_wide", "transpose"},
     )
-    others = {"turn_rows", "add_turned", "blocks_by_row", "shrink_blocks", "expand_blocks", "store_items", "rms_norm"}
+    others = {"turn_rows", "blocks_by_row", "shrink_blocks", "expand_blocks", "store_items", "rms_norm"}
     assert {name for name, _ in warm} == {"build_tiles"} | low_rank | scattered | others
     draw = random.Random(0)
     for ranks, num_slots, linears in (([1, 5, 16, 64], 16, [0, 1, 2]), ([33], 7, [2]), ([8, 16], 2, [0, 2])):
@@ -196,12 +199,11 @@ def loaded(architecture: str, dtype: torch.dtype, folder: Path) -> BaseModel:
 FUSED = {"rms_norm_rows", "gated_rows", "rotate_and_store"}
 STEP = {"build_tiles", "shrink_rows", "expand_rows", "sparse", "decode", "combine"}
 MATRICES = {"blocks_by_row", "dense", "module_down", "module_up"}
-TURNS = {"turn_rows", "add_turned"}  # no graph has them; the warm-up does
 # Where products add onto the residual stream.
 ASIDE = {"set_module_rows_aside", "put_module_rows_back"}
 PROMPT = {"shrink", "expand", "transpose", "sparse_wide", "prefill", "shrink_blocks", "expand_blocks"}
 # Vector terms by row; where products add onto the stream two more, and norms by their kind.
-BY_ROW = {"store_items", "scale_rows", "feed_rows", "gather_rows"}
+BY_ROW = {"store_items", "scale_rows", "feed_rows", "gather_rows", "turn_rows"}
 STREAM = {"flag_rows", "set_rows_aside", "put_rows_back"}
 VOCABULARY = {"embedding_rows", "put_rows", "head_rows"}
 EVERY_FAMILY = {"has_vectors": True, "has_blocks": True, "has_apart": True, "has_vocabulary": True}
@@ -252,7 +254,7 @@ def test_serving_compiles_nothing_after_the_warm_up(
     runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, graphs=graphs, **rig.tables)
     runner.warm_up(max_tokens=256)
     warm = set(binaries)
-    served = {*STEP, *MATRICES, *TURNS, *PROMPT, *BY_ROW - {"gather_rows"}, *VOCABULARY}
+    served = {*STEP, *MATRICES, *PROMPT, *BY_ROW - {"gather_rows"}, *VOCABULARY}
     assert {name for name, _ in warm} == {*served, *fused}
     for i in range(12):
         rig.change_adapters()
