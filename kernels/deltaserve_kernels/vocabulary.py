@@ -9,6 +9,7 @@ depend on who else is in the step.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,25 +30,10 @@ DOTS_AT_ONCE = 256
 
 
 class RowsEntry(NamedTuple):
-    """Differences of some rows: token ids int32 [k], strictly ascending, and ``values`` [k, width].
-
-    ``last``: the largest id, where ``scanned`` has looked; -1: nobody has.
-    """
+    """Differences of some rows: token ids int32 [k], strictly ascending, and ``values`` [k, width]."""
 
     ids: Tensor
     values: Tensor
-    last: int = -1
-
-    def scanned(self) -> RowsEntry:
-        """The entry, its ids checked. On the host before it goes to a GPU, where looking would wait. Raises OutOfRange."""
-        if self.last >= 0 or not self.ids.numel():
-            return self
-        if int(self.ids[0]) < 0 or bool((self.ids.diff() <= 0).any()):
-            raise OutOfRange(f"ids {self.ids.tolist()[:8]} must be strictly ascending, none negative")
-        return self._replace(last=int(self.ids[-1]))
-
-    def to(self, device: torch.device) -> RowsEntry:
-        return RowsEntry(self.ids.to(device), self.values.to(device), self.last)
 
 
 class RowsTables(PointerTables):
@@ -66,19 +52,17 @@ class RowsTables(PointerTables):
         self.counts = self._array(dtype=torch.int32)
 
     def set_all(self, slot: int, entries: Sequence[tuple[int, RowsEntry]]) -> None:
-        """Point a slot at an adapter's rows. Raises a KernelError and leaves the table as it was. Does not wait for
-        entries that were scanned."""
+        """Point a slot at an adapter's rows, whose ids ``VocabularyEntries.scanned`` checks. Raises a KernelError and
+        leaves the table as it was."""
         held = self.dtype
         self._check_places(slot, [matrix for matrix, _ in entries])
-        for matrix, entry in entries:
-            ids, values, _ = entry
+        for matrix, (ids, values) in entries:
             self._check_tensor("ids", ids, 1, (torch.int32,))
             self._check_tensor("values", values, 2, FLOAT_DTYPES)
             self._check_value_dtype("values", values.dtype, held)
             held = values.dtype
             if ids.numel() != values.shape[0] or not values.numel():
                 raise ShapeMismatch(f"{ids.numel()} ids and values {list(values.shape)}; a row for each id is needed")
-            entry.scanned()
             self._check_dim(matrix, 1, values.shape[1])
         if entries:
             matrices = [matrix for matrix, _ in entries]
@@ -86,7 +70,7 @@ class RowsTables(PointerTables):
             self._put(
                 slot,
                 matrices,
-                [(entry.ids, entry.values) for entry in rows],
+                [tuple(entry) for entry in rows],
                 [(0, entry.values.shape[1]) for entry in rows],
                 pointers=[(entry.ids.data_ptr(), entry.values.data_ptr()) for entry in rows],
                 counts=[entry.ids.numel() for entry in rows],
@@ -97,10 +81,12 @@ class VocabularyEntries(NamedTuple):
     """One adapter's terms: (matrix, A [r, in], B transposed [r, out]) and (matrix, trained rows).
 
     Of the embedding ``in`` is the vocabulary and ``out`` the width of a row, of the head the other way round.
+    ``num_token_ids``: one more than the largest token with a row, once ``scanned`` has looked.
     """
 
     lora: tuple[tuple[int, Tensor, Tensor], ...] = ()
     rows: tuple[tuple[int, RowsEntry], ...] = ()
+    num_token_ids: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -110,8 +96,20 @@ class VocabularyEntries(NamedTuple):
     def to(self, device: torch.device) -> VocabularyEntries:
         return VocabularyEntries(
             tuple((matrix, a.to(device), b_t.to(device)) for matrix, a, b_t in self.lora),
-            tuple((matrix, entry.to(device)) for matrix, entry in self.rows),
+            tuple((matrix, RowsEntry(*(tensor.to(device) for tensor in entry))) for matrix, entry in self.rows),
+            self.num_token_ids,
         )
+
+    def scanned(self) -> VocabularyEntries:
+        """The same, its token ids checked: to be done on the host, for on a GPU looking waits. Raises OutOfRange."""
+        if self.num_token_ids is not None:
+            return self
+        largest = -1
+        for _, (ids, _) in self.rows:
+            if not ids.numel() or int(ids[0]) < 0 or bool((ids.diff() <= 0).any()):
+                raise OutOfRange(f"ids {ids.tolist()[:8]} must be strictly ascending, none negative")
+            largest = max(largest, int(ids[-1]))
+        return self._replace(num_token_ids=largest + 1)
 
 
 class VocabularyFamily:
@@ -137,12 +135,12 @@ class VocabularyFamily:
         return self.lora.get(matrix, slot) is not None or self.rows.get(matrix, slot) is not None
 
     def set_all(self, slot: int, entries: VocabularyEntries) -> None:
-        """Point a slot at an adapter's terms. Raises a KernelError; ``clear`` the slot then."""
+        """Point a slot at an adapter's terms; without a wait where they were scanned. Raises a KernelError; ``clear``
+        the slot then."""
+        entries = entries.scanned()
         self.lora.set_all(slot, entries.lora)
         self.rows.set_all(slot, entries.rows)
-        size = max((entry.scanned().last + 1 for _, entry in entries.rows), default=0)
-        self._num_token_ids[slot] = size
-        self.sizes[slot] = size
+        self._num_token_ids[slot] = self.sizes[slot] = entries.num_token_ids or 0
 
     def num_token_ids(self, slot: int) -> int:
         """One more than the largest token with a row in the slot, which may lie beyond the base's matrix; else 0."""
@@ -185,10 +183,8 @@ def split_vocabulary(
     head = [run for run in runs if any(last and family.has(HEAD, slot) for slot, _, last in run[2])]
     num_logits = num_rows
     if logit_rows is not None:
-        places = torch.tensor(logit_rows, dtype=torch.int64)
         num_logits = len(logit_rows)
-        bounds = torch.tensor([(start, start + count) for start, count, _ in head], dtype=torch.int64)
-        moved = torch.searchsorted(places, bounds).tolist()
+        moved = [[bisect_left(logit_rows, bound) for bound in (run[0], run[0] + run[1])] for run in head]
         head = [(lo, hi - lo, run[2]) for (lo, hi), run in zip(moved, head, strict=True) if hi > lo]
     return VocabularyStep(
         family,

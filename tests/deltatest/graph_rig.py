@@ -53,7 +53,8 @@ class GraphRig:
     rotations of one factor ("rotations") or several ("factors"), in slot 0 alone, so that one part turns a row;
     with ``has_blocks`` row and column blocks ("blocks"); with ``has_apart`` dense differences ("dense") and modules at
     attach points ("modules"): slot 0 alone has modules, so that a binding has one at a point; with ``has_vocabulary``
-    low rank and trained rows of embedding and head ("vocabulary"). ``tables``: what a runner is given beside low-rank
+    low rank and trained rows of embedding and head ("vocabulary"), tokens beyond the base's among them ("added").
+    ``tables``: what a runner is given beside low-rank
     and sparse tables."""
 
     def __init__(
@@ -129,8 +130,8 @@ class GraphRig:
             kinds += [("dense",), ("lora", "dense")]
         if self.vocabulary is not None:
             everything = (*self.graphs.families, *(() if self.apart is None else ("dense",)))
-            everything = tuple(name for name in everything if name not in ("rotations", "factors"))
-            kinds += [("vocabulary",), ("lora", "vocabulary"), everything]
+            everything = tuple(name for name in everything if name not in ("rotations", "factors", "added"))
+            kinds += [("vocabulary",), ("lora", "vocabulary"), everything, ("vocabulary", "added")]
         of_slot_0 = [] if self.apart is None else [("modules",), ("dense", "modules"), ("lora", "modules")]
         of_slot_0 += turning
         for slot in range(NUM_SLOTS):
@@ -264,7 +265,7 @@ class GraphRig:
         if "dense" in families or "modules" in families:
             self.fill_apart(slot, families, targets, share)
         if "vocabulary" in families:
-            self.fill_vocabulary(slot)
+            self.fill_vocabulary(slot, self.draw.choice([1, 5]) if "added" in families else 0)
         for linear in targets:
             spec = self.base.spec.linears[self.base.linears[linear]]
             out_features, in_features = spec.out_features, spec.in_features

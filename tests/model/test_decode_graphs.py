@@ -168,7 +168,7 @@ def test_graphs_of_every_family_at_start_up_are_as_many_as_the_docs_say(llama: B
     light = {"lora", "sparse", "vectors", "blocks", "vocabulary"}
     alone = [{"apart"}, {"lora"}, {"sparse"}, {"vectors"}]
     pairs, turned = {"lora", "sparse"}, {"fed", "rotations", "vectors"}
-    everything = {*light, *turned, "factors", "apart"}
+    everything = {*light, *turned, "factors", "apart", "added"}
     assert list(rig.graphs.keys) == [set(), *alone, pairs, turned, light, everything]
     assert len(buckets(64)) * len(rig.graphs.keys) == 81
 
@@ -218,12 +218,20 @@ def test_vectors_have_graphs_of_their_own_and_inputs_of_several_linears_those_of
     tokens.vocabulary.set_all(1, VocabularyEntries(((EMBEDDING, a, b_t),)))
     plain[0].parts = (ScheduledPart(1),)
     assert tokens.graphs.run(plain) is None
-    # Nor do tokens that an adapter adds, for which logits are wider.
-    for num_added, is_served in ((0, True), (1, False)):
+    # Tokens that an adapter adds make logits wider, up to a width.
+    for num_added, is_served in ((3, True), (256, True), (257, False)):
         tokens.clear(1)
         tokens.fill_vocabulary(1, num_added)
-        assert (tokens.graphs.run(plain) is not None) == is_served
-    assert tokens.eager.execute(plain).shape == (2, llama.vocab_size + 1)
+        plain[0].token_ids = [llama.vocab_size]
+        if is_served:
+            tokens.check(plain)
+            assert recorded_tokens.replayed.pop() == (2, frozenset({"lora", "sparse", "vocabulary", "added"}))
+        found = tokens.graphs.run(plain)
+        assert (found is not None) == is_served
+        assert found is None or found.shape == (2, llama.vocab_size + num_added)
+        assert found is None or (found[1, llama.vocab_size :] == float("-inf")).all()
+        assert found is None or found[0].isfinite().all()
+    assert tokens.eager.execute(plain).shape == (2, llama.vocab_size + 257)
 
 
 def test_what_no_graph_serves_is_left_to_the_eager_runner(llama: BaseModel) -> None:

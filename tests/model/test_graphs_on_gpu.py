@@ -63,6 +63,7 @@ KERNELS = (
     vector_row_kernels.scale_rows, vector_row_kernels.feed_rows, vector_row_kernels.gather_rows,
     vector_row_kernels.set_rows_aside, vector_row_kernels.put_rows_back, vector_row_kernels.changed_norm_rows,
     vocabulary_kernels.embedding_rows, vocabulary_kernels.put_rows, vocabulary_kernels.head_rows,
+    vocabulary_kernels.hide_added_rows,
 )  # fmt: skip
 
 

@@ -26,5 +26,5 @@ def vocabulary_entries(
             if isinstance(term, LowRankTerm):
                 lora.append((index, keep(term.a), keep(term.b_t)))
             elif isinstance(term, RowsTerm):
-                rows.append((index, RowsEntry(keep(term.ids), keep(term.values)).scanned()))
-    return VocabularyEntries(tuple(lora), tuple(rows))
+                rows.append((index, RowsEntry(keep(term.ids), keep(term.values))))
+    return VocabularyEntries(tuple(lora), tuple(rows)).scanned()

@@ -39,6 +39,8 @@ from deltaserve_kernels import (
 Family = str
 MAX_FACTORS = 4
 """Factors of a rotation that graphs have launches for. Rotations of more are served without graphs."""
+MAX_ADDED = 256
+"""Tokens beyond the base's that graphs have logits for. Adapters that add more are served without graphs."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def known_families(
         known["apart"] = _apart(apart)
     if vocabulary is not None:
         vocabulary.lora.reserve_rank(max_rank)
-        known["vocabulary"] = _vocabulary(vocabulary, base)
+        known["vocabulary"] = _vocabulary(vocabulary)
+        known["added"] = _added(vocabulary, base)
     return known
 
 
@@ -217,13 +220,9 @@ def _fed(family: VectorFamily, base: BaseModel) -> GraphFamily:
     return GraphFamily(has_slot, lambda: family.num_slots, fan_out, is_alone=False, is_large=True)
 
 
-def _vocabulary(family: VocabularyFamily, base: BaseModel) -> GraphFamily:
-    """Low rank and trained rows of embedding and head; each row of a decode step gets logits, of the base's tokens:
-    adapters that add some would make them wider."""
+def _vocabulary(family: VocabularyFamily) -> GraphFamily:
+    """Low rank and trained rows of embedding and head; each row of a decode step gets logits."""
     room = family.lora.rank_capacity
-
-    def refuses(slot: int) -> bool:
-        return family.lora.largest_rank(slot) > room or family.num_token_ids(slot) > base.vocab_size
 
     def give_lists(ctx: ForwardContext) -> None:
         ctx.vocabulary = VocabularyStep(family, ctx.work, ctx.work)
@@ -232,6 +231,24 @@ def _vocabulary(family: VocabularyFamily, base: BaseModel) -> GraphFamily:
         family.has_slot,
         lambda: family.num_slots,
         give_lists,
-        refuses=refuses,
+        refuses=lambda slot: family.lora.largest_rank(slot) > room,
         is_alone=False,
+    )
+
+
+def _added(family: VocabularyFamily, base: BaseModel) -> GraphFamily:
+    """Tokens beyond the base's: logits of a fixed width, so that they are copied once more."""
+    width = base.vocab_size + MAX_ADDED
+
+    def widen(ctx: ForwardContext) -> None:
+        if ctx.vocabulary is not None:
+            ctx.vocabulary = replace(ctx.vocabulary, num_token_ids=width)
+
+    return GraphFamily(
+        lambda slot: family.num_token_ids(slot) > base.vocab_size,
+        lambda: family.num_slots,
+        widen,
+        refuses=lambda slot: family.num_token_ids(slot) > width,
+        is_alone=False,
+        is_large=True,
     )

@@ -129,7 +129,8 @@ class ModelRunner:
             layout = PaddedLayout(count)
             head = layout.work_list(torch.zeros(layout.size, dtype=torch.int32, device=self.base.device))
             head = replace(head, num_planes=count, has_prompts=ctx.work.has_prompts)
-            ctx.vocabulary = VocabularyStep(self.vocabulary, ctx.work, head)
+            # Wider logits are no launch less than those of the base's width.
+            ctx.vocabulary = VocabularyStep(self.vocabulary, ctx.work, head, self.base.vocab_size + 1)
         self._forward(ctx, input_ids, logit_rows)
 
     def warm_up(self, max_tokens: int = 2 * BLOCK_SIZE) -> None:

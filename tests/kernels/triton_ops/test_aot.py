@@ -379,6 +379,13 @@ SPECS = {
     "head_rows": Spec(
         vocabulary_kernels.head_rows, {"PROGRAMS": vocabulary.PROGRAMS, "WIDTH": 4096, "BLOCK": 4096}, narrow=2, wide=8
     ),
+    "hide_added_rows": Spec(
+        vocabulary_kernels.hide_added_rows,
+        {"BLOCK": vocabulary.HIDDEN_AT_ONCE},
+        types={"y": FP32},
+        wide=0,
+        num_warps=1,
+    ),
     # A few numbers an item: nothing to read wide.
     "flag_rows": Spec(row_items.flag_rows, {"BLOCK": row_items.FLAG_ROWS}, wide=0),
     "store_items": Spec(row_items.store_items, {"TILE_ROWS": row_items.TILE_ROWS}, wide=0, num_warps=1),

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +26,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import jit
 
-from deltaserve.engine.batch import ScheduledSequence
+from deltaserve.core import BASE_BINDING, SamplingParams
+from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
 from deltaserve.engine.model_runner import ModelRunner
+from deltaserve.engine.sampler import Sampler
+from deltaserve.engine.sequence import Sequence
 from deltaserve.model import base as base_module
 from deltaserve.model import weight
 from deltaserve.model.base import BaseModel, load_base
@@ -35,19 +39,17 @@ from deltaserve_kernels import (
     LoraTables,
     NormTables,
     RotationFactor,
+    RotationTables,
     SparseTables,
-    VectorFamily,
-    VectorRows,
     VectorTables,
     build_work_list_runs,
     triton_ops,
-    turn_rows,
     use_backend,
 )
-from deltaserve_kernels.triton_ops import attention, blocks, guard, lora, pointwise, rotary, sparse, vectors
+from deltaserve_kernels.triton_ops import attention, blocks, guard, lora, pointwise, rotary, rotations, sparse, vectors
 from deltatest.graph_rig import GraphRig
 from deltatest.kernel_cases import PagedCase, Parts, csr
-from deltatest.tape import watched
+from deltatest.tape import NoLooking, NoLookingOps, SyncError, watched
 from deltatest.tiny_models import ARCHITECTURES, build_tiny_model
 
 MEMBERS = [(0, 0, 64), (1, 64, 96), (2, 96, 128)]
@@ -107,13 +109,14 @@ def step(num_rows: int, runs: list[tuple[int, int, Parts]], tables: Tables, dept
         sparse.sparse_linear(y, x, work, tables.sparse, MEMBERS, depth, sparse_form)
     for block_form in (blocks.DECODE, blocks.PROMPTS):
         blocks.block_linear(y, x, work, tables.blocks, MEMBERS, depth, block_form)
-    family = VectorFamily(3, 0, tables.lora.num_slots)
+    turns = RotationTables(3, tables.lora.num_slots)
     for linear, size in ((0, 4), (2, 8)):
         _, start, stop = MEMBERS[linear]
         factor = RotationFactor(torch.zeros((stop - start) // size, size, size).bfloat16())
-        family.out_rotations.set_all(0, [(linear, (factor,) * (1 + num_rows % 3))])
-    rows = VectorRows(family, work, None, max_factors=1 + num_rows % 3)
-    turn_rows(y, torch.zeros_like(y), rows, family.out_rotations, MEMBERS, depth)
+        turns.set_all(0, [(linear, (factor,) * (1 + num_rows % 3))])
+    for has_prompts in (False, True):
+        rows = replace(work, has_prompts=has_prompts)
+        rotations.turn_rows(y, torch.zeros_like(y), rows, turns, MEMBERS, depth, 1 + num_rows % 3)
     vectors.rms_norm(x, x[0], 1e-6, work, tables.norms, num_rows % 3, depth)
 
 
@@ -205,7 +208,7 @@ PROMPT = {"shrink", "expand", "transpose", "sparse_wide", "prefill", "shrink_blo
 # Vector terms by row; where products add onto the stream two more, and norms by their kind.
 BY_ROW = {"store_items", "scale_rows", "feed_rows", "gather_rows", "turn_rows"}
 STREAM = {"flag_rows", "set_rows_aside", "put_rows_back"}
-VOCABULARY = {"embedding_rows", "put_rows", "head_rows"}
+VOCABULARY = {"embedding_rows", "put_rows", "head_rows", "hide_added_rows"}
 EVERY_FAMILY = {"has_vectors": True, "has_blocks": True, "has_apart": True, "has_vocabulary": True}
 
 
@@ -226,6 +229,62 @@ def test_no_architecture_looks_into_a_tensor_in_a_decode_pass(
     assert names & ASIDE == (ASIDE if names & STREAM else set())
     assert names & norms or not base.norms
     assert names & {"store_kv", "rotate_and_store"}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_no_step_looks_into_a_tensor_and_sampling_does_once(
+    architecture: str, binaries: set[tuple[str, str]], as_on_a_gpu: None, tmp_path: Path
+) -> None:
+    """Steps that are launched, with adapters of every kind: what the host counts with are numbers of Python and arrays
+    of numpy, so a look into any tensor is one into the device's."""
+    base = loaded(architecture, torch.float32, tmp_path)
+    rig = GraphRig(base, capture_now=False, **EVERY_FAMILY)
+    rig.sparse.keep_jagged()  # as a server's tables on a GPU
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, **rig.tables)
+    rig.fill(0, ("lora", "sparse", "vectors", "fed", "rotations", "factors"), share=1.0)
+    rig.fill(0, ("modules",))
+    rig.fill(1, ("blocks", "dense", "vocabulary", "added"))
+    rig.fill(2, ("lora", "vectors"))
+    for _ in range(4):
+        batch = [*prompts(rig.draw, rig.num_blocks), *rig.random_batch(2)]
+        for seq in batch:
+            seq.parts = rig.random_parts(seq.start, 2)
+        batch[0].parts, batch[1].parts = (ScheduledPart(0),), (ScheduledPart(1),)
+        for step in (batch, rig.random_batch(3)):
+            with NoLooking(), NoLookingOps():
+                runner.execute(step)
+    assert {"turn_rows", "hide_added_rows"} <= {name for name, _ in binaries}
+    seqs = [sequence(**options) for options in SAMPLING]
+    for width in (base.vocab_size, base.vocab_size + 3):
+        sampler, rows = Sampler(base.vocab_size), torch.randn(len(seqs), width)
+        with NoLooking(num_allowed=1):
+            sampler.sample(rows, seqs)
+        with NoLooking(), pytest.raises(SyncError):
+            sampler.sample(rows, seqs)
+
+
+SAMPLING: list[dict[str, object]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.0, "presence_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": ((3, -1.0),)},
+]
+
+
+def sequence(**options: object) -> Sequence:
+    return Sequence(
+        seq_id=0,
+        request_id="r",
+        index=0,
+        token_ids=[1, 2],
+        num_prompt_tokens=1,
+        sampling=SamplingParams(max_tokens=9, **options),  # type: ignore[arg-type]
+        binding=BASE_BINDING,
+        versions=(),
+        priority=(0.0, 0),
+        arrival_seconds=0.0,
+        stop_token_ids=frozenset(),
+    )
 
 
 @pytest.mark.parametrize(
