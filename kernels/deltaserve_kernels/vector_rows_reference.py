@@ -30,8 +30,8 @@ def _items(work: WorkList, has: Callable[[int], bool]) -> Iterator[tuple[list[in
             yield rows, parts
 
 
-def _entry(tables: PointerTables, index: int) -> Callable[[int], bool]:
-    return lambda slot: tables.get(index, slot) is not None
+def _entry(tables: PointerTables, index: int, *others: PointerTables) -> Callable[[int], bool]:
+    return lambda slot: any(held.mark(index, slot) is not None for held in (tables, *others))
 
 
 def listed_rows(work: WorkList) -> Tensor:
@@ -65,8 +65,7 @@ def gather_members(
     first = row_checks.check_fanned(y, work, len(listed), members)
     place = {row: i for i, row in enumerate(listed.tolist())}
     for number, (linear, start, stop) in enumerate(members):
-        scales, turned = _entry(tables, linear), _entry(turns, linear)
-        for rows, _ in _items(work, lambda slot, of=(scales, turned): any(has(slot) for has in of)):
+        for rows, _ in _items(work, _entry(tables, linear, turns)):
             source = [first + number * len(listed) + place[row] for row in rows]
             y[rows, start:stop] = y[source, start:stop]
     return y[:first]
