@@ -51,6 +51,9 @@ from deltaserve_kernels.vector_rows import (
     scaled_input,
     set_aside,
     split_vectors,
+    turn_fanned,
+    turn_rows,
+    turns_twice,
 )
 from deltaserve_kernels.vector_tables import NormTables, VectorEntry, VectorTables
 from deltaserve_kernels.vocabulary import (
@@ -61,12 +64,11 @@ from deltaserve_kernels.vocabulary import (
     VocabularyFamily,
     VocabularyStep,
     changed_embeddings,
-    hide_added,
     split_vocabulary,
     stored_rows,
     widened,
 )
-from deltaserve_kernels.vocabulary_rows import change_embeddings, change_head
+from deltaserve_kernels.vocabulary_rows import change_embeddings, change_head, hide_added
 from deltaserve_kernels.worklist import WorkList, build_work_list, build_work_list_runs
 
 __all__ = [
@@ -153,6 +155,9 @@ __all__ = [
     "split_vectors",
     "split_vocabulary",
     "stored_rows",
+    "turn_fanned",
+    "turn_rows",
+    "turns_twice",
     "unpack_bits",
     "upload",
     "use_backend",

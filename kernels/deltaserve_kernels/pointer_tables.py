@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,8 +136,8 @@ class PointerTables:
                 self._num_linears_of[slot] += 1
             self._tensors[linear, slot] = of_entry
             self.dtype = of_entry[-1].dtype
-        told = torch.tensor(dims, dtype=torch.int32)
-        self.dims[linears] = torch.where(told > 0, told, self.dims[linears])
+        told, places = np.array(dims, dtype=np.int32), list(linears)
+        self._known[places] = np.where(told > 0, told, self._known[places])
         index = self._upload(linears)
         for name, numbers in arrays.items():
             array: Tensor = getattr(self, name)

@@ -41,13 +41,12 @@ class RotationTables(PointerTables):
     """``factors`` answers those of an entry.
 
     pointers: int64 [num_linears, num_slots]  addresses of what kernels read of an entry (``_tell``), on the same device
-    max_factors: factors that launches have room for: the most ever set
     """
 
     def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_linears, num_slots, device)
         self.pointers = self._array()
-        self.max_factors = 1
+        self._most: dict[int, int] = {}
         self._factors: dict[tuple[int, int], RotationEntry] = {}
         # By linear: (size of a block, width or 0) of the factors that it has, or once had.
         self._cuts: list[set[tuple[int, int]]] = [set() for _ in range(num_linears)]
@@ -55,6 +54,14 @@ class RotationTables(PointerTables):
     def factors(self, linear: int, slot: int) -> RotationEntry | None:
         """The factors of an entry, or None."""
         return self._factors.get((linear, slot))
+
+    def num_factors(self, slot: int) -> int:
+        """The most factors that an entry of the slot has had, 0 where it is empty."""
+        return self._most.get(slot, 0)
+
+    def clear(self, slot: int) -> None:
+        super().clear(slot)
+        self._most.pop(slot, None)
 
     def set_all(self, slot: int, entries: Sequence[tuple[int, RotationEntry]]) -> None:
         """Point a slot at the rotations of a whole adapter, replacing what was there for these linears.
@@ -77,7 +84,7 @@ class RotationTables(PointerTables):
                 self._check_dim(linear, 1, widths[-1])
         if not entries:
             return
-        self.max_factors = max(self.max_factors, *(len(factors) for _, factors in entries))
+        self._most[slot] = max(self.num_factors(slot), *(len(factors) for _, factors in entries))
         # One upload for all of an adapter.
         numbers = [_tell(factors) for _, factors in entries]
         described = self._upload([number for told in numbers for number in told]).split([len(n) for n in numbers])

@@ -32,25 +32,20 @@ def rotate_blocks(
 
     x [T, N] is what is turned, y [T, N] what the change is added to: mostly a copy of x, and not x itself. R are a
     part's factors one after the other. A part at scale 0, rows and members without an entry change nothing, to the
-    bit. fp32 sums in binding order; members, ``depth`` and errors as in ``lora_linear``. On a GPU steps with prompts
-    run by the definition: the kernels' planes would be large.
+    bit. fp32 sums in binding order; members, ``depth`` and errors as in ``lora_linear``. On a GPU the
+    definition: Triton's form is ``vector_rows.turn_rows``, for rows that one part of their binding turns.
     """
     if work.is_empty or not work.concerns(tables, members):
         return
-    selected = select(y.device, backend)
-    if selected == "cpu":
+    if select(y.device, backend) == "cpu":
         from deltaserve_kernels import cpu
 
         cpu.rotate_blocks(y, x, work, tables, members, depth)
-    elif selected == "triton" and not work.has_prompts:
-        from deltaserve_kernels.triton_ops import rotations
-
-        rotations.rotate_blocks(y, x, work, tables, members, depth)
     else:
-        _definition(y, x, work, tables, members, depth)
+        rotate_by_definition(y, x, work, tables, members, depth)
 
 
-def _definition(
+def rotate_by_definition(
     y: Tensor, x: Tensor, work: WorkList, tables: RotationTables, members: Sequence[Member], depth: float
 ) -> None:
     check_linear(y, x, work, tables, members)

@@ -10,6 +10,7 @@ from torch import Tensor
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.errors import DeviceMismatch, DtypeMismatch, NotContiguous, OutOfRange, ShapeMismatch
 from deltaserve_kernels.pointer_tables import FLOAT_DTYPES, PointerTables
+from deltaserve_kernels.rotation_tables import RotationTables
 from deltaserve_kernels.worklist import WorkList
 
 
@@ -51,6 +52,29 @@ def check_fanned(y: Tensor, work: WorkList, num_listed: int, members: Sequence[M
         if not 0 <= start < stop <= y.shape[1]:
             raise OutOfRange(f"columns {start}:{stop} of linear {linear} are not inside y's {y.shape[1]}")
     return work.num_rows
+
+
+def check_turned(
+    y: Tensor, x: Tensor, work: WorkList, tables: RotationTables, members: Sequence[Member], num_fanned: int
+) -> None:
+    """Raise a KernelError unless arguments of ``turn_rows`` fit together; ``num_fanned`` > 0: of ``turn_fanned``, with
+    that many listed rows."""
+    if num_fanned:
+        check_fanned(y, work, num_fanned, members)
+    else:
+        check_rows(y, work, name="y")
+    check_rows(x, work)
+    if y.dtype != x.dtype or tables.dtype not in (None, x.dtype) or y.shape[1] != x.shape[1]:
+        raise ShapeMismatch(
+            f"y is {y.dtype} {list(y.shape)}, x {x.dtype} {list(x.shape)} and blocks are {tables.dtype}; "
+            "one dtype and one width are needed"
+        )
+    for linear, start, stop in members:
+        if not 0 <= linear < tables.num_linears or not 0 <= start < stop <= x.shape[1]:
+            raise OutOfRange(
+                f"linear {linear} of {tables.num_linears}, columns {start}:{stop}: not inside the {x.shape[1]} of x"
+            )
+        tables.check_width(linear, stop - start)
 
 
 def check_kept(y: Tensor, kept: Tensor, work: WorkList, num_listed: int) -> None:

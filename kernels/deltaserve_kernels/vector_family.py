@@ -93,6 +93,10 @@ class VectorFamily:
         """True when the slot has a vector of any kind."""
         return slot in self._used
 
+    def num_factors(self, slot: int) -> int:
+        """The most factors that a rotation of the slot has; 0: it turns nothing."""
+        return max(self.in_rotations.num_factors(slot), self.out_rotations.num_factors(slot))
+
     def set_all(self, slot: int, entries: VectorEntries) -> None:
         """Point a slot at an adapter's vectors. Raises a KernelError; ``clear`` the slot then."""
         self.version += 1

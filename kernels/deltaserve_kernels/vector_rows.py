@@ -6,7 +6,7 @@ row whose parts have no entry keeps its bits. The numbers are those of ``VectorS
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -17,6 +17,7 @@ from deltaserve_kernels import vector_rows_reference
 from deltaserve_kernels.backend import implementation, select
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.pointer_tables import PointerTables
+from deltaserve_kernels.rotation_tables import RotationTables
 from deltaserve_kernels.vector_family import VectorFamily, VectorStep, split_runs
 from deltaserve_kernels.worklist import Run, WorkList, build_work_list_runs
 
@@ -29,18 +30,34 @@ class VectorRows:
     slots:    those of the list, where the host knows them; None in a captured pass, which is to serve any
     fans_out: whether groups of several linears give each the input that it wants, at the price of a product with more
               rows; a captured pass without it serves adapters that scale inputs of lone linears alone
+    max_factors: factors of rotations that a captured pass has launches for; an eager one goes by its slots
+
+    One part of a binding may turn rows, no more (``turns_twice``).
     """
 
     family: VectorFamily
     work: WorkList
     slots: frozenset[int] | None = None
     fans_out: bool = True
+    max_factors: int = 0
 
     def may_have(self, tables: PointerTables, linears: Sequence[int]) -> bool:
         """Whether some row may have an entry for some of these: a captured pass never knows better."""
         if self.slots is None:
             return True
         return any(tables.mark(linear, slot) is not None for linear in linears for slot in self.slots)
+
+    def num_factors(self, tables: RotationTables, linears: Sequence[int]) -> int:
+        """How many factors rotations of these linears may have; 0: nothing is turned."""
+        if self.slots is None:
+            return self.max_factors
+        found = (tables.factors(linear, slot) for linear in linears for slot in self.slots)
+        return max((len(factors) for factors in found if factors is not None), default=0)
+
+
+def turns_twice(family: VectorFamily, slots: Iterable[int]) -> bool:
+    """Whether several adapters of one binding, by their slots, turn something."""
+    return sum(family.num_factors(slot) > 0 for slot in slots) > 1
 
 
 def split_vectors(
@@ -52,10 +69,11 @@ def split_vectors(
     ]
     if not chosen:
         return None
-    slots = frozenset(slot for run in chosen for slot, *_ in run[2])
-    turned = any(tables.has_slot(slot) for tables in (family.in_rotations, family.out_rotations) for slot in slots)
-    if turned or select(device) != "triton":
+    if select(device) != "triton":
         return split_runs(runs, num_rows, family, device)
+    if any(turns_twice(family, [s for s, first, last in run[2] if first or last]) for run in chosen):
+        return split_runs(runs, num_rows, family, device)
+    slots = frozenset(slot for run in chosen for slot, *_ in run[2])
     return VectorRows(family, build_work_list_runs(chosen, num_rows, device), slots)
 
 
@@ -77,8 +95,27 @@ def fan_out(x: Tensor, step: VectorRows, members: Sequence[Member], depth: float
 
 def gather_members(y: Tensor, step: VectorRows, members: Sequence[Member]) -> Tensor:
     """``y`` [T + M * R, N], the product of what ``fan_out`` gave, -> its first T rows, where a row with an input scale
-    for a member has that member's columns from the row made for it. In place."""
-    return _implementation(y.device).gather_members(y, step.work, step.family.inputs, members)
+    or rotation for a member has that member's columns from the row made for it. In place."""
+    family = step.family
+    return _implementation(y.device).gather_members(y, step.work, family.inputs, family.in_rotations, members)
+
+
+def turn_rows(
+    y: Tensor, x: Tensor, step: VectorRows, tables: RotationTables, members: Sequence[Member], depth: float
+) -> None:
+    """``y[row, start:stop] += scale * (R(x) - x)[row, start:stop]`` where a row has a part that turns it, as
+    ``rotate_blocks``; in place. ``y`` [T, N] is another tensor than ``x`` [T, N]. Raises a KernelError."""
+    if num_factors := step.num_factors(tables, [member[0] for member in members]):
+        _implementation(x.device).turn_rows(y, x, step.work, tables, members, depth, num_factors)
+
+
+def turn_fanned(fed: Tensor, x: Tensor, step: VectorRows, members: Sequence[Member], depth: float) -> None:
+    """``turn_rows`` of what ``fan_out`` made of ``x`` [T, K]: each member's rows by its own rotation. In place."""
+    tables, width = step.family.in_rotations, x.shape[1]
+    num_listed = (len(fed) - len(x)) // len(members)
+    if num_listed and (num_factors := step.num_factors(tables, [member[0] for member in members])):
+        whole = [(member[0], 0, width) for member in members]
+        _implementation(x.device).turn_rows(fed, x, step.work, tables, whole, depth, num_factors, num_listed)
 
 
 def set_aside(y: Tensor, step: VectorRows) -> Tensor:

@@ -14,6 +14,8 @@ from deltaserve_kernels import pointwise, row_checks, term_reference
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.pointer_tables import PointerTables
 from deltaserve_kernels.reference import items_of
+from deltaserve_kernels.rotation_tables import RotationTables
+from deltaserve_kernels.rotations import rotate_by_definition
 from deltaserve_kernels.vector_family import VectorFamily
 from deltaserve_kernels.vector_tables import VectorTables
 from deltaserve_kernels.worklist import WorkList
@@ -28,8 +30,8 @@ def _items(work: WorkList, has: Callable[[int], bool]) -> Iterator[tuple[list[in
             yield rows, parts
 
 
-def _entry(tables: PointerTables, index: int) -> Callable[[int], bool]:
-    return lambda slot: tables.get(index, slot) is not None
+def _entry(tables: PointerTables, index: int, *others: PointerTables) -> Callable[[int], bool]:
+    return lambda slot: any(held.mark(index, slot) is not None for held in (tables, *others))
 
 
 def listed_rows(work: WorkList) -> Tensor:
@@ -56,15 +58,40 @@ def fan_out(x: Tensor, work: WorkList, tables: VectorTables, members: Sequence[M
     return torch.cat([x, *(scaled_input(x, work, tables, member[0], depth)[listed] for member in members)])
 
 
-def gather_members(y: Tensor, work: WorkList, tables: VectorTables, members: Sequence[Member]) -> Tensor:
+def gather_members(
+    y: Tensor, work: WorkList, tables: VectorTables, turns: RotationTables, members: Sequence[Member]
+) -> Tensor:
     listed = listed_rows(work)
     first = row_checks.check_fanned(y, work, len(listed), members)
     place = {row: i for i, row in enumerate(listed.tolist())}
     for number, (linear, start, stop) in enumerate(members):
-        for rows, _ in _items(work, _entry(tables, linear)):
+        for rows, _ in _items(work, _entry(tables, linear, turns)):
             source = [first + number * len(listed) + place[row] for row in rows]
             y[rows, start:stop] = y[source, start:stop]
     return y[:first]
+
+
+def turn_rows(
+    y: Tensor,
+    x: Tensor,
+    work: WorkList,
+    tables: RotationTables,
+    members: Sequence[Member],
+    depth: float,
+    num_factors: int,
+    num_fanned: int = 0,
+) -> None:
+    row_checks.check_turned(y, x, work, tables, members, num_fanned)
+    if not num_fanned:
+        rotate_by_definition(y, x, work, tables, members, depth)
+        return
+    listed = listed_rows(work)
+    for number, member in enumerate(members):
+        rows = torch.zeros_like(x)
+        first = work.num_rows + number * num_fanned
+        rows[listed] = y[first : first + num_fanned]
+        rotate_by_definition(rows, x, work, tables, (member,), depth)
+        y[first : first + num_fanned] = rows[listed]
 
 
 def set_aside(y: Tensor, work: WorkList, family: VectorFamily) -> Tensor:

@@ -9,6 +9,7 @@ depend on who else is in the step.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -51,7 +52,8 @@ class RowsTables(PointerTables):
         self.counts = self._array(dtype=torch.int32)
 
     def set_all(self, slot: int, entries: Sequence[tuple[int, RowsEntry]]) -> None:
-        """Point a slot at an adapter's rows. Raises a KernelError and leaves the table as it was."""
+        """Point a slot at an adapter's rows, whose ids ``VocabularyEntries.scanned`` checks. Raises a KernelError and
+        leaves the table as it was."""
         held = self.dtype
         self._check_places(slot, [matrix for matrix, _ in entries])
         for matrix, (ids, values) in entries:
@@ -61,8 +63,6 @@ class RowsTables(PointerTables):
             held = values.dtype
             if ids.numel() != values.shape[0] or not values.numel():
                 raise ShapeMismatch(f"{ids.numel()} ids and values {list(values.shape)}; a row for each id is needed")
-            if int(ids[0]) < 0 or bool((ids.diff() <= 0).any()):
-                raise OutOfRange(f"ids {ids.tolist()[:8]} must be strictly ascending, none negative")
             self._check_dim(matrix, 1, values.shape[1])
         if entries:
             matrices = [matrix for matrix, _ in entries]
@@ -81,10 +81,12 @@ class VocabularyEntries(NamedTuple):
     """One adapter's terms: (matrix, A [r, in], B transposed [r, out]) and (matrix, trained rows).
 
     Of the embedding ``in`` is the vocabulary and ``out`` the width of a row, of the head the other way round.
+    ``num_token_ids``: one more than the largest token with a row, once ``scanned`` has looked.
     """
 
     lora: tuple[tuple[int, Tensor, Tensor], ...] = ()
     rows: tuple[tuple[int, RowsEntry], ...] = ()
+    num_token_ids: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +97,19 @@ class VocabularyEntries(NamedTuple):
         return VocabularyEntries(
             tuple((matrix, a.to(device), b_t.to(device)) for matrix, a, b_t in self.lora),
             tuple((matrix, RowsEntry(*(tensor.to(device) for tensor in entry))) for matrix, entry in self.rows),
+            self.num_token_ids,
         )
+
+    def scanned(self) -> VocabularyEntries:
+        """The same, its token ids checked: to be done on the host, for on a GPU looking waits. Raises OutOfRange."""
+        if self.num_token_ids is not None:
+            return self
+        largest = -1
+        for _, (ids, _) in self.rows:
+            if not ids.numel() or int(ids[0]) < 0 or bool((ids.diff() <= 0).any()):
+                raise OutOfRange(f"ids {ids.tolist()[:8]} must be strictly ascending, none negative")
+            largest = max(largest, int(ids[-1]))
+        return self._replace(num_token_ids=largest + 1)
 
 
 class VocabularyFamily:
@@ -106,6 +120,8 @@ class VocabularyFamily:
         self.rows = RowsTables(num_slots, device)
         self.num_slots = num_slots
         self._num_token_ids: dict[int, int] = {}
+        # The same, int32 [num_slots]: what kernels hide foreign tokens by.
+        self.sizes = torch.zeros(num_slots, dtype=torch.int32, device=device)
 
     @property
     def is_empty(self) -> bool:
@@ -119,10 +135,12 @@ class VocabularyFamily:
         return self.lora.get(matrix, slot) is not None or self.rows.get(matrix, slot) is not None
 
     def set_all(self, slot: int, entries: VocabularyEntries) -> None:
-        """Point a slot at an adapter's terms. Raises a KernelError; ``clear`` the slot then."""
+        """Point a slot at an adapter's terms; without a wait where they were scanned. Raises a KernelError; ``clear``
+        the slot then."""
+        entries = entries.scanned()
         self.lora.set_all(slot, entries.lora)
         self.rows.set_all(slot, entries.rows)
-        self._num_token_ids[slot] = max((int(entry.ids[-1]) + 1 for _, entry in entries.rows), default=0)
+        self._num_token_ids[slot] = self.sizes[slot] = entries.num_token_ids or 0
 
     def num_token_ids(self, slot: int) -> int:
         """One more than the largest token with a row in the slot, which may lie beyond the base's matrix; else 0."""
@@ -133,7 +151,8 @@ class VocabularyFamily:
         if self.has_slot(slot):
             self.lora.clear(slot)
             self.rows.clear(slot)
-        self._num_token_ids.pop(slot, None)
+        if self._num_token_ids.pop(slot, 0):
+            self.sizes[slot] = 0
 
 
 @dataclass(frozen=True)
@@ -164,10 +183,8 @@ def split_vocabulary(
     head = [run for run in runs if any(last and family.has(HEAD, slot) for slot, _, last in run[2])]
     num_logits = num_rows
     if logit_rows is not None:
-        places = torch.tensor(logit_rows, dtype=torch.int64)
         num_logits = len(logit_rows)
-        bounds = torch.tensor([(start, start + count) for start, count, _ in head], dtype=torch.int64)
-        moved = torch.searchsorted(places, bounds).tolist()
+        moved = [[bisect_left(logit_rows, bound) for bound in (run[0], run[0] + run[1])] for run in head]
         head = [(lo, hi - lo, run[2]) for (lo, hi), run in zip(moved, head, strict=True) if hi > lo]
     return VocabularyStep(
         family,
@@ -232,7 +249,7 @@ def widened(y: Tensor, step: VocabularyStep) -> Tensor:
 
 
 def hide_added(logits: Tensor, step: VocabularyStep, vocab_size: int) -> None:
-    """In a step with ``widened`` logits [R, W], set to minus infinity what a row's own adapters have no token for."""
+    """``vocabulary_rows.hide_added`` by its definition, which looks into the list."""
     if logits.shape[1] <= vocab_size or step.head is None:
         return
     own = [vocab_size] * len(logits)

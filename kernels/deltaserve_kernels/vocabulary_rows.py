@@ -13,6 +13,7 @@ from deltaserve_kernels.backend import select
 from deltaserve_kernels.operators import lora_linear
 from deltaserve_kernels.vocabulary import HEAD, VocabularyStep, changed_embeddings
 from deltaserve_kernels.vocabulary import change_head as change_head_by_definition
+from deltaserve_kernels.vocabulary import hide_added as hide_added_by_definition
 
 
 def change_embeddings(
@@ -57,3 +58,16 @@ def change_head(y: Tensor, x: Tensor, step: VocabularyStep, vocab_size: int, *, 
             y[:, :vocab_size] = known
     if work.is_padded or family.rows.has_any(HEAD):
         vocabulary.head_rows(y, x, work, family.rows)
+
+
+def hide_added(logits: Tensor, step: VocabularyStep, vocab_size: int) -> None:
+    """In a step with ``widened`` logits float32 [R, W], set to minus infinity what a row's own adapters have no token
+    for."""
+    if step.head is None or logits.shape[1] <= vocab_size:
+        return
+    if select(logits.device) != "triton":
+        hide_added_by_definition(logits, step, vocab_size)
+        return
+    from deltaserve_kernels.triton_ops import vocabulary
+
+    vocabulary.hide_added(logits, step.head, step.family.sizes, vocab_size)

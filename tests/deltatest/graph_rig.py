@@ -24,6 +24,8 @@ from deltaserve_kernels import (
     BlockTables,
     LoraTables,
     PaddedLayout,
+    RotationEntry,
+    RotationFactor,
     RowsEntry,
     SparseTables,
     VectorEntries,
@@ -48,10 +50,11 @@ def rerun(run: Pass) -> Pass:
 
 class GraphRig:
     """``capture`` defaults to running the same pass again. Slots: any of low-rank, sparse, both or nothing; with
-    ``has_vectors`` also scales, biases and norms ("vectors") and input scales of linears that share theirs ("fed");
+    ``has_vectors`` also scales, biases and norms ("vectors"), input scales of linears that share theirs ("fed") and
+    rotations of one factor ("rotations") or several ("factors"), in slot 0 alone, so that one part turns a row;
     with ``has_blocks`` row and column blocks ("blocks"); with ``has_apart`` dense differences ("dense") and modules at
     attach points ("modules"): slot 0 alone has modules, so that a binding has one at a point; with ``has_vocabulary``
-    low rank and trained rows of embedding and head ("vocabulary")."""
+    low rank and trained rows of embedding and head ("vocabulary"), tokens beyond the base's among them ("added")."""
 
     def __init__(
         self,
@@ -112,18 +115,21 @@ class GraphRig:
         kinds: list[tuple[str, ...]] = [(), ("lora",), ("sparse",), ("lora", "sparse")]
         if self.vectors is not None:
             kinds += [("vectors",), ("vectors", "fed"), ("lora", "vectors"), ("lora", "sparse", "vectors", "fed")]
+        turning = [] if self.vectors is None else [("rotations",), ("lora", "vectors", "fed", "rotations", "factors")]
         if self.blocks is not None:
             kinds += [("blocks",), ("lora", "blocks")]
         if self.apart is not None:
             kinds += [("dense",), ("lora", "dense")]
         if self.vocabulary is not None:
             everything = (*self.graphs.families, *(() if self.apart is None else ("dense",)))
-            kinds += [("vocabulary",), ("lora", "vocabulary"), everything]
-        with_modules = [] if self.apart is None else [("modules",), ("dense", "modules"), ("lora", "modules")]
+            everything = tuple(name for name in everything if name not in ("rotations", "factors", "added"))
+            kinds += [("vocabulary",), ("lora", "vocabulary"), everything, ("vocabulary", "added")]
+        of_slot_0 = [] if self.apart is None else [("modules",), ("dense", "modules"), ("lora", "modules")]
+        of_slot_0 += turning
         for slot in range(NUM_SLOTS):
             if self.draw.random() < 0.4:
                 self.clear(slot)
-                self.fill(slot, self.draw.choice(kinds if slot else kinds + 3 * with_modules))
+                self.fill(slot, self.draw.choice(kinds if slot else kinds + 3 * of_slot_0))
 
     def clear(self, slot: int) -> None:
         self.tables.clear(slot)
@@ -165,9 +171,9 @@ class GraphRig:
         )
         self.blocks.set(linear, slot, d, spec.in_features, spec.out_features, out_rows=rows, in_cols=cols)
 
-    def fill_vectors(self, slot: int, targets: Sequence[int], *, fed: bool, share: float = 0.7) -> None:
-        """Scales and biases of some targets' outputs, differences of some norms, scales of some inputs; ``fed``: of
-        inputs that several linears share too."""
+    def fill_vectors(self, slot: int, targets: Sequence[int], families: Sequence[str], share: float = 0.7) -> None:
+        """Scales and biases of some targets' outputs, differences of some norms, scales of some inputs; with "fed" of
+        inputs that several linears share too. "rotations": of such inputs and of outputs, each of some."""
         if self.vectors is None:
             raise ValueError("a rig without has_vectors")
         generator = torch.Generator().manual_seed(self.draw.randrange(1 << 30))
@@ -181,18 +187,38 @@ class GraphRig:
 
         specs = [self.base.spec.linears[name] for name in self.base.linears]
         alone = {group[0] for group in self.base.groups() if len(group) == 1}
+        may_feed = [i for i in targets if "fed" in families or self.base.linears[i] in alone]
+        in_turns, out_turns = (
+            [
+                (i, self._rotation(getattr(specs[i], size), "factors" in families))
+                for i in some
+                if "rotations" in families and self.draw.random() < share
+            ]
+            for some, size in ((may_feed, "in_features"), (targets, "out_features"))
+        )
+        if "vectors" not in families:
+            self.vectors.set_all(slot, VectorEntries((), (), (), tuple(in_turns), tuple(out_turns)))
+            return
         outputs = [(i, pair(specs[i].out_features, 1.0)) for i in targets]
-        inputs = [
-            (i, pair(specs[i].in_features, 1.0, has_bias=False))
-            for i in targets
-            if (fed or self.base.linears[i] in alone) and self.draw.random() < share
-        ]
+        inputs = [(i, pair(specs[i].in_features, 1.0, has_bias=False)) for i in may_feed if self.draw.random() < share]
         norms = [
             (i, pair(self.base.norm(name)[0].numel(), 0.0, self.base.norm(name)[1] is not None))
             for i, name in enumerate(self.base.norms)
             if self.draw.random() < share
         ]
-        self.vectors.set_all(slot, VectorEntries(tuple(outputs), tuple(inputs), tuple(norms)))
+        entries = (tuple(some) for some in (outputs, inputs, norms, in_turns, out_turns))
+        self.vectors.set_all(slot, VectorEntries(*entries))
+
+    def _rotation(self, width: int, has_several: bool) -> RotationEntry:
+        """Blocks of 4 or 8 that differ, or one that all share; of places as they are, or in another order."""
+        generator = torch.Generator().manual_seed(self.draw.randrange(1 << 30))
+        factors = []
+        for _ in range(self.draw.choice([2, 3]) if has_several else 1):
+            size = self.draw.choice([4, 8])
+            blocks = randn(self.draw.choice([1, width // size]), size, size, seed=generator.initial_seed(), scale=0.1)
+            order = self.draw.choice([None, torch.randperm(width, generator=generator).int().to(self.base.device)])
+            factors.append(RotationFactor(blocks.to(self.base.device, self.base.dtype), order))
+        return tuple(factors)
 
     def fill_vocabulary(self, slot: int, num_added: int = 0) -> None:
         """Low rank and trained rows, each of the embedding, the head or both; with tokens beyond the base's rows of
@@ -222,12 +248,12 @@ class GraphRig:
         generator = torch.Generator().manual_seed(self.draw.randrange(1 << 30))
         device, dtype = self.base.device, self.base.dtype
         targets = [i for i in range(len(self.base.linears)) if self.draw.random() < share]
-        if "vectors" in families:
-            self.fill_vectors(slot, targets, fed="fed" in families, share=share)
+        if {"vectors", "rotations"} & set(families):
+            self.fill_vectors(slot, targets, families, share=share)
         if "dense" in families or "modules" in families:
             self.fill_apart(slot, families, targets, share)
         if "vocabulary" in families:
-            self.fill_vocabulary(slot)
+            self.fill_vocabulary(slot, self.draw.choice([1, 5]) if "added" in families else 0)
         for linear in targets:
             spec = self.base.spec.linears[self.base.linears[linear]]
             out_features, in_features = spec.out_features, spec.in_features

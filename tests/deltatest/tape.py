@@ -29,22 +29,35 @@ LOOKING_OPS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_selec
 
 
 class NoLooking(TorchFunctionMode):
-    """Raises ``SyncError`` where a tensor's content would come to the host, or its shape follow from its content."""
+    """Raises ``SyncError`` where a tensor's content would come to the host, or its shape follow from its content, and
+    where a list becomes an index, which a device has to wait for; after ``num_allowed`` looks."""
+
+    def __init__(self, num_allowed: int = 0) -> None:
+        super().__init__()
+        self.num_allowed = num_allowed
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in LOOKS and args and isinstance(args[0], Tensor):
+            self.num_allowed -= 1
+        if self.num_allowed < 0:
             raise SyncError(f"Tensor.{name} in a pass that is to be captured")
         if name == "__getitem__" and any(_is_mask(leaf) for leaf in tree_leaves(args[1:])):
             raise SyncError("indexing with a mask in a pass that is to be captured")
+        if name in ("__getitem__", "__setitem__") and _has_list(args[1]):
+            raise SyncError("indexing with a list in a pass that is to be captured")
         return func(*args, **(kwargs or {}))
+
+
+def _has_list(index: object) -> bool:
+    return any(isinstance(part, list) for part in (index if isinstance(index, tuple) else (index,)))
 
 
 def _is_mask(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.dtype == torch.bool
 
 
-class _NoLookingOps(TorchDispatchMode):
+class NoLookingOps(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name in LOOKING_OPS:
             raise SyncError(f"{func._schema.name} in a pass that is to be captured")
@@ -55,7 +68,7 @@ def watched(run: Callable[[], None]) -> Callable[[], None]:
     """A ``Capture`` that runs the pass itself, raising ``SyncError`` when it looks into a tensor."""
 
     def replay() -> None:
-        with NoLooking(), _NoLookingOps():
+        with NoLooking(), NoLookingOps():
             run()
 
     replay()

@@ -20,6 +20,7 @@ from deltaserve_kernels import (
     widened,
 )
 from deltatest.kernel_cases import Parts, randn
+from deltatest.tape import NoLooking, NoLookingOps, SyncError
 
 VOCAB, WIDTH, SLOTS = 37, 24, 4
 BINDINGS: list[Parts] = [((0, 1.0, 3.0),), (), ((1, -1.0, 1.0), (0, 0.5, 0.5)), ((1, 1.0, 1.0),), ((2, 1.0, 1.0),)] * 9
@@ -228,3 +229,18 @@ def test_rows_that_make_no_sense_are_refused(ids: list[int], rows: int, error: t
     with pytest.raises(error):
         family.set_all(0, VocabularyEntries(rows=((HEAD, entry),)))
     assert family.is_empty
+
+
+def test_scanned_entries_are_set_without_a_look() -> None:
+    """On a GPU a look would hold the step loop."""
+    entry = RowsEntry(torch.tensor([3, VOCAB + 1], dtype=torch.int32), torch.ones(2, WIDTH))
+    entries, family = VocabularyEntries(rows=((HEAD, entry),)), VocabularyFamily(SLOTS)
+    scanned = entries.scanned()
+    with NoLooking(), NoLookingOps():
+        family.set_all(1, scanned.to(torch.device("cpu")))
+    assert family.num_token_ids(1) == VOCAB + 2
+    assert family.sizes.tolist() == [0, VOCAB + 2, 0, 0]
+    with NoLooking(), pytest.raises(SyncError):
+        family.set_all(1, entries)
+    family.clear(1)
+    assert not family.sizes.any()

@@ -51,13 +51,13 @@ def test_random_steps_equal_the_eager_runner_to_the_bit(base: BaseModel) -> None
 
 
 def test_random_steps_with_vectors_and_vocabularies_equal_the_eager_runner(base: BaseModel) -> None:
-    """Scales, biases, norms, inputs, embeddings and heads, in rows of several parts, at strengths that vary by depth,
-    in company; the eager runner finds its rows on the host and shares nothing but the tables."""
+    """Scales, biases, norms, inputs, rotations, embeddings and heads, in rows of several parts, at strengths that vary
+    by depth, in company; the eager runner finds its rows on the host and shares nothing but the tables."""
     rig = GraphRig(base, has_vectors=True, has_vocabulary=True)
     for step in range(15):
         rig.change_adapters()
         rig.check(rig.random_batch(), f"step {step}")
-    assert rig.num_captures == rig.graphs.num_graphs == len(rig.graphs.row_counts) * 7
+    assert rig.num_captures == rig.graphs.num_graphs == len(rig.graphs.row_counts) * 8
 
 
 def test_random_steps_with_blocks_equal_the_eager_runner(base: BaseModel) -> None:
@@ -167,30 +167,44 @@ def test_graphs_of_every_family_at_start_up_are_as_many_as_the_docs_say(llama: B
     rig = GraphRig(llama, capture_now=False, has_vectors=True, has_blocks=True, has_apart=True, has_vocabulary=True)
     light = {"lora", "sparse", "vectors", "blocks", "vocabulary"}
     alone = [{"apart"}, {"lora"}, {"sparse"}, {"vectors"}]
-    assert list(rig.graphs.keys) == [set(), *alone, {"lora", "sparse"}, light, {*light, "fed", "apart"}]
-    assert len(buckets(64)) * len(rig.graphs.keys) == 72
+    pairs, turned = {"lora", "sparse"}, {"fed", "rotations", "vectors"}
+    everything = {*light, *turned, "factors", "apart", "added"}
+    assert list(rig.graphs.keys) == [set(), *alone, pairs, turned, light, everything]
+    assert len(buckets(64)) * len(rig.graphs.keys) == 81
 
 
-def test_vectors_have_graphs_of_their_own_and_inputs_of_several_linears_the_largest(llama: BaseModel) -> None:
+def test_vectors_have_graphs_of_their_own_and_inputs_of_several_linears_those_of_rotations(llama: BaseModel) -> None:
     rig = GraphRig(llama, has_vectors=True)
     recorded = Recorded(rig.graphs)
     rig.fill(0, ("vectors",))
     rig.fill(1, ("vectors", "fed"), share=1.0)
     rig.fill(2, ("lora",))
-    everything = frozenset({"lora", "sparse", "vectors", "fed"})
-    light = everything - {"fed"}
-    for slots, families in (([0], {"vectors"}), ([1], everything), ([0, 2], light), ([2], {"lora"})):
+    turned, light = frozenset({"vectors", "fed", "rotations"}), frozenset({"lora", "sparse", "vectors"})
+    everything = turned | light | {"factors"}
+    rig.fill(3, ("rotations",), share=1.0)
+    rig.fill(4, ("rotations", "factors"), share=1.0)
+    steps = [([0], {"vectors"}), ([1], turned), ([0, 2], light), ([2], {"lora"}), ([3], turned), ([4], everything)]
+    for slots, families in steps:
         batch = rig.random_batch(2, max_parts=0)
         batch[1].parts = tuple(ScheduledPart(slot, 0.5, 1.0) for slot in slots)
         rig.check(batch)
         assert recorded.replayed.pop() == (2, frozenset(families))
+    # Two that turn a row are added up by the definition; more factors than there are launches, too.
+    batch[1].parts = (ScheduledPart(3), ScheduledPart(4))
+    assert rig.graphs.run(batch) is None
+    assert rig.eager.execute(batch).isfinite().all()
+    rig.vectors.clear(4)
+    turns = (RotationFactor(torch.randn(1, 4, 4) * 0.1),) * 5
+    rig.vectors.set_all(4, VectorEntries(in_rotations=((0, turns),)))
+    batch[1].parts = (ScheduledPart(4),)
+    assert rig.graphs.run(batch) is None
     # At strength 0, and where nobody has such an adapter, the bits are the base's.
     plain = [ScheduledSequence(0, [7], 3, [1]), ScheduledSequence(1, [9], 3, [2])]
     wanted = rig.graphs.run(plain).clone()
     for strengths in ((0.0, 0.0), (1.0, 1.0)):
         plain[0].parts = (ScheduledPart(1, *strengths),)
         found = rig.graphs.run(plain)
-        assert recorded.replayed.pop() == (2, everything)
+        assert recorded.replayed.pop() == (2, turned)
         assert torch.equal(found[1], wanted[1])
         assert torch.equal(found[0], wanted[0]) == (strengths == (0.0, 0.0))
     # Embedding and head are in the largest, as far as graphs have room.
@@ -204,19 +218,20 @@ def test_vectors_have_graphs_of_their_own_and_inputs_of_several_linears_the_larg
     tokens.vocabulary.set_all(1, VocabularyEntries(((EMBEDDING, a, b_t),)))
     plain[0].parts = (ScheduledPart(1),)
     assert tokens.graphs.run(plain) is None
-    # Nor do tokens that an adapter adds, for which logits are wider.
-    for num_added, is_served in ((0, True), (1, False)):
+    # Tokens that an adapter adds make logits wider, up to a width.
+    for num_added, is_served in ((3, True), (256, True), (257, False)):
         tokens.clear(1)
         tokens.fill_vocabulary(1, num_added)
-        assert (tokens.graphs.run(plain) is not None) == is_served
-    assert tokens.eager.execute(plain).shape == (2, llama.vocab_size + 1)
-    # Rotations are in no graph.
-    blocks = torch.randn(llama.spec.linears[llama.linears[0]].in_features // 4, 4, 4) * 0.1
-    rig.vectors.clear(0)
-    rig.vectors.set_all(0, VectorEntries(in_rotations=((0, (RotationFactor(blocks, None),)),)))
-    plain[0].parts = (ScheduledPart(0),)
-    assert rig.graphs.run(plain) is None
-    assert rig.eager.execute(plain) is not None
+        plain[0].token_ids = [llama.vocab_size]
+        if is_served:
+            tokens.check(plain)
+            assert recorded_tokens.replayed.pop() == (2, frozenset({"lora", "sparse", "vocabulary", "added"}))
+        found = tokens.graphs.run(plain)
+        assert (found is not None) == is_served
+        assert found is None or found.shape == (2, llama.vocab_size + num_added)
+        assert found is None or (found[1, llama.vocab_size :] == float("-inf")).all()
+        assert found is None or found[0].isfinite().all()
+    assert tokens.eager.execute(plain).shape == (2, llama.vocab_size + 257)
 
 
 def test_what_no_graph_serves_is_left_to_the_eager_runner(llama: BaseModel) -> None:

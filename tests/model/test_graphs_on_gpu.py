@@ -37,6 +37,7 @@ from deltaserve_kernels.triton_ops import (
     module_kernels,
     pointwise_kernels,
     rotary,
+    rotation_kernels,
     row_items,
     sparse_kernels,
     tile_kernels,
@@ -58,10 +59,11 @@ KERNELS = (
     pointwise_kernels.rms_norm_rows, pointwise_kernels.gated_rows, block_rows.blocks_by_row,
     block_kernels.shrink_blocks, block_kernels.expand_blocks, dense_kernels.dense, module_kernels.module_down,
     module_kernels.module_up,
-    row_items.store_items, row_items.flag_rows,
+    row_items.store_items, row_items.flag_rows, rotation_kernels.turn_rows,
     vector_row_kernels.scale_rows, vector_row_kernels.feed_rows, vector_row_kernels.gather_rows,
     vector_row_kernels.set_rows_aside, vector_row_kernels.put_rows_back, vector_row_kernels.changed_norm_rows,
     vocabulary_kernels.embedding_rows, vocabulary_kernels.put_rows, vocabulary_kernels.head_rows,
+    vocabulary_kernels.hide_added_rows,
 )  # fmt: skip
 
 

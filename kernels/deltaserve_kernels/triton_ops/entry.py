@@ -8,6 +8,7 @@ from deltaserve_kernels.triton_ops.dense import dense_linear
 from deltaserve_kernels.triton_ops.lora import lora_linear
 from deltaserve_kernels.triton_ops.modules import add_modules, put_module_rows_back, set_module_rows_aside
 from deltaserve_kernels.triton_ops.rotary import rotate_and_write_kv
+from deltaserve_kernels.triton_ops.rotations import turn_rows
 from deltaserve_kernels.triton_ops.sparse import sparse_linear
 from deltaserve_kernels.triton_ops.vector_rows import (
     change_norm,
@@ -41,5 +42,6 @@ __all__ = [
     "set_aside",
     "set_module_rows_aside",
     "sparse_linear",
+    "turn_rows",
     "write_kv",
 ]

@@ -16,7 +16,7 @@ from deltaserve_kernels.triton_ops.lora_programs import place
 # Not specialised: what differs from step to step or layer to layer, and pointers into packed buffers.
 VARYING = [
     "rows", "row_item", "item_parts", "part_slot", "part_scale", "pointers", "num_slots", "depth", "unit",
-    "linear0", "linear1", "linear2", "num_listed", "first_row", "eps", "offset", "flags",
+    "linear0", "linear1", "linear2", "num_listed", "first_row", "eps", "offset", "flags", "turns",
 ]  # fmt: skip
 
 
@@ -35,6 +35,20 @@ def has_entry(
                 acts = acts & (
                     (tl.load(part_scale + 2 * part) != 0.0) | (tl.load(part_scale + 2 * part + 1) != 0.0)
                 )  # fmt: skip
+            found += acts.to(tl.int32)
+    return found
+
+
+@triton.jit
+def turned(item, item_parts, part_slot, part_scale, turns, linear, num_slots):
+    """Parts of an item that turn the linear's input; ``turns`` int64 [linear][slot], 0: nothing is turned."""
+    found = 0
+    if item >= 0:
+        for part in range(tl.load(item_parts + item), tl.load(item_parts + item + 1)):
+            acts = tl.load(turns + linear * num_slots + tl.load(part_slot + part)) != 0
+            acts = acts & (
+                (tl.load(part_scale + 2 * part) != 0.0) | (tl.load(part_scale + 2 * part + 1) != 0.0)
+            )  # fmt: skip
             found += acts.to(tl.int32)
     return found
 
@@ -116,7 +130,7 @@ def feed_rows(
 
 @triton.jit(do_not_specialize=VARYING)
 def gather_rows(
-    y, y_stride, rows, row_item, item_parts, part_slot, part_scale, pointers, num_slots,
+    y, y_stride, rows, row_item, item_parts, part_slot, part_scale, pointers, num_slots, turns,
     linear0, linear1, linear2, num_listed, first_row,
     BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
@@ -129,7 +143,10 @@ def gather_rows(
     item = tl.load(row_item + row)
     member, tile_n = place(tl.program_id(1), WIDTH0, WIDTH1, WIDTH2, BLOCK_N)
     linear = pick(member, linear0, linear1, linear2)
-    if has_entry(item, item_parts, part_slot, part_scale, pointers, linear, num_slots) > 0:
+    found = has_entry(item, item_parts, part_slot, part_scale, pointers, linear, num_slots)
+    if found == 0:
+        found = turned(item, item_parts, part_slot, part_scale, turns, linear, num_slots)
+    if found > 0:
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = n < pick(member, WIDTH0, WIDTH1, WIDTH2)
         columns = pick(member, COLUMN0, COLUMN1, COLUMN2) + n

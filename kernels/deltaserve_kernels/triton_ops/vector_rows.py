@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deltaserve_kernels import pointwise, row_checks, term_checks
 from deltaserve_kernels.checks import Member
+from deltaserve_kernels.rotation_tables import RotationTables
 from deltaserve_kernels.triton_ops import guard
 from deltaserve_kernels.triton_ops import vector_row_kernels as kernels
 from deltaserve_kernels.triton_ops.early import early
@@ -91,13 +92,15 @@ def _feed(
         )  # fmt: skip
 
 
-def gather_members(y: Tensor, work: WorkList, tables: VectorTables, members: Sequence[Member]) -> Tensor:
+def gather_members(
+    y: Tensor, work: WorkList, tables: VectorTables, turns: RotationTables, members: Sequence[Member]
+) -> Tensor:
     """See ``vector_rows.gather_members``. Raises a KernelError."""
     rows = listed_rows(work)
     first = row_checks.check_fanned(y, work, len(rows), members)
     for number, group in enumerate(groups_of(members)) if len(rows) else ():
         kernels.gather_rows[(len(rows), group.num_tiles(BLOCK))](
-            y, y.stride(0), rows, *_lists(work, tables), *group.linears, len(rows),
+            y, y.stride(0), rows, *_lists(work, tables), turns.pointers, *group.linears, len(rows),
             first + number * MAX_MEMBERS * len(rows), BLOCK_N=BLOCK, **group.place, num_warps=4, **early(y.device),
         )  # fmt: skip
     return y[:first]

@@ -16,6 +16,8 @@ from deltaserve_kernels.triton_ops.vector_rows import BLOCK
 from deltaserve_kernels.vocabulary import RowsTables
 from deltaserve_kernels.worklist import WorkList
 
+# Columns of added tokens that one program hides.
+HIDDEN_AT_ONCE = 128
 # Programs that share the trained rows of a head for one row of the step.
 PROGRAMS = 32
 
@@ -71,4 +73,16 @@ def head_rows(y: Tensor, x: Tensor, work: WorkList, trained: RowsTables) -> None
             y, y.stride(0), x, x.stride(0), rows, row_items(work), work.item_parts, work.part_slot, work.part_scale,
             trained.pointers, trained.counts, trained.num_slots,
             PROGRAMS=PROGRAMS, WIDTH=width, BLOCK=block, num_warps=4, **early(x.device),
+        )  # fmt: skip
+
+
+def hide_added(logits: Tensor, work: WorkList, sizes: Tensor, vocab_size: int) -> None:
+    """See ``vocabulary_rows.hide_added``; ``sizes`` int32 [num_slots]: token ids of a slot's adapter, 0: the base's.
+    Raises a KernelError."""
+    row_checks.check_rows(logits, work, name="logits")
+    num_added = logits.shape[1] - vocab_size
+    if len(logits) and num_added > 0:
+        kernels.hide_added_rows[(len(logits), triton.cdiv(num_added, HIDDEN_AT_ONCE))](
+            logits, logits.stride(0), row_items(work), work.item_parts, work.part_slot, work.part_scale, sizes,
+            vocab_size, logits.shape[1], BLOCK=HIDDEN_AT_ONCE, num_warps=1, **early(logits.device),
         )  # fmt: skip

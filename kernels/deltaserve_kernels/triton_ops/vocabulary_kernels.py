@@ -130,3 +130,22 @@ def head_rows(
                         tl.store(at, (tl.load(at).to(tl.float32) + scale * dot).to(y.dtype.element_ty))
             # The next part may read what this one wrote, by other threads.
             tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=[*VARYING, "y_stride", "sizes", "vocab_size", "width"])
+def hide_added_rows(
+    y, y_stride, row_item, item_parts, part_slot, part_scale, sizes, vocab_size, width,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows of y, blocks of the columns past ``vocab_size``): minus infinity past the row's own tokens."""
+    wait_then_allow(EARLY)
+    row = tl.program_id(0)
+    item = tl.load(row_item + row)
+    own = vocab_size
+    if item >= 0:
+        for part in range(tl.load(item_parts + item), tl.load(item_parts + item + 1)):
+            size = tl.load(sizes + tl.load(part_slot + part))
+            own = tl.where(tl.load(part_scale + 2 * part + 1) != 0.0, tl.maximum(own, size), own)
+    n = vocab_size + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    hidden = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    tl.store(y + row.to(tl.int64) * y_stride + n, hidden.to(y.dtype.element_ty), mask=(n < width) & (n >= own))

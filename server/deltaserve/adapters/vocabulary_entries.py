@@ -27,4 +27,4 @@ def vocabulary_entries(
                 lora.append((index, keep(term.a), keep(term.b_t)))
             elif isinstance(term, RowsTerm):
                 rows.append((index, RowsEntry(keep(term.ids), keep(term.values))))
-    return VocabularyEntries(tuple(lora), tuple(rows))
+    return VocabularyEntries(tuple(lora), tuple(rows)).scanned()

@@ -17,7 +17,7 @@ from torch import Tensor
 from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.engine.batch import ScheduledSequence
 from deltaserve.engine.graph_capture import Capture, CudaCapture, Pass
-from deltaserve.engine.graph_families import Family, default_keys, give, known_families
+from deltaserve.engine.graph_families import MAX_ADDED, Family, default_keys, give, known_families
 from deltaserve.engine.static_step import RowBinding, StaticStep
 from deltaserve.model.base import BaseModel
 from deltaserve.model.context import ForwardContext
@@ -74,8 +74,12 @@ class DecodeGraphs:
         self.keys = self._sorted_keys(keys)
         self._capture: Capture = capture or CudaCapture(kv.pool.device)
         self._replays: dict[tuple[int, frozenset[Family]], Pass] = {}
-        # Outside of the graphs' pool, where other graphs would overwrite it.
-        self._logits = torch.zeros(self.row_counts[-1], base.vocab_size, device=kv.pool.device)
+        # Outside of the graphs' pool, where other graphs would overwrite it. Two shapes of one memory: with columns for
+        # tokens that adapters add, and without.
+        self._vocabulary = tables.vocabulary
+        num_rows, width = self.row_counts[-1], base.vocab_size + (MAX_ADDED if "added" in self.families else 0)
+        self._wide_logits = torch.zeros(num_rows, width, device=kv.pool.device)
+        self._logits = self._wide_logits.view(-1)[: num_rows * base.vocab_size].view(num_rows, -1)
 
     def _sorted_keys(self, keys: Iterable[Iterable[Family]] | None) -> tuple[frozenset[Family], ...]:
         """Smallest first, the empty one always among them."""
@@ -100,7 +104,8 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def run(self, batch: Sequence[ScheduledSequence]) -> Tensor | None:
-        """Float32 [R, vocab], one row a sequence, valid until the next run; None when no graph serves the batch.
+        """Float32 [R, vocab], one row a sequence, valid until the next run; None when no graph serves the batch. Where
+        an adapter of the step adds tokens there are columns for these too, minus infinity in rows of others.
 
         The batch must have passed ``check_batch``. No sync: what is in the result is known when the stream has come
         to it.
@@ -121,7 +126,15 @@ class DecodeGraphs:
         )
         self.step.fill(batch, num_rows, bindings if key else None, regimes)
         self._replays[num_rows, key]()
-        return self._logits[: len(batch)]
+        return (
+            self._wide_logits[: len(batch), : self._width(bindings)] if "added" in key else self._logits[: len(batch)]
+        )
+
+    def _width(self, bindings: list[RowBinding]) -> int:
+        """Token ids that some row's adapters have, the base's at least."""
+        slots = {slot for binding in set(bindings) for slot, first, last in binding if first or last}
+        sizes = map(self._vocabulary.num_token_ids, slots) if self._vocabulary is not None else ()
+        return max(self.base.vocab_size, *sizes)
 
     def _families(self, bindings: list[RowBinding]) -> frozenset[Family] | None:
         """Families that some row's adapters have; None when an adapter or a table has outgrown the graphs."""
@@ -152,7 +165,8 @@ class DecodeGraphs:
         )
         give(self.families, key, ctx)
         hidden = self.base.forward(inputs.ids, ctx)
-        self.base.logits(hidden, ctx, out=self._logits[:num_rows])
+        logits = self._wide_logits if "added" in key else self._logits
+        self.base.logits(hidden, ctx, out=logits[:num_rows])
 
 
 def _active(seq: ScheduledSequence) -> RowBinding:

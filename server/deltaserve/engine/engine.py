@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from deltaserve.adapters.residency import AdapterResidency
@@ -26,6 +27,7 @@ from deltaserve.engine.sampler import Sampler
 from deltaserve.engine.scheduler import Schedule, Scheduler
 from deltaserve.engine.sequence import Sequence
 from deltaserve.errors import DeltaserveError, RequestTimeout
+from deltaserve_kernels import upload
 
 
 class Runner(Protocol):
@@ -240,7 +242,8 @@ class Engine:
         if not asking:
             return {}
         wanted = [seqs[i].sampling.logprobs or 0 for i in asking]
-        found = self._sampler.logprobs(rows[asking], [tokens[i] for i in asking], max(wanted))
+        chosen = rows.index_select(0, upload(torch.tensor(asking), rows.device))
+        found = self._sampler.logprobs(chosen, [tokens[i] for i in asking], max(wanted))
         return {
             seqs[i].seq_id: TokenLogprob(entry.token_id, entry.logprob, entry.top[:num_top])
             for i, entry, num_top in zip(asking, found, wanted, strict=True)

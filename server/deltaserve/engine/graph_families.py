@@ -34,9 +34,14 @@ from deltaserve_kernels import (
     VocabularyFamily,
     VocabularyStep,
     shares_points,
+    turns_twice,
 )
 
 Family = str
+MAX_FACTORS = 4
+"""Factors of a rotation that graphs have launches for. Rotations of more are served without graphs."""
+MAX_ADDED = 256
+"""Tokens beyond the base's that graphs have logits for. Adapters that add more are served without graphs."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ def known_families(base: BaseModel, tables: DeltaTables, *, max_rank: int) -> di
         known["sparse"] = _sparse(tables.sparse)
     if tables.vectors is not None:
         known["vectors"] = _vectors(tables.vectors)
+        known["rotations"], known["factors"] = _rotations(tables.vectors), _factors(tables.vectors)
         known["fed"] = _fed(tables.vectors, base)
     if tables.blocks is not None:
         known["blocks"] = _blocks(tables.blocks)
@@ -79,17 +85,19 @@ def known_families(base: BaseModel, tables: DeltaTables, *, max_rank: int) -> di
         known["apart"] = _apart(tables.apart)
     if tables.vocabulary is not None:
         tables.vocabulary.lora.reserve_rank(max_rank)
-        known["vocabulary"] = _vocabulary(tables.vocabulary, base)
+        known["vocabulary"] = _vocabulary(tables.vocabulary)
+        known["added"] = _added(tables.vocabulary, base)
     return known
 
 
 def default_keys(known: Mapping[Family, GraphFamily]) -> list[set[Family]]:
-    """None, the frequent ones and the largest alone, low rank with sparse, all but the large ones, all. Blocks and
-    vocabularies get none of their own: what they share one with is some empty launches, and each set is captured in
-    every bucket."""
+    """None, the frequent ones and the largest alone, low rank with sparse, rotations of one factor on either side, all
+    but the large ones, all. Blocks and vocabularies get none of their own: what they share one with is some empty
+    launches, and each set is captured in every bucket."""
     alone = [{name} for name, family in known.items() if family.is_alone]
     light = {name for name, family in known.items() if not family.is_large}
-    return [set(), *alone, {"lora", "sparse"} & set(known), light, set(known)]
+    together = [{"lora", "sparse"} & set(known), {"vectors", "rotations", "fed"} & set(known)]
+    return [set(), *alone, *together, light, set(known)]
 
 
 def give(known: Mapping[Family, GraphFamily], key: Iterable[Family], ctx: ForwardContext) -> None:
@@ -144,24 +152,57 @@ def _apart(family: ApartFamily) -> GraphFamily:
 
 
 def _vectors(family: VectorFamily) -> GraphFamily:
-    """Scales and biases of outputs, norms, and input scales of linears that share their input with no other."""
+    """Scales and biases of outputs, norms, and input scales of linears that share their input with no other. What else
+    a slot of the family has is told by the families that follow."""
 
     def give_rows(ctx: ForwardContext) -> None:
         if ctx.work is not None:
             ctx.vectors = VectorRows(family, ctx.work, fans_out=False)
 
-    def turns(slot: int) -> bool:
-        return family.in_rotations.has_slot(slot) or family.out_rotations.has_slot(slot)
+    return GraphFamily(family.has_slot, lambda: family.num_slots, give_rows)
 
-    return GraphFamily(family.has_slot, lambda: family.num_slots, give_rows, refuses=turns)
+
+def _rotations(family: VectorFamily) -> GraphFamily:
+    """Rotations of one factor, a launch and a copy of the rows each: of outputs, and of inputs that are not "fed"."""
+
+    def turn(ctx: ForwardContext) -> None:
+        if isinstance(ctx.vectors, VectorRows):
+            ctx.vectors = replace(ctx.vectors, max_factors=1)
+
+    return GraphFamily(
+        lambda slot: family.num_factors(slot) > 0,
+        lambda: family.num_slots,
+        turn,
+        refuses_together=lambda slots: turns_twice(family, slots),
+        is_alone=False,
+        is_large=True,
+    )
+
+
+def _factors(family: VectorFamily) -> GraphFamily:
+    """Rotations of several factors, a launch each."""
+
+    def turn(ctx: ForwardContext) -> None:
+        if isinstance(ctx.vectors, VectorRows):
+            ctx.vectors = replace(ctx.vectors, max_factors=MAX_FACTORS)
+
+    return GraphFamily(
+        lambda slot: family.num_factors(slot) > 1,
+        lambda: family.num_slots,
+        turn,
+        refuses=lambda slot: family.num_factors(slot) > MAX_FACTORS,
+        is_alone=False,
+        is_large=True,
+    )
 
 
 def _fed(family: VectorFamily, base: BaseModel) -> GraphFamily:
-    """Input scales of linears that share their input: products of several times the rows, so a family of its own."""
+    """Own inputs of linears that share theirs: products of several times the rows, so a family of its own."""
     shared = [base.linears.index(name) for group in base.groups() if len(group) > 1 for name in group]
 
     def has_slot(slot: int) -> bool:
-        return any(family.inputs.get(linear, slot) is not None for linear in shared)
+        held = [tables for tables in (family.inputs, family.in_rotations) if tables.has_slot(slot)]
+        return any(tables.mark(linear, slot) is not None for tables in held for linear in shared)
 
     def fan_out(ctx: ForwardContext) -> None:
         if isinstance(ctx.vectors, VectorRows):
@@ -170,13 +211,9 @@ def _fed(family: VectorFamily, base: BaseModel) -> GraphFamily:
     return GraphFamily(has_slot, lambda: family.num_slots, fan_out, is_alone=False, is_large=True)
 
 
-def _vocabulary(family: VocabularyFamily, base: BaseModel) -> GraphFamily:
-    """Low rank and trained rows of embedding and head; each row of a decode step gets logits, of the base's tokens:
-    adapters that add some would make them wider."""
+def _vocabulary(family: VocabularyFamily) -> GraphFamily:
+    """Low rank and trained rows of embedding and head; each row of a decode step gets logits."""
     room = family.lora.rank_capacity
-
-    def refuses(slot: int) -> bool:
-        return family.lora.largest_rank(slot) > room or family.num_token_ids(slot) > base.vocab_size
 
     def give_lists(ctx: ForwardContext) -> None:
         ctx.vocabulary = VocabularyStep(family, ctx.work, ctx.work)
@@ -185,6 +222,24 @@ def _vocabulary(family: VocabularyFamily, base: BaseModel) -> GraphFamily:
         family.has_slot,
         lambda: family.num_slots,
         give_lists,
-        refuses=refuses,
+        refuses=lambda slot: family.lora.largest_rank(slot) > room,
         is_alone=False,
+    )
+
+
+def _added(family: VocabularyFamily, base: BaseModel) -> GraphFamily:
+    """Tokens beyond the base's: logits of a fixed width, so that they are copied once more."""
+    width = base.vocab_size + MAX_ADDED
+
+    def widen(ctx: ForwardContext) -> None:
+        if ctx.vocabulary is not None:
+            ctx.vocabulary = replace(ctx.vocabulary, num_token_ids=width)
+
+    return GraphFamily(
+        lambda slot: family.num_token_ids(slot) > base.vocab_size,
+        lambda: family.num_slots,
+        widen,
+        refuses=lambda slot: family.num_token_ids(slot) > width,
+        is_alone=False,
+        is_large=True,
     )

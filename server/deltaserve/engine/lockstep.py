@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deltaserve.core import Ensemble
 from deltaserve.engine.mixing import mix
+from deltaserve_kernels import upload
 
 if TYPE_CHECKING:
     from deltaserve.engine.sequence import Sequence
@@ -80,7 +81,7 @@ def mix_rows(logits: Tensor, seqs: Items[Sequence]) -> tuple[Tensor, list[Sequen
     Rows of an ensemble stand side by side and become one; all others keep their bits.
     """
     leads = [i for i, seq in enumerate(seqs) if seq.leads]
-    kept = logits[leads]
+    kept = logits.index_select(0, upload(torch.tensor(leads), logits.device))
     for place, i in enumerate(leads):
         lockstep = seqs[i].lockstep
         if lockstep is not None:

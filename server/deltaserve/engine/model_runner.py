@@ -30,14 +30,12 @@ from deltaserve_kernels import (
     BlockTables,
     PaddedLayout,
     PrefixTables,
-    RotationTables,
     VectorFamily,
     VectorRows,
     VectorStep,
     VocabularyStep,
     WorkList,
     build_work_list_runs,
-    rotate_blocks,
     select,
     split_apart_rows,
     split_vectors,
@@ -114,10 +112,8 @@ class ModelRunner:
         # Planes as for one adapter a row; more would only take memory.
         ctx.work = replace(empty, num_planes=len(input_ids), has_prompts=len(input_ids) > len(batch))
         if self.vectors is not None:
-            ctx.vectors = VectorRows(self.vectors, ctx.work, fans_out=len(input_ids) <= MOST_ROWS_FANNED_OUT)
-            if not ctx.work.has_prompts:
-                rows = torch.zeros(len(input_ids), 16, dtype=self.base.dtype, device=self.base.device)
-                rotate_blocks(rows.clone(), rows, ctx.work, RotationTables(1, 1, rows.device), ((0, 0, 16),))
+            fans_out = len(input_ids) <= MOST_ROWS_FANNED_OUT
+            ctx.vectors = VectorRows(self.vectors, ctx.work, fans_out=fans_out, max_factors=1)
         ctx.blocks = self.blocks
         if self.apart is not None:
             ctx.apart = ApartRows(self.apart, ctx.work)
@@ -126,7 +122,8 @@ class ModelRunner:
             layout = PaddedLayout(count)
             head = layout.work_list(torch.zeros(layout.size, dtype=torch.int32, device=self.base.device))
             head = replace(head, num_planes=count, has_prompts=ctx.work.has_prompts)
-            ctx.vocabulary = VocabularyStep(self.vocabulary, ctx.work, head)
+            # Wider logits are no launch less than those of the base's width.
+            ctx.vocabulary = VocabularyStep(self.vocabulary, ctx.work, head, self.base.vocab_size + 1)
         self._forward(ctx, input_ids, logit_rows)
 
     def warm_up(self, max_tokens: int = 2 * BLOCK_SIZE) -> None:

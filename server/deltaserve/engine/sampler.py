@@ -11,6 +11,7 @@ from collections.abc import Sequence as Rows
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from deltaserve.core import SamplingParams, TokenLogprob
 from deltaserve.engine.draw import FilteredDraw, draw_plain
@@ -83,7 +84,7 @@ class Sampler:
         found: list[TokenLogprob] = []
         for begin in range(0, len(token_ids), _SLICE_ROWS):
             part = rows[begin : begin + _SLICE_ROWS]
-            ids = torch.tensor(token_ids[begin : begin + _SLICE_ROWS], device=rows.device)
+            ids = upload(torch.tensor(token_ids[begin : begin + _SLICE_ROWS]), rows.device)
             logprobs = self._log_softmax(part)
             own = logprobs.gather(1, ids[:, None])[:, 0].tolist()
             values, indices = logprobs.topk(min(num_top, self.vocab_size), dim=-1)
@@ -96,11 +97,10 @@ class Sampler:
         """Rows without added tokens by themselves: their sums must not depend on how wide the step is."""
         if rows.shape[1] <= self.vocab_size:
             return torch.log_softmax(rows, dim=-1, dtype=torch.float32)
-        found = torch.full_like(rows, float("-inf"))
-        is_plain = rows[:, self.vocab_size :].isneginf().all(dim=1)
-        for chosen, width in ((is_plain, self.vocab_size), (~is_plain, rows.shape[1])):
-            found[chosen, :width] = torch.log_softmax(rows[chosen, :width], dim=-1, dtype=torch.float32)
-        return found
+        is_plain = rows[:, self.vocab_size :].isneginf().all(dim=1, keepdim=True)
+        plain = torch.log_softmax(rows[:, : self.vocab_size], dim=-1, dtype=torch.float32)
+        plain = pad(plain, (0, rows.shape[1] - self.vocab_size), value=float("-inf"))
+        return torch.where(is_plain, plain, torch.log_softmax(rows, dim=-1, dtype=torch.float32))
 
     def _adjust(self, rows: Tensor, seqs: Rows[Sequence]) -> Tensor:
         """Penalties, bias and forbidden stops; the caller's rows stay as they are."""

@@ -145,9 +145,7 @@ class BaseModel:
                 output = self._model(inputs_embeds=ctx.head_rows, use_cache=False)
         finally:
             ctx.head_rows = None
-        if out is not None:
-            return out.copy_(output.logits[0])
-        logits = output.logits[0].float()
+        logits = output.logits[0].float() if out is None else out.copy_(output.logits[0])
         if isinstance(ctx, ForwardContext) and ctx.vocabulary is not None:
             hide_added(logits, ctx.vocabulary, self.vocab_size)
         return logits

@@ -14,11 +14,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from deltaserve.errors import UnsupportedBase
 from deltaserve.model.context import current_or_none
 
+# GPT-2's decoder looks for padding in the ids of every pass: on a GPU a wait in each step. Rows here are never padded.
+_WARNING = "warn_if_padding_and_no_attention_mask"
+
 
 def cut_before_head(model: PreTrainedModel) -> PreTrainedModel:
     """Let ``model``'s decoder stand aside when the head runs alone; returns the decoder."""
     decoder = find_decoder(model)
     decoder.__dict__["forward"] = _Seam(decoder)
+    if hasattr(decoder, _WARNING):
+        decoder.__dict__[_WARNING] = lambda *_: None
     return decoder
 
 

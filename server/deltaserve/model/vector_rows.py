@@ -1,9 +1,9 @@
 """A projection group in a step whose rows with vectors are told by tables alone: Triton's form of ``vectors``.
 
-The same sums in the same order as there: base product, scales and biases, low rank, sparse, blocks, each rounded. One
-list serves all of them, for no operator here lets a row's bits depend on who else is in it. Where the product adds onto
-the residual stream, rows with vectors are set aside first, so that what the product adds onto is 0 for them and they
-need no product of their own.
+The same sums in the same order as there: base product, scales and biases, rotations, low rank, sparse, blocks, each
+rounded. One list serves all of them, for no operator here lets a row's bits depend on who else is in it. Where the
+product adds onto the residual stream, rows with vectors are set aside first, so that what it adds onto is 0 for them
+and they need no product of their own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from deltaserve_kernels import (
     scaled_input,
     set_aside,
     sparse_linear,
+    turn_fanned,
+    turn_rows,
 )
 
 if TYPE_CHECKING:
@@ -43,9 +45,12 @@ def apply_rows(
     members, depth = group.members, group.depth
     kept = None if residual is None else set_aside(residual, step)
     y = _product(group, rows, step, residual)
-    outputs = step.family.outputs
-    if step.may_have(outputs, [member.linear for member in members]):
+    outputs, rotations, linears = step.family.outputs, step.family.out_rotations, [member.linear for member in members]
+    product = y.clone() if step.num_factors(rotations, linears) else y
+    if step.may_have(outputs, linears):
         scale_shift(y, step.work, outputs, members, depth)
+    if product is not y:
+        turn_rows(y, product, step, rotations, members, depth)
     if ctx.lora is not None and work.concerns(ctx.lora, members):
         lora_linear(y, rows, work, ctx.lora, members, depth)
     if ctx.sparse is not None and work.concerns(ctx.sparse, members):
@@ -59,14 +64,17 @@ def apply_rows(
 
 def _product(group: ProjectionGroup, rows: Tensor, step: VectorRows, residual: Tensor | None) -> Tensor:
     """The base's product of each row as its linears are fed it."""
-    members, inputs = group.members, step.family.inputs
+    members, inputs, rotations = group.members, step.family.inputs, step.family.in_rotations
+    linears = [member.linear for member in members]
+    has_own_inputs = step.may_have(inputs, linears) or step.num_factors(rotations, linears) > 0
+    if not has_own_inputs or (len(members) > 1 and not step.fans_out):
+        return group.weight.matmul(rows, group.bias, residual)
     if len(members) == 1:
-        linear = members[0].linear
-        if step.may_have(inputs, (linear,)):
-            rows = scaled_input(rows, step, linear, group.depth)
-        return group.weight.matmul(rows, group.bias, residual)
-    if not step.fans_out or not step.may_have(inputs, [member.linear for member in members]):
-        return group.weight.matmul(rows, group.bias, residual)
+        fed = scaled_input(rows, step, linears[0], group.depth)
+        turn_rows(fed, rows, step, rotations, ((linears[0], 0, rows.shape[1]),), group.depth)
+        return group.weight.matmul(fed, group.bias, residual)
     # All members, whoever wants an input of its own: a launch whose shape followed adapters would compile anew.
-    y = gather_members(group.weight.matmul(fan_out(rows, step, members, group.depth), group.bias), step, members)
+    fed = fan_out(rows, step, members, group.depth)
+    turn_fanned(fed, rows, step, members, group.depth)
+    y = gather_members(group.weight.matmul(fed, group.bias), step, members)
     return y if residual is None else residual.add_(y)

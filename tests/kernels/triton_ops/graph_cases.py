@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deltaserve.engine import graph_families
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model import base as base_module
@@ -53,11 +54,12 @@ def fused(tmp_path_factory) -> BaseModel:
     return loaded
 
 
-def test_replays_follow_vectors_and_vocabularies_and_leave_everybody_else_s_bits(fused):
+def test_replays_follow_vectors_and_vocabularies_and_leave_everybody_else_s_bits(fused, monkeypatch):
     """Held to the PyTorch definition, which finds its rows on the host, and once to eager launches to the bit."""
-    keys = [["lora", "vectors", "fed", "vocabulary"]]
+    monkeypatch.setattr(graph_families, "MAX_FACTORS", 3)
+    keys = [["lora", "vectors", "rotations", "factors", "fed", "vocabulary"]]
     rig = GraphRig(fused, capture=Tape(), row_counts=[2], keys=keys, has_vectors=True, has_vocabulary=True)
-    for slot, families in enumerate((("vectors", "fed"), ("lora", "vectors", "vocabulary"))):
+    for slot, families in enumerate((("vectors", "fed", "rotations", "factors"), ("lora", "vectors", "vocabulary"))):
         rig.fill(slot, families, share=1.0)
     batch = rig.random_batch(2, max_parts=0)
     base_alone = rig.graphs.run(batch).clone()
@@ -81,7 +83,7 @@ def test_replays_follow_vectors_and_vocabularies_and_leave_everybody_else_s_bits
     # Other adapters in the slots, and none.
     rig.clear(0)
     rig.clear(1)
-    rig.fill(1, ("vectors", "fed", "vocabulary"), share=0.5)
+    rig.fill(1, ("vectors", "fed", "rotations", "vocabulary"), share=0.5)
     found = replay((ScheduledPart(0),), (ScheduledPart(1),))
     assert torch.equal(found[0], base_alone[0])
     assert not torch.equal(found[1], base_alone[1])

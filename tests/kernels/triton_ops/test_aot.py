@@ -58,9 +58,9 @@ TYPES = {
         BF16,
     ),
     **dict.fromkeys(("other", "kept"), BF16),
-    **dict.fromkeys(("h", "part_scale", "part_acc", "part_max", "part_sum"), FP32),
+    **dict.fromkeys(("h", "planes", "part_scale", "part_acc", "part_max", "part_sum"), FP32),
     **dict.fromkeys(("gain", "shift", "normalised"), FP32),
-    **dict.fromkeys(("pointers", "vectors", "kv_index", "low_rank", "ids"), "*i64"),
+    **dict.fromkeys(("pointers", "turns", "vectors", "kv_index", "low_rank", "ids"), "*i64"),
     **dict.fromkeys(
         ("tile_item", "tile_first", "rows", "item_rows", "item_parts", "item_plane", "part_slot", "records"), "*i32"
     ),
@@ -156,6 +156,10 @@ def dense_of(form: dense.DenseForm, in_features: int) -> dict[str, Any]:
         "BLOCK_N": form.block_n,
         **QKV,
     }
+
+
+def turn_of(form: rotations.RotationForm) -> dict[str, Any]:
+    return {"TILE_ROWS": form.tile_rows, "STEP": form.step, "BLOCK_N": form.block_n}
 
 
 ROTATION = {
@@ -321,8 +325,8 @@ SPECS = {
     "set_module_rows_aside": Spec(module_kernels.set_module_rows_aside, {"SIZE": 4096, "BLOCK_N": 1024}),
     "put_module_rows_back": Spec(module_kernels.put_module_rows_back, {"SIZE": 4096, "BLOCK_N": 1024}, wide=2),
     # Through lists, one number a thread.
-    "turn_rows": Spec(rotation_kernels.turn_rows, {"BLOCK_N": rotations.BLOCK_N}, narrow=32, wide=0),
-    "add_turned": Spec(rotation_kernels.add_turned, {"BLOCK_N": rotations.BLOCK_N}, narrow=1, wide=0),
+    "turn_rows": Spec(rotation_kernels.turn_rows, turn_of(rotations.DECODE), narrow=33, wide=0),
+    "turn_rows_prompts": Spec(rotation_kernels.turn_rows, turn_of(rotations.PROMPTS), narrow=33, wide=0),
     "transpose": Spec(sparse_wide.transpose, {"K": 4096, "BLOCK_K": 128, "TILE_ROWS": 32}),
     "sparse_wide": Spec(
         sparse_wide.sparse_wide,
@@ -374,6 +378,13 @@ SPECS = {
     "put_rows": Spec(vocabulary_kernels.put_rows, {"WIDTH": 4096, "BLOCK": vector_rows.BLOCK}, types={"values": BF16}),
     "head_rows": Spec(
         vocabulary_kernels.head_rows, {"PROGRAMS": vocabulary.PROGRAMS, "WIDTH": 4096, "BLOCK": 4096}, narrow=2, wide=8
+    ),
+    "hide_added_rows": Spec(
+        vocabulary_kernels.hide_added_rows,
+        {"BLOCK": vocabulary.HIDDEN_AT_ONCE},
+        types={"y": FP32},
+        wide=0,
+        num_warps=1,
     ),
     # A few numbers an item: nothing to read wide.
     "flag_rows": Spec(row_items.flag_rows, {"BLOCK": row_items.FLAG_ROWS}, wide=0),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -317,8 +317,10 @@ def test_modules_equal_the_definition() -> None:
 
 @pytest.mark.parametrize("num_rows", [1, 33 if ON_GPU else 9])
 def test_rotations_equal_the_definition(num_rows: int) -> None:
-    """One factor, several on permuted rows, one block that all share."""
+    """One factor, several on permuted rows, one block that all share; by the forms of both kinds of steps."""
     step, tables = step_of(num_rows, num_rows, slots=3), RotationTables(len(WIDTHS), 3, DEVICE)
+    # One part of a row turns it.
+    bindings: list[Parts] = [((row % 3, 1.0, -0.5),) if row % 5 else () for row in range(num_rows)]
 
     def factor(width: int, size: int, seed: int, is_shuffled: bool = False, count: int = 0) -> RotationFactor:
         order = torch.randperm(width, generator=torch.Generator().manual_seed(seed)).int() if is_shuffled else None
@@ -330,10 +332,14 @@ def test_rotations_equal_the_definition(num_rows: int) -> None:
         several = (factor(width, 16, linear, is_shuffled=True), factor(width, 4, linear + 9, is_shuffled=True))
         tables.set_all(1, [(linear, several if linear else (factor(width, 2, 3, count=1),))])
     x = step.y.flip(1).contiguous()
-    expected, out = step.y.clone(), step.y.clone()
-    rotations.rotate_blocks(expected, x, step.work, tables, MEMBERS, 0.3, backend="reference")
-    by_triton.rotate_blocks(out, x, step.work, tables, MEMBERS, 0.3)
-    close(out, expected, 5e-3)
+    work = build_work_list(bindings, DEVICE)
+    expected = step.y.clone()
+    rotations.rotate_blocks(expected, x, work, tables, MEMBERS, 0.3, backend="reference")
+    for has_prompts in (False, True):
+        out = step.y.clone()
+        by_triton.turn_rows(out, x, replace(work, has_prompts=has_prompts), tables, MEMBERS, 0.3, 2)
+        close(out, expected, 5e-3)
+        assert torch.equal(out[::5], step.y[::5])
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +26,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import jit
 
-from deltaserve.engine.batch import ScheduledSequence
+from deltaserve.core import BASE_BINDING, SamplingParams
+from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
 from deltaserve.engine.model_runner import ModelRunner
+from deltaserve.engine.sampler import Sampler
+from deltaserve.engine.sequence import Sequence
 from deltaserve.model import base as base_module
 from deltaserve.model import weight
 from deltaserve.model.base import BaseModel, load_base
@@ -45,7 +49,7 @@ from deltaserve_kernels import (
 from deltaserve_kernels.triton_ops import attention, blocks, guard, lora, pointwise, rotary, rotations, sparse, vectors
 from deltatest.graph_rig import GraphRig
 from deltatest.kernel_cases import PagedCase, Parts, csr
-from deltatest.tape import watched
+from deltatest.tape import NoLooking, NoLookingOps, SyncError, watched
 from deltatest.tiny_models import ARCHITECTURES, build_tiny_model
 
 MEMBERS = [(0, 0, 64), (1, 64, 96), (2, 96, 128)]
@@ -110,7 +114,9 @@ def step(num_rows: int, runs: list[tuple[int, int, Parts]], tables: Tables, dept
         _, start, stop = MEMBERS[linear]
         factor = RotationFactor(torch.zeros((stop - start) // size, size, size).bfloat16())
         turns.set_all(0, [(linear, (factor,) * (1 + num_rows % 3))])
-    rotations.rotate_blocks(y, torch.zeros_like(y), work, turns, MEMBERS, depth)
+    for has_prompts in (False, True):
+        rows = replace(work, has_prompts=has_prompts)
+        rotations.turn_rows(y, torch.zeros_like(y), rows, turns, MEMBERS, depth, 1 + num_rows % 3)
     vectors.rms_norm(x, x[0], 1e-6, work, tables.norms, num_rows % 3, depth)
 
 
@@ -122,7 +128,7 @@ def test_adapter_operators_compile_once(binaries: set[tuple[str, str]]) -> None:
         {"shrink_rows", "expand_rows", "shrink", "expand", "fused"},
         {"sparse", "sparse_wide", "transpose"},
     )
-    others = {"turn_rows", "add_turned", "blocks_by_row", "shrink_blocks", "expand_blocks", "store_items", "rms_norm"}
+    others = {"turn_rows", "blocks_by_row", "shrink_blocks", "expand_blocks", "store_items", "rms_norm"}
     assert {name for name, _ in warm} == {"build_tiles"} | low_rank | scattered | others
     draw = random.Random(0)
     for ranks, num_slots, linears in (([1, 5, 16, 64], 16, [0, 1, 2]), ([33], 7, [2]), ([8, 16], 2, [0, 2])):
@@ -196,14 +202,13 @@ def loaded(architecture: str, dtype: torch.dtype, folder: Path) -> BaseModel:
 FUSED = {"rms_norm_rows", "gated_rows", "rotate_and_store"}
 STEP = {"build_tiles", "shrink_rows", "expand_rows", "sparse", "decode", "combine"}
 MATRICES = {"blocks_by_row", "dense", "module_down", "module_up"}
-TURNS = {"turn_rows", "add_turned"}  # no graph has them; the warm-up does
 # Where products add onto the residual stream.
 ASIDE = {"set_module_rows_aside", "put_module_rows_back"}
 PROMPT = {"shrink", "expand", "transpose", "sparse_wide", "prefill", "shrink_blocks", "expand_blocks"}
 # Vector terms by row; where products add onto the stream two more, and norms by their kind.
-BY_ROW = {"store_items", "scale_rows", "feed_rows", "gather_rows"}
+BY_ROW = {"store_items", "scale_rows", "feed_rows", "gather_rows", "turn_rows"}
 STREAM = {"flag_rows", "set_rows_aside", "put_rows_back"}
-VOCABULARY = {"embedding_rows", "put_rows", "head_rows"}
+VOCABULARY = {"embedding_rows", "put_rows", "head_rows", "hide_added_rows"}
 EVERY_FAMILY = {"has_vectors": True, "has_blocks": True, "has_apart": True, "has_vocabulary": True}
 
 
@@ -224,6 +229,62 @@ def test_no_architecture_looks_into_a_tensor_in_a_decode_pass(
     assert names & ASIDE == (ASIDE if names & STREAM else set())
     assert names & norms or not base.norms
     assert names & {"store_kv", "rotate_and_store"}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_no_step_looks_into_a_tensor_and_sampling_does_once(
+    architecture: str, binaries: set[tuple[str, str]], as_on_a_gpu: None, tmp_path: Path
+) -> None:
+    """Steps that are launched, with adapters of every kind: what the host counts with are numbers of Python and arrays
+    of numpy, so a look into any tensor is one into the device's."""
+    base = loaded(architecture, torch.float32, tmp_path)
+    rig = GraphRig(base, capture_now=False, **EVERY_FAMILY)
+    rig.sparse.keep_jagged()  # as a server's tables on a GPU
+    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, **rig.tables)
+    rig.fill(0, ("lora", "sparse", "vectors", "fed", "rotations", "factors"), share=1.0)
+    rig.fill(0, ("modules",))
+    rig.fill(1, ("blocks", "dense", "vocabulary", "added"))
+    rig.fill(2, ("lora", "vectors"))
+    for _ in range(4):
+        batch = [*prompts(rig.draw, rig.num_blocks), *rig.random_batch(2)]
+        for seq in batch:
+            seq.parts = rig.random_parts(seq.start, 2)
+        batch[0].parts, batch[1].parts = (ScheduledPart(0),), (ScheduledPart(1),)
+        for step in (batch, rig.random_batch(3)):
+            with NoLooking(), NoLookingOps():
+                runner.execute(step)
+    assert {"turn_rows", "hide_added_rows"} <= {name for name, _ in binaries}
+    seqs = [sequence(**options) for options in SAMPLING]
+    for width in (base.vocab_size, base.vocab_size + 3):
+        sampler, rows = Sampler(base.vocab_size), torch.randn(len(seqs), width)
+        with NoLooking(num_allowed=1):
+            sampler.sample(rows, seqs)
+        with NoLooking(), pytest.raises(SyncError):
+            sampler.sample(rows, seqs)
+
+
+SAMPLING: list[dict[str, object]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.0, "presence_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": ((3, -1.0),)},
+]
+
+
+def sequence(**options: object) -> Sequence:
+    return Sequence(
+        seq_id=0,
+        request_id="r",
+        index=0,
+        token_ids=[1, 2],
+        num_prompt_tokens=1,
+        sampling=SamplingParams(max_tokens=9, **options),  # type: ignore[arg-type]
+        binding=BASE_BINDING,
+        versions=(),
+        priority=(0.0, 0),
+        arrival_seconds=0.0,
+        stop_token_ids=frozenset(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -252,7 +313,7 @@ def test_serving_compiles_nothing_after_the_warm_up(
     runner = ModelRunner(base, rig.kv, rig.tables, graphs=graphs)
     runner.warm_up(max_tokens=256)
     warm = set(binaries)
-    served = {*STEP, *MATRICES, *TURNS, *PROMPT, *BY_ROW - {"gather_rows"}, *VOCABULARY}
+    served = {*STEP, *MATRICES, *PROMPT, *BY_ROW - {"gather_rows"}, *VOCABULARY}
     assert {name for name, _ in warm} == {*served, *fused}
     for i in range(12):
         rig.change_adapters()

@@ -19,6 +19,7 @@ from deltaserve_kernels import (
     VocabularyStep,
     change_embeddings,
     change_head,
+    hide_added,
     split_vocabulary,
     use_backend,
     widened,
@@ -111,8 +112,11 @@ def test_tokens_beyond_the_base_equal_the_definition_and_leave_low_rank_s_bits()
         embedded, logits = before.clone(), widened(y, step)
         change_embeddings(embedded, ids, weight, step, lambda given: given)
         change_head(logits, x, step, VOCAB)
+        hide_added(logits, step, VOCAB)
         results.append((embedded, logits))
     assert results[0][1].shape == (len(bindings), VOCAB + 3)
+    assert results[0][1][4:6].isfinite().all(), "of low rank beside it too"
+    assert (results[0][1][[0, 1, 2, 3, 6, 7], VOCAB:] == float("-inf")).all()
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, rtol=2e-6, atol=2e-5)
     assert torch.equal(results[0][0][5], added.values[2])
@@ -120,6 +124,17 @@ def test_tokens_beyond_the_base_equal_the_definition_and_leave_low_rank_s_bits()
     use_backend("triton")
     change_head(y, x, alone, VOCAB)
     assert torch.equal(results[0][1][[0, 2, 3, 6], :VOCAB], y[[0, 2, 3, 6]])
+    # Of a fixed width, and by a list that is padded.
+    layout = PaddedLayout(len(bindings))
+    packed = np.empty(layout.size, dtype=np.int32)
+    layout.fill(packed, bindings)
+    work = layout.work_list(torch.from_numpy(packed))
+    captured = VocabularyStep(family, work, work, VOCAB + 150)
+    logits = torch.zeros(len(bindings), VOCAB + 150)
+    hide_added(logits, captured, VOCAB)
+    assert torch.equal(logits[:, VOCAB : VOCAB + 3].isinf(), results[0][1][:, VOCAB:].isinf())
+    assert (logits[:, VOCAB + 3 :] == float("-inf")).all()
+    assert not logits[:, :VOCAB].any()
 
 
 def test_arguments_that_do_not_fit_are_refused():

@@ -142,7 +142,8 @@ so large that PEFT's own float32 loses that is refused (`invalid_value`); RoAd s
 out, which is served as it was trained. An adapter with a rotation is applied whole or not at all: its scale is 0 or 1,
 else a request gets `composition_refused` (400). It takes as many numbers as features times the width of a block (on a
 square linear, blocks of 32 are as much as a LoRA of rank 16), and its rows enter the base's product once more for every
-linear of a projection group whose input it turns. On a GPU such rows run outside of decode graphs.
+linear of a projection group whose input it turns. On a GPU decode graphs have room for four factors; rotations of more
+run outside of them.
 """
 
 _INITIAL = """
