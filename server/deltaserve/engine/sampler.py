@@ -93,12 +93,16 @@ class Sampler:
         return found
 
     def _log_softmax(self, rows: Tensor) -> Tensor:
-        """Rows without added tokens by themselves: their sums must not depend on how wide the step is."""
-        if rows.shape[1] <= self.vocab_size:
+        """Of each row over the tokens that it has: a sum is taken in pieces that go by its length, and must not depend
+        on the adapter with the most tokens in the step."""
+        num_added = rows.shape[1] - self.vocab_size
+        if num_added <= 0:
             return torch.log_softmax(rows, dim=-1, dtype=torch.float32)
         found = torch.full_like(rows, float("-inf"))
-        is_plain = rows[:, self.vocab_size :].isneginf().all(dim=1)
-        for chosen, width in ((is_plain, self.vocab_size), (~is_plain, rows.shape[1])):
+        has_token = ~rows[:, self.vocab_size :].isneginf()
+        own = (has_token * torch.arange(1, num_added + 1, device=rows.device)).amax(dim=1)
+        for added in own.unique().tolist():
+            chosen, width = own == added, self.vocab_size + added
             found[chosen, :width] = torch.log_softmax(rows[chosen, :width], dim=-1, dtype=torch.float32)
         return found
 
