@@ -11,7 +11,7 @@ inter-token latency is what is reported. Beside them the phases take turns, in a
   no cost of loading.
 - ``load``: the same requests, each to the next of the other adapters (the next round goes on where this one ended), so
   that each loads one and evicts another.
-- ``upload``: adapters are registered, replaced and deleted over HTTP, one operation after the other.
+- ``upload``: adapters are registered, replaced and deleted over HTTP, one operation after the other, whole turns.
 
 Counters of loads and evictions are taken from the server, so that a phase that churned nothing shows.
 """
@@ -151,13 +151,14 @@ def adapter_bodies(shape: Shape, rank: int, seed: int, count: int) -> list[dict[
 async def register_replace_delete(
     opened: OpenTarget, bodies: Sequence[dict[str, bytes]], rate: float, prefix: str, stop: asyncio.Event
 ) -> Background:
-    """Registers a name, replaces it, deletes it, and so on with the next, one operation at a time, until ``stop``."""
+    """Registers a name, replaces it, deletes it, and so on with the next, one operation at a time, until ``stop``; what
+    has begun with a name is then brought to its end, so that the server is left as it was found."""
     found = Background()
     url, session = opened.target.url, opened.session
     start = time.monotonic()
     kinds = ("register", "replace", "delete")
     number = 0
-    while not await _stopped(stop, max(0.0, number / rate - (time.monotonic() - start))):
+    while not await _stopped(stop, max(0.0, number / rate - (time.monotonic() - start))) or number % 3:
         kind, name = kinds[number % 3], f"{prefix}-{number // 3}"
         before = time.monotonic()
         try:
@@ -171,11 +172,6 @@ async def register_replace_delete(
         except PeerFailed as problem:
             found.failures[str(problem)[:80]] += 1
         number += 1
-    if number % 3:  # leave the server as it was found
-        try:
-            await delete(session, url, f"{prefix}-{number // 3}")
-        except PeerFailed as problem:
-            found.failures[str(problem)[:80]] += 1
     return found
 
 

@@ -34,6 +34,10 @@ def test_every_kind_that_is_served_has_a_row_or_a_reason() -> None:
     assert not measured & set(NOT_MEASURED)
 
 
+def test_adapters_that_add_tokens_are_measured() -> None:
+    assert {entry.kind for entry in entries() if entry.num_token_ids} == {"LoRA", "Trainable tokens"}
+
+
 def test_names_are_adapter_names_and_differ() -> None:
     names = [entry.name for entry in entries()]
     assert len(set(names)) == len(names)
@@ -57,18 +61,18 @@ def test_the_committed_page_is_of_these_kinds_and_good() -> None:
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    """Four kinds, and one that is not what its judge says."""
+    """Five kinds, and one that is not what its judge says."""
     chosen = {entry.name: entry for entry in entries()}
     lora = chosen["lora"]
     wrong = replace(lora, variant="wrong judge", oracle=chosen["shira"].oracle, write=chosen["shira"].write)
     wrong = replace(wrong, oracle=lambda model, folder, ids: base_logits(model, ids) * 1.01)
-    activated = chosen["lora-activated-in-the-middle"]
-    return measure([lora, chosen["deltaserve-sparse"], chosen["ia3"], activated, wrong])
+    activated, grown = chosen["lora-activated-in-the-middle"], chosen["trainable-tokens-added-tokens"]
+    return measure([lora, chosen["deltaserve-sparse"], chosen["ia3"], activated, grown, wrong])
 
 
 def test_the_measure_finds_parity_and_its_absence(rows: list[Row]) -> None:
-    assert [row.is_good for row in rows] == [True, True, True, True, False]
-    assert [row.zero_bits for row in rows[:4]] == [True, True, True, True]
+    assert [row.is_good for row in rows] == [True, True, True, True, True, False]
+    assert all(row.zero_bits for row in rows[:5])
 
 
 def test_a_row_is_bad_by_each_of_its_parts(rows: list[Row]) -> None:

@@ -199,15 +199,16 @@ def changed_embeddings(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(rows int64 [n], weights fp32 [n, width]): rows of the step whose token has another embedding than ``weight``
     [vocab, width] says, and that embedding. ``ids`` int64 [T]: the step's tokens."""
-    # Tokens beyond the matrix are the definition's: the operator reads rows of it.
-    if step.embedding is not None and step.num_token_ids <= len(weight) and _has_twin(step, weight, backend):
+    work = step.embedding
+    if work is not None and _has_twin(step, weight, backend):
         from deltaserve_kernels.cpu import vocabulary as cpp
 
-        found, values = cpp.changed_embeddings(ids, weight, step.embedding, step.family.lora, step.family.rows)
-        if len(found):
-            yield found, values
-        return
-    for rows, parts in items_of(step.embedding) if step.embedding is not None else ():
+        within, work = _by_their_tokens(work, step, len(weight))
+        if within is not None:
+            found, values = cpp.changed_embeddings(ids, weight, within, step.family.lora, step.family.rows)
+            if len(found):
+                yield found, values
+    for rows, parts in items_of(work) if work is not None else ():
         index = torch.tensor(rows, dtype=torch.int64, device=ids.device)
         tokens = ids[index]
         if bool((tokens >= max(len(weight), step.num_token_ids)).any()):
@@ -232,6 +233,21 @@ def changed_embeddings(
         if bool(touched.any()):
             stored = stored_rows(weight, tokens).float()
             yield index[touched], (stored + total)[touched]
+
+
+def _by_their_tokens(work: WorkList, step: VocabularyStep, count: int) -> tuple[WorkList | None, WorkList | None]:
+    """The rows whose adapters have no tokens beyond the ``count`` rows of the matrix, and the others, which are the
+    definition's: the operator reads rows of the matrix. A row's own adapters say which it is, so that its bits do not
+    depend on who beside it adds tokens."""
+    if step.num_token_ids <= count:
+        return work, None
+    within: list[Run] = []
+    beyond: list[Run] = []
+    for rows, parts in items_of(work):
+        is_within = all(step.family.num_token_ids(slot) <= count for slot, _, _ in parts)
+        (within if is_within else beyond).extend((row, 1, tuple(parts)) for row in rows)
+    lists = (build_work_list_runs(runs, work.num_rows, work.device) if runs else None for runs in (within, beyond))
+    return next(lists), next(lists)
 
 
 def stored_rows(weight: Tensor, tokens: Tensor) -> Tensor:

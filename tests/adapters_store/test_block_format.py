@@ -22,9 +22,12 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert list(found) == [Q0, V0, DOWN1]
     assert found[Q0].in_cols is None
     assert found[DOWN1].out_rows is None
-    assert torch.equal(found[V0].out_rows, ints(2, 7))  # type: ignore[arg-type]
-    assert torch.equal(found[V0].in_cols, ints(0, 4, 5))  # type: ignore[arg-type]
-    assert torch.equal(found[V0].values, torch.ones(2, 3))
+    both = found[V0]
+    assert both.out_rows is not None
+    assert both.in_cols is not None
+    assert torch.equal(both.out_rows, ints(2, 7))
+    assert torch.equal(both.in_cols, ints(0, 4, 5))
+    assert torch.equal(both.values, torch.ones(2, 3))
 
 
 def test_what_cannot_be_said_is_not_written(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.formats import read_adapter
 from deltaserve_store.parsed import LoraDelta, SparseDelta
 from deltatest.base_specs import BASE_NAME, spec_of, tiny_model
+from deltatest.of_kind import all_of
 from deltatest.peft_adapters import edit_config, edit_tensors, make_peft_lora, make_peft_shira
 
 LLAMA_LORAS: dict[str, dict[str, Any]] = {
@@ -152,8 +153,9 @@ def test_shira_indices_of_windows(llama: torch.nn.Module, tmp_path: Path) -> Non
     indices = load_file(folder / "adapter_model.safetensors")[name].float()
     edit_tensors(folder, {name: indices})
     actual = read_adapter(folder, spec_of(llama))
-    for ours, theirs in zip(actual.deltas, expected.deltas, strict=True):
-        assert torch.equal(ours.rows, theirs.rows)  # type: ignore[union-attr]
+    pairs = zip(all_of(SparseDelta, actual.deltas), all_of(SparseDelta, expected.deltas), strict=True)
+    for ours, theirs in pairs:
+        assert torch.equal(ours.rows, theirs.rows)
     indices[0, 0] += 0.5
     edit_tensors(folder, {name: indices})
     with pytest.raises(AdapterInvalid) as raised:
@@ -197,4 +199,5 @@ def test_first_pattern_of_the_file_wins(llama: torch.nn.Module, tmp_path: Path) 
     folder = make_peft_lora(llama, tmp_path / "adapter", targets=["q_proj"])
     edit_config(folder, alpha_pattern={"q_proj": 2.0, "layers.0.self_attn.q_proj": 50.0})
     assert_equals_peft(llama, folder)
-    assert {delta.scaling for delta in read_adapter(folder, spec_of(llama)).deltas} == {2.0 / 8}  # type: ignore[union-attr]
+    deltas = all_of(LoraDelta, read_adapter(folder, spec_of(llama)).deltas)
+    assert {delta.scaling for delta in deltas} == {2.0 / 8}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from deltaserve_store.formats.deltaserve_rotations import write_rotation_adapter
 from deltaserve_store.rotation_deltas import RotationDelta
 from deltatest.adapter_corpus import CONFIG, corpus_base, edit_config, edit_tensors
 from deltatest.kind_corpus import GOOD_KINDS
+from deltatest.of_kind import all_of
 from deltatest.rotation_kinds import make_givens, whole_matrix
 
 JSON, FILE = "adapter.json", "adapter.safetensors"
@@ -57,7 +59,7 @@ def test_the_own_format_reads_what_it_wrote_and_its_formula_is_the_whole_matrix(
         assert float((delta.turn(weight).double() - wanted).abs().max()) < 1e-5
     assert parsed.num_parameters == sizes
     with pytest.raises(ValueError, match="given twice"):
-        write_rotation_adapter(tmp_path / "x", [parsed.deltas[0], parsed.deltas[0]], "f" * 64)  # type: ignore[list-item]
+        write_rotation_adapter(tmp_path / "x", 2 * all_of(RotationDelta, parsed.deltas)[:1], "f" * 64)
     with pytest.raises(ValueError, match="nothing to write"):
         write_rotation_adapter(tmp_path / "x", [], "f" * 64)
 
@@ -132,10 +134,10 @@ def module(name: str, parts: object) -> object:
     ],
 )
 def test_damaged_files_of_the_own_format_are_refused(
-    spoil: object, reasons: set[tuple[str, str]], tmp_path: Path
+    spoil: Callable[[Path], None], reasons: set[tuple[str, str]], tmp_path: Path
 ) -> None:
     folder = make_givens(corpus_base(), tmp_path / "givens")
-    spoil(folder)  # type: ignore[operator]
+    spoil(folder)
     with pytest.raises(AdapterInvalid) as raised:
         read_adapter(folder, corpus_base())
     assert {(reason.code, reason.where) for reason in raised.value.reasons} == reasons

@@ -136,8 +136,10 @@ def test_scales_and_refusals() -> None:
     good = Conversion(scale=1.0, error=0.1, effect=4.0, limit=0.2, rank=8, num_linears=3)
     assert refusal(good) is None
     bad = replace(good, error=0.3)
-    assert "0.3" in refusal(bad).found  # type: ignore[union-attr]
-    assert "0.2" in refusal(bad).allowed  # type: ignore[union-attr]
+    reason = refusal(bad)
+    assert reason is not None
+    assert "0.3" in reason.found
+    assert "0.2" in reason.allowed
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])

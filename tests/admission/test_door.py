@@ -13,13 +13,14 @@ import torch
 
 from deltaserve.core import Binding
 from deltaserve.deltas import folded as folded_module
-from deltaserve.deltas.folded import FoldedAdapter
+from deltaserve.deltas.folded import FoldedAdapter, LowRankTerm
 from deltaserve.errors import AdapterRefused, Conflict, InvalidRequest, QueueFull, StorageFull
 from deltaserve.model.base import BaseModel
 from deltaserve.runtime import operators_key
 from deltaserve_kernels import source_digest
 from deltaserve_store.errors import BaseMismatch
 from deltatest.admission_rig import BASE_NAME, Rig, open_rig, run
+from deltatest.of_kind import one_of
 from deltatest.peft_adapters import edit_config, make_peft_lora, make_sparse
 
 
@@ -175,8 +176,8 @@ def test_a_runtime_that_differs_from_folded_weights_is_refused(
 
     def save_wrong(self: FoldedAdapter, path: Path) -> None:
         name = list(self.terms)[-1]
-        (term,) = self.terms[name]
-        wrong = replace(term, b_t=term.b_t * 1.02)  # type: ignore[type-var, call-arg, union-attr]
+        term = one_of(LowRankTerm, self.terms[name])
+        wrong = replace(term, b_t=term.b_t * 1.02)
         true_save(replace(self, terms={**self.terms, name: (wrong,)}), path)
 
     monkeypatch.setattr(FoldedAdapter, "save", save_wrong)

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM
 from deltaserve.config import MIB, EngineConfig, ServeConfig
 from deltaserve.model.base import load_base
 from deltaserve.remote import RemoteServer
+from deltaserve_store.bottleneck_deltas import BottleneckDelta
 from deltaserve_store.formats import read_adapter
 from deltatest.apart_adapters import changed_model, hooked_logits, make_bottleneck, make_dense
 from deltatest.live_runtime import serve_runtime
+from deltatest.of_kind import all_of
 from deltatest.peft_adapters import base_logits
 from deltatest.tiny_models import save_random, tiny_config
 from deltatest.tokenizers import byte_level
@@ -64,7 +66,8 @@ def expected(folders: dict[str, Path], name: str) -> list[int]:
         spec = load_base(folders["base"], dtype=torch.float32, cache_dir=folders["base"].parent / "cache").spec
         deltas = read_adapter(folders[name], spec).deltas
         if name == "houlsby":
-            logits = lambda ids: hooked_logits(model, "llama", deltas, ids)  # type: ignore[arg-type]  # noqa: E731
+            modules = all_of(BottleneckDelta, deltas)
+            logits = lambda ids: hooked_logits(model, "llama", modules, ids)  # noqa: E731
         else:
             changed = changed_model(model, deltas, spec)
             logits = lambda ids: base_logits(changed, ids)  # noqa: E731

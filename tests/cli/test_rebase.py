@@ -13,6 +13,7 @@ from torch import Tensor
 from deltaserve.cli import main
 from deltaserve.model.identify import identify
 from deltaserve_store.formats import read_adapter
+from deltaserve_store.parsed import LoraDelta
 from deltaserve_trainer.base import Base, load_model, spec_of
 from deltaserve_trainer.batches import collate
 from deltaserve_trainer.loss import mean_loss, summed_loss
@@ -20,6 +21,7 @@ from deltaserve_trainer.merging.low_rank import Factors
 from deltaserve_trainer.merging.update import LinearUpdate, Update
 from deltaserve_trainer.merging.write import write_update
 from deltaserve_trainer.scoring import read_rows
+from deltatest.of_kind import all_of
 from deltatest.trainer_base import make_base, make_tokenizer, write_pairs
 
 
@@ -114,8 +116,8 @@ def test_on_a_relative_the_rebased_adapter_beats_the_bare_base(
     for file in stored.parent.iterdir():
         if file.name != "manifest.json":
             (files / file.name).write_bytes(file.read_bytes())
-    for delta in read_adapter(files, spec).deltas:
-        model.get_submodule(delta.module).get_parameter("weight").data += delta.b @ delta.a  # type: ignore[union-attr]
+    for delta in all_of(LoraDelta, read_adapter(files, spec).deltas):
+        model.get_submodule(delta.module).get_parameter("weight").data += delta.b @ delta.a
     rows = read_rows(place / "held-out.jsonl", place / "next", max_rows=64, max_length=256)
     measured = mean_loss(model, rows, batch_size=8, pad_token_id=0, precision="float32")
     assert new["new_adapter"] == pytest.approx(measured, abs=1e-4)

@@ -17,7 +17,9 @@ from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.formats import read_adapter
 from deltaserve_store.formats.peft_kinds import draws
 from deltaserve_store.formats.peft_kinds import psoft as psoft_kind
+from deltaserve_store.parsed import LoraDelta
 from deltaserve_store.spec import BaseSpec, LinearSpec
+from deltatest.of_kind import all_of
 from deltatest.peft_adapters import edit_config
 from deltatest.peft_kinds import make_kind, merged_deltas
 from deltatest.tiny_models import save_random, tiny_config
@@ -107,8 +109,8 @@ def test_the_seed_is_applied(
 ) -> None:
     other = Path(shutil.copytree(shelf[name], tmp_path / "other"))
     edit_config(other, **{field: 77})
-    one, two = (read_adapter(folder, opt[1].spec).deltas[0] for folder in (shelf[name], other))
-    assert not torch.equal(one.a, two.a)  # type: ignore[union-attr]
+    one, two = all_of(LoraDelta, (read_adapter(folder, opt[1].spec).deltas[0] for folder in (shelf[name], other)))
+    assert not torch.equal(one.a, two.a)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +152,29 @@ def test_directions_that_singular_values_leave_open_are_refused(opt: tuple[Any, 
     assert parsed.on_base(lambda name: base.linear(name).rows(0, 1 << 40)).rank == 6
 
 
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_the_proofs_formula_decomposes_by_itself(
+    opt: tuple[Any, BaseModel], psoft: Path, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong U, S or V of the term does not reach it."""
+    base, decompose = opt[1], psoft_kind.leading_directions
+
+    def wrong(weight: torch.Tensor, rank: int, module: str) -> tuple[torch.Tensor, ...]:
+        given = list(decompose(weight, rank, module))
+        given[part] = given[part].flip(0)
+        return tuple(given)
+
+    monkeypatch.setattr(psoft_kind, "leading_directions", wrong)
+    parsed = read_adapter(psoft, base.spec).on_base(lambda name: base.linear(name).rows(0, 1 << 40))
+    monkeypatch.undo()
+    exact = read_adapter(psoft, base.spec).on_base(lambda name: base.linear(name).rows(0, 1 << 40))
+    for bad, good in zip(all_of(LoraDelta, parsed.deltas), all_of(LoraDelta, exact.deltas), strict=True):
+        assert bad.dense is not None
+        formula, served, wanted = bad.dense(), bad.b @ bad.a, good.b @ good.a
+        assert float((formula - wanted).abs().max()) < 1e-4
+        assert float((served - wanted).abs().max()) > 0.01
+
+
 def test_signs_are_those_of_the_decomposition(
     opt: tuple[Any, BaseModel], psoft: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +198,7 @@ def test_signs_are_those_of_the_decomposition(
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, "svd", turned)
         after = parsed.on_base(weight_of).deltas[0]
-    one, other = (delta.b @ delta.a for delta in (before, after))  # type: ignore[union-attr]
+    one, other = (delta.b @ delta.a for delta in all_of(LoraDelta, (before, after)))
     assert float((one - other).abs().max()) > 0.1
     monkeypatch.setattr(psoft_kind, "_KNOWN_SIGNS", ())
     assert reasons_of(psoft, base.spec) == [("seed_not_usable", CONFIG)]

@@ -12,7 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from deltaserve.deltas.fold import dense_delta, fold
 from deltaserve.deltas.folded import FoldedAdapter
 from deltaserve_store.formats import read_adapter
+from deltaserve_store.parsed import SparseDelta
+from deltaserve_store.spec import BaseSpec
 from deltatest.base_specs import spec_of
+from deltatest.of_kind import all_of
 from deltatest.peft_adapters import base_logits, make_peft_lora, make_peft_shira, make_sparse, peft_logits
 
 IDS = (3, 17, 60, 2, 9, 41, 41, 5)
@@ -42,14 +45,14 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-def folded_logits(model: torch.nn.Module, folded: FoldedAdapter, spec: object) -> torch.Tensor:
+def folded_logits(model: torch.nn.Module, folded: FoldedAdapter, spec: BaseSpec) -> torch.Tensor:
     """The delta of the folded form added to the weights of a copy."""
     changed = copy.deepcopy(model)
     with torch.no_grad():
         for name in folded.terms:
-            weight = changed.get_submodule(name).weight
-            delta = dense_delta(folded, name, spec)  # type: ignore[arg-type]
-            weight += delta.t() if spec.linears[name].transposed else delta  # type: ignore[attr-defined, operator]
+            weight = changed.get_submodule(name).get_parameter("weight")
+            delta = dense_delta(folded, name, spec)
+            weight.add_(delta.t() if spec.linears[name].transposed else delta)
     return base_logits(changed, IDS)
 
 
@@ -97,8 +100,8 @@ def test_own_sparse_files_equal_the_changed_weights(llama: LlamaForCausalLM, tmp
     adapter = read_adapter(make_sparse(spec, tmp_path / "adapter"), spec)
     folded = fold(adapter, spec, torch.float32)
     assert set(folded.terms) == set(spec.linears)
-    for delta in adapter.deltas:
+    for delta in all_of(SparseDelta, adapter.deltas):
         dense = torch.zeros(spec.linears[delta.module].out_features, spec.linears[delta.module].in_features)
-        dense[delta.rows.long(), delta.cols.long()] = delta.values  # type: ignore[union-attr]
+        dense[delta.rows.long(), delta.cols.long()] = delta.values
         assert torch.equal(dense_delta(folded, delta.module, spec), dense)
     assert (folded_logits(llama, folded, spec) - base_logits(llama, IDS)).abs().max() > 0.05

@@ -21,8 +21,10 @@ from deltaserve_store.digest import adapter_file_names, content_digest
 from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.file_names import INITIAL_TENSORS
 from deltaserve_store.formats import read_adapter
+from deltaserve_store.parsed import LoraDelta
 from deltatest.admission_rig import Rig, open_rig, run
 from deltatest.mixed_batch import MixedBatch, distance
+from deltatest.of_kind import all_of
 from deltatest.peft_adapters import base_logits, edit_config
 from deltatest.tiny_models import build_tiny_model
 
@@ -140,10 +142,10 @@ def test_the_base_itself_answers_as_peft_does(method: str, trained: Trained, mod
 
 def test_a_config_that_says_true_is_read_with_the_factors_that_are_there(upload: Path, base: BaseModel) -> None:
     """PEFT's own recipe has one set it to true before the first save, and it stays."""
-    before = read_adapter(upload, base.spec).deltas[0]
+    before = all_of(LoraDelta, read_adapter(upload, base.spec).deltas)[0]
     edit_config(upload, init_lora_weights=True)
-    after = read_adapter(upload, base.spec).deltas[0]
-    assert torch.equal(before.b, after.b)  # type: ignore[union-attr]
+    after = all_of(LoraDelta, read_adapter(upload, base.spec).deltas)[0]
+    assert torch.equal(before.b, after.b)
     (upload / INITIAL_TENSORS).unlink()
     assert read_adapter(upload, base.spec).rank == 4
 
@@ -163,8 +165,9 @@ def _admitted(rig: Rig, upload: Path) -> None:
     stored = rig.store.version_dir(result.record.version)
     assert (stored / INITIAL_TENSORS).read_bytes() == (upload / INITIAL_TENSORS).read_bytes()
     assert not rig.store.verify(result.record.version)
-    again = rig.admission._read_stored(result.record.version)
-    assert torch.equal(again.deltas[0].b, read_adapter(upload, rig.base.spec).deltas[0].b)  # type: ignore[union-attr]
+    read = (rig.admission._read_stored(result.record.version), read_adapter(upload, rig.base.spec))
+    again, given = all_of(LoraDelta, (adapter.deltas[0] for adapter in read))
+    assert torch.equal(again.b, given.b)
     tensors = load_file(upload / INITIAL_TENSORS)
     save_file({**tensors, A: tensors[A] + 1}, upload / INITIAL_TENSORS)
     assert content_digest(upload) != result.record.version

@@ -15,8 +15,9 @@ from deltaserve.deltas.fold import dense_delta, fold
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.formats import read_adapter
-from deltaserve_store.parsed import ParsedAdapter
+from deltaserve_store.parsed import LoraDelta, ParsedAdapter
 from deltatest.mixed_batch import MixedBatch, distance
+from deltatest.of_kind import all_of
 from deltatest.peft_adapters import base_logits, edit_config, make_peft_lora, peft_logits
 from deltatest.tiny_models import build_tiny_model
 
@@ -90,11 +91,11 @@ def test_every_variant_answers_as_in_peft_beside_the_others(
 def test_the_formula_for_the_proof_is_not_what_is_run(base: BaseModel, shelf: dict[str, Path]) -> None:
     for name in ("kasa", "blocks"):
         adapter = read(shelf[name], base)
-        for delta in adapter.deltas:
-            before = dense_delta(adapter, delta.module, base.spec)  # type: ignore[union-attr]
-            is_of_file = name == "blocks" and "self_attn" in delta.module  # type: ignore[union-attr]
-            (delta.b if is_of_file else delta.a).add_(1.0)  # type: ignore[union-attr]
-            assert torch.equal(dense_delta(adapter, delta.module, base.spec), before)  # type: ignore[union-attr]
+        for delta in all_of(LoraDelta, adapter.deltas):
+            before = dense_delta(adapter, delta.module, base.spec)
+            is_of_file = name == "blocks" and "self_attn" in delta.module
+            (delta.b if is_of_file else delta.a).add_(1.0)
+            assert torch.equal(dense_delta(adapter, delta.module, base.spec), before)
 
 
 def test_parameters_are_those_of_the_file(base: BaseModel, shelf: dict[str, Path]) -> None:

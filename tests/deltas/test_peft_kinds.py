@@ -22,6 +22,7 @@ from deltaserve_store.formats.peft_kinds import positions, vera
 from deltaserve_store.formats.peft_kinds.products import split
 from deltaserve_store.formats.peft_kinds.table import READERS
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter
+from deltatest.of_kind import all_of
 from deltatest.paged_driver import PagedDriver
 from deltatest.peft_adapters import base_logits, edit_config, make_peft_lora, peft_logits
 from deltatest.peft_kinds import CASES, make_kind, merged_deltas
@@ -172,8 +173,8 @@ def test_another_seed_is_another_adapter(base: BaseModel, shelf: dict[str, Path]
     """The seed is applied, not only accepted."""
     other = Path(shutil.copytree(shelf["vera-seed"], tmp_path / "other"))
     edit_config(other, projection_prng_key=12)
-    one, two = (read(folder, base).deltas[0] for folder in (shelf["vera-seed"], other))
-    assert not torch.equal(one.a, two.a)  # type: ignore[union-attr]
+    one, two = all_of(LoraDelta, (read(folder, base).deltas[0] for folder in (shelf["vera-seed"], other)))
+    assert not torch.equal(one.a, two.a)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 12, 36, 64, 97, 127, 128, 360, 4096])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -104,23 +103,25 @@ def test_a_folded_file_keeps_every_bit(base: BaseModel, shelf: dict[str, tuple[P
         if name == "cartridge":
             assert loaded.prefix.embeddings is None
         else:
-            assert torch.equal(loaded.prefix.embeddings, folded.prefix.embeddings)  # type: ignore[arg-type]
+            assert loaded.prefix.embeddings is not None
+            assert folded.prefix.embeddings is not None
+            assert torch.equal(loaded.prefix.embeddings, folded.prefix.embeddings)
 
 
-def _shorter(folded: FoldedAdapter) -> Any:
-    return replace(folded.prefix, num_tokens=16)  # type: ignore[type-var]
+def _shorter(prefix: PrefixTerm) -> PrefixTerm:
+    return replace(prefix, num_tokens=16)
 
 
-def _narrower(folded: FoldedAdapter) -> Any:
-    return replace(folded.prefix, pages=folded.prefix.pages.half())  # type: ignore[type-var, union-attr]
+def _narrower(prefix: PrefixTerm) -> PrefixTerm:
+    return replace(prefix, pages=prefix.pages.half())
 
 
-def _cut(folded: FoldedAdapter) -> Any:
-    return replace(folded.prefix, pages=folded.prefix.pages[..., :8].contiguous())  # type: ignore[type-var, union-attr]
+def _cut(prefix: PrefixTerm) -> PrefixTerm:
+    return replace(prefix, pages=prefix.pages[..., :8].contiguous())
 
 
-def _strange(folded: FoldedAdapter) -> Any:
-    return replace(folded.prefix, embeddings=torch.zeros(36, 64))  # type: ignore[type-var]
+def _strange(prefix: PrefixTerm) -> PrefixTerm:
+    return replace(prefix, embeddings=torch.zeros(36, 64))
 
 
 def test_a_folded_file_that_does_not_say_what_it_is_made_of_is_folded_again(
@@ -136,10 +137,14 @@ def test_a_folded_file_that_does_not_say_what_it_is_made_of_is_folded_again(
 
 @pytest.mark.parametrize("spoil", [_shorter, _narrower, _cut, _strange])
 def test_a_folded_file_that_does_not_fit_is_refused(
-    spoil: Callable[[FoldedAdapter], Any], base: BaseModel, shelf: dict[str, tuple[Path, Oracle]], tmp_path: Path
+    spoil: Callable[[PrefixTerm], PrefixTerm],
+    base: BaseModel,
+    shelf: dict[str, tuple[Path, Oracle]],
+    tmp_path: Path,
 ) -> None:
     folded = fold_folder(shelf["cartridge"][0], base)
-    replace(folded, prefix=spoil(folded)).save(tmp_path / "bad")
+    assert folded.prefix is not None
+    replace(folded, prefix=spoil(folded.prefix)).save(tmp_path / "bad")
     with pytest.raises(FoldedFileInvalid, match="the prefix has"):
         FoldedAdapter.load(tmp_path / "bad", base.spec, torch.float32)
 
@@ -154,7 +159,9 @@ def test_the_oracle_is_not_made_of_the_pages(base: BaseModel, shelf: dict[str, t
         after = plain_prefix(prefix, base.spec)
         for one, other in zip(before.keys_values, after.keys_values, strict=True):
             assert torch.equal(one[0], other[0])
-        assert before.embeddings is None or torch.equal(before.embeddings, after.embeddings)  # type: ignore[arg-type]
+        if before.embeddings is not None:
+            assert after.embeddings is not None
+            assert torch.equal(before.embeddings, after.embeddings)
 
 
 def test_what_overflows_the_serving_dtype_is_refused(base_folder: Path, shelf: dict[str, tuple[Path, Oracle]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,7 +195,9 @@ def test_a_file_of_vectors_comes_back_as_it_was(tmp_path: Path) -> None:
         (lambda a: replace(a, norms={"a.q": NormTerm(randn(7))}), "unexpected parts"),
     ],
 )
-def test_vectors_that_do_not_fit_the_base_do_not_load(tmp_path: Path, change: object, told: str) -> None:
-    change(sample()).save(tmp_path / "f")  # type: ignore[operator]
+def test_vectors_that_do_not_fit_the_base_do_not_load(
+    tmp_path: Path, change: Callable[[FoldedAdapter], FoldedAdapter], told: str
+) -> None:
+    change(sample()).save(tmp_path / "f")
     with pytest.raises(FoldedFileInvalid, match=told):
         FoldedAdapter.load(tmp_path / "f", SPEC, torch.float32)

@@ -1,6 +1,7 @@
 """The real runtime around a tiny base, in this process: store, engine thread and door, wired as the server wires them.
 
-Only HTTP and text are left out, so a base needs no tokenizer.
+Only HTTP and text are left out, so a base needs no tokenizer; adapters that add tokens to one are refused, unless
+``tokenizer_conflicts`` of ``open_runtime`` takes them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from deltaserve.admission.derived import ProvenFiles
 from deltaserve.admission.door import Admission, AdmissionResult
+from deltaserve.admission.fit import TokenizerConflicts, no_tokenizer
 from deltaserve.admission.folders import LocalDoor, adapter_files
 from deltaserve.config import MIB, EngineConfig, ServeConfig
 from deltaserve.core import BASE_BINDING, Binding, BindingPart, GenerationRequest, SamplingParams
@@ -95,6 +97,7 @@ async def open_runtime(
     base_names: tuple[str, ...] = (BASE_NAME,),
     chat_templates: tuple[str, ...] = (),
     operators: str = "test-1",
+    tokenizer_conflicts: TokenizerConflicts = no_tokenizer,
     check_each_step: bool = False,
     **store_options: Any,
 ) -> AsyncIterator[TinyRuntime]:
@@ -111,7 +114,15 @@ async def open_runtime(
         operators=operators,
     )
     engine = build_engine(ServeConfig(engine=limits), base, proven, Metrics())
-    admission = Admission(base, store, engine, proven, base_names=base_names, chat_templates=chat_templates)
+    admission = Admission(
+        base,
+        store,
+        engine,
+        proven,
+        base_names=base_names,
+        chat_templates=chat_templates,
+        tokenizer_conflicts=tokenizer_conflicts,
+    )
     engine.on_prepare = admission.prepare
     await engine.start()
     engine._thread._check_each_step = check_each_step

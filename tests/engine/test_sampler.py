@@ -201,6 +201,33 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     assert Sampler(VOCAB).logprobs(batch[:1], ids[:1], 0)[0].top == ()
 
 
+TRACE = 2**-10
+
+
+def told_by_width(rows: torch.Tensor, **options: Any) -> torch.Tensor:
+    """``log_softmax`` with a trace of the width, as a sum leaves that is cut by it: on a GPU threads share a row by its
+    length. PyTorch's own on a CPU happens to give a row that ends in minus infinity the bits of the shorter one."""
+    return rows.log_softmax(dim=-1) - TRACE * rows.shape[1]
+
+
+@pytest.mark.parametrize("num_added", [0, 3])
+@pytest.mark.parametrize("width", [VOCAB + 5, VOCAB + 64, VOCAB + 700])
+def test_logprobs_have_the_bits_of_a_step_without_wider_adapters(
+    num_added: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside an adapter that adds more tokens a row is wider, minus infinity there; its sum is cut no other way."""
+    monkeypatch.setattr(torch, "log_softmax", told_by_width)
+    own = VOCAB + num_added
+    alone, wide = rows(70, seed=4, vocab=own), torch.full((72, width), float("-inf"))
+    wide[1:71, :own], wide[0], wide[71] = alone, *rows(2, seed=5, vocab=width)
+    ids = [i * 11 % own for i in range(70)]
+    wanted = Sampler(VOCAB).logprobs(alone, ids, 4)
+    found = Sampler(VOCAB).logprobs(wide, [width - 1, *ids, width - 2], 4)
+    assert found[1:71] == wanted
+    for row, token, entry in ((0, width - 1, found[0]), (71, width - 2, found[71])):
+        assert entry.logprob == pytest.approx(float(told_by_width(wide[row : row + 1])[0, token]), abs=1e-5)
+
+
 def test_rows_that_are_not_numbers_are_told() -> None:
     batch = rows(4)
     batch[1, 5] = float("nan")

@@ -17,6 +17,7 @@ from deltaserve_kernels import (
     change_head,
     changed_embeddings,
     split_vocabulary,
+    stored_rows,
     widened,
 )
 from deltatest.kernel_cases import Parts, randn
@@ -208,6 +209,29 @@ def test_low_rank_knows_nothing_of_tokens_that_another_part_adds() -> None:
     change_head(alone, x, split_vocabulary([(0, 2, ((1, 1.0, 1.0),))], 2, None, family), VOCAB)
     assert torch.equal(y[:, :VOCAB], alone)
     torch.testing.assert_close(y[:, VOCAB:], torch.stack([torch.zeros(2), x @ added[0]], dim=1))
+
+
+def test_an_adapter_with_more_tokens_beside_it_changes_nobodys_bits(any_backend: str) -> None:
+    family = filled()
+    entry = RowsEntry(torch.tensor([4, VOCAB + 1], dtype=torch.int32), randn(2, WIDTH, seed=12))
+    family.set_all(2, VocabularyEntries(rows=((EMBEDDING, entry), (HEAD, entry))))
+    weight, x, before = randn(VOCAB, WIDTH, seed=9), randn(9, WIDTH, seed=1), randn(9, VOCAB, seed=2)
+    ids = torch.tensor([7, 5, 0, 36, 2, 19, 5, 11, VOCAB + 1])
+
+    def both(rows: list[int]) -> tuple[Tensor, Tensor]:
+        parts = [((2, 1.0, 1.0),) if ids[row] > VOCAB else BINDINGS[row % 4] for row in rows]
+        step = split_vocabulary([(place, 1, part) for place, part in enumerate(parts)], len(rows), None, family)
+        embedded, y = stored_rows(weight, ids[rows]).clone(), widened(before[rows], step).clone()
+        for places, weights in changed_embeddings(ids[rows], weight, step, backend=any_backend):
+            embedded[places] = weights
+        change_head(y, x[rows].contiguous(), step, VOCAB, backend=any_backend)
+        return embedded, y[:, :VOCAB]
+
+    together = both(list(range(9)))
+    for row in range(9):
+        for found, wanted in zip(both([row]), together, strict=True):
+            assert torch.equal(found[0], wanted[row]), row
+    assert torch.equal(together[0][8], entry.values[1])
 
 
 def test_slots_come_and_go() -> None:

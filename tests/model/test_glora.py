@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deltaserve.deltas.fold import dense_deltas, fold
+from deltaserve.deltas.vector_terms import VectorTerm
 from deltaserve.deltas.vectors import dense_biases
 from deltaserve.model.base import BaseModel, load_base
 from deltaserve_store.errors import AdapterInvalid
@@ -18,6 +19,7 @@ from deltaserve_store.formats import read_adapter
 from deltaserve_store.parsed import ParsedAdapter
 from deltaserve_store.vector_deltas import VectorDelta
 from deltatest.mixed_batch import MixedBatch, distance
+from deltatest.of_kind import one_of
 from deltatest.peft_adapters import base_logits, peft_logits
 from deltatest.peft_kinds import KindCase, write_case
 from deltatest.tiny_models import VOCAB_SIZE, build_tiny_model
@@ -86,9 +88,11 @@ def test_the_bias_of_the_base_is_multiplied_and_not_scaled_with_the_rows(base: B
     assert stored is not None
     given = VectorDelta(module, out_scale=torch.full((size,), 3.0), bias_scale=torch.full((size,), 1.5))
     adapter = ParsedAdapter("vector", "peft-glora", (given,), {}, None, None, None, size)
-    term = fold(adapter, base.spec, torch.float32, base).terms[module][0]
+    term = one_of(VectorTerm, fold(adapter, base.spec, torch.float32, base).terms[module])
+    assert term.scale is not None
+    assert term.bias is not None
     wanted = stored.float() * 1.5
-    assert torch.allclose(term.scale * stored + term.bias, wanted)  # type: ignore[union-attr]
+    assert torch.allclose(term.scale * stored + term.bias, wanted)
     assert torch.allclose(stored + dense_biases(adapter, base)[module](), wanted)
 
 

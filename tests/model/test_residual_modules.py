@@ -16,9 +16,11 @@ from deltaserve.deltas.modules import parallel_points, plain_modules
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
 from deltaserve.model import weight
 from deltaserve.model.base import BaseModel, load_base
+from deltaserve_store.bottleneck_deltas import BottleneckDelta
 from deltaserve_store.formats import read_adapter
 from deltatest.apart_adapters import hooked_logits, make_bottleneck, make_dense
 from deltatest.mixed_batch import MixedBatch, distance, prompts
+from deltatest.of_kind import all_of
 from deltatest.peft_adapters import make_bitfit, make_gates, make_sparse
 from deltatest.real_engine import fold_folder
 from deltatest.tiny_models import VOCAB_SIZE, build_tiny_model, save_random, tiny_config
@@ -38,8 +40,11 @@ class Setting:
     adapters: dict[str, FoldedAdapter]
 
     def logits(self, kind: str, ids: list[int], strength: float = 1.0) -> Tensor:
-        deltas = read_adapter(self.folders[kind], self.base.spec).deltas
-        return hooked_logits(self.model, self.arch, deltas, ids, strength)  # type: ignore[arg-type]
+        return hooked_logits(self.model, self.arch, deltas_of(self.folders[kind], self.base), ids, strength)
+
+
+def deltas_of(folder: Path, base: BaseModel) -> list[BottleneckDelta]:
+    return all_of(BottleneckDelta, read_adapter(folder, base.spec).deltas)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -141,7 +146,7 @@ def test_points_are_where_transformers_has_the_sublayers(arch: str, tmp_path: Pa
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     adapter = make_bottleneck(base.spec, tmp_path / "adapter", parallel=True, std=0.15)
     batch = MixedBatch(base).load_all({"it": fold_folder(adapter, base)})
-    wanted = hooked_logits(model, arch, read_adapter(adapter, base.spec).deltas, IDS[1])  # type: ignore[arg-type]
+    wanted = hooked_logits(model, arch, deltas_of(adapter, base), IDS[1])
     assert distance(batch.logits(IDS[1:2], ["it"])[0], wanted) < 1e-4
 
 
@@ -154,7 +159,7 @@ def test_where_attention_and_mlp_read_one_tensor_only_outputs_have_points(tmp_pa
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     adapter = make_bottleneck(base.spec, tmp_path / "adapter", parallel=True)
     batch = MixedBatch(base).load_all({"it": fold_folder(adapter, base)})
-    wanted = hooked_logits(model, "phi", read_adapter(adapter, base.spec).deltas, IDS[1])  # type: ignore[arg-type]
+    wanted = hooked_logits(model, "phi", deltas_of(adapter, base), IDS[1])
     assert distance(batch.logits(IDS[1:2], ["it"])[0], wanted) < 1e-4
 
 
@@ -165,7 +170,7 @@ def test_what_a_sublayer_is_fed_may_be_the_residual_stream_itself(tmp_path: Path
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager").eval()
     adapter = make_bottleneck(base.spec, tmp_path / "adapter", ("attn_in", "attn_out"), parallel=True)
     batch = MixedBatch(base).load_all({"it": fold_folder(adapter, base)})
-    wanted = hooked_logits(model, "opt", read_adapter(adapter, base.spec).deltas, IDS[1])  # type: ignore[arg-type]
+    wanted = hooked_logits(model, "opt", deltas_of(adapter, base), IDS[1])
     assert distance(batch.logits(IDS[1:2], ["it"])[0], wanted) < 1e-4
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence as Rows
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from deltaserve.core import SamplingParams, TokenLogprob
 from deltaserve.engine.draw import FilteredDraw, draw_plain
@@ -94,13 +93,18 @@ class Sampler:
         return found
 
     def _log_softmax(self, rows: Tensor) -> Tensor:
-        """Rows without added tokens by themselves: their sums must not depend on how wide the step is."""
-        if rows.shape[1] <= self.vocab_size:
+        """Of each row over the tokens that it has: a sum is taken in pieces that go by its length, and must not depend
+        on the adapter with the most tokens in the step."""
+        num_added = rows.shape[1] - self.vocab_size
+        if num_added <= 0:
             return torch.log_softmax(rows, dim=-1, dtype=torch.float32)
-        is_plain = rows[:, self.vocab_size :].isneginf().all(dim=1, keepdim=True)
-        plain = torch.log_softmax(rows[:, : self.vocab_size], dim=-1, dtype=torch.float32)
-        plain = pad(plain, (0, rows.shape[1] - self.vocab_size), value=float("-inf"))
-        return torch.where(is_plain, plain, torch.log_softmax(rows, dim=-1, dtype=torch.float32))
+        found = torch.full_like(rows, float("-inf"))
+        has_token = ~rows[:, self.vocab_size :].isneginf()
+        own = (has_token * torch.arange(1, num_added + 1, device=rows.device)).amax(dim=1)
+        for added in own.unique().tolist():
+            chosen, width = own == added, self.vocab_size + added
+            found[chosen, :width] = torch.log_softmax(rows[chosen, :width], dim=-1, dtype=torch.float32)
+        return found
 
     def _adjust(self, rows: Tensor, seqs: Rows[Sequence]) -> Tensor:
         """Penalties, bias and forbidden stops; the caller's rows stay as they are."""

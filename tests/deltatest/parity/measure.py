@@ -92,7 +92,8 @@ async def _measure(entries: Sequence[Entry], scratch: Path, is_timed: bool) -> l
 async def _through_the_door(
     base: BaseModel, bench: Bench, entries: Sequence[Entry], scratch: Path, limits: EngineConfig, is_timed: bool
 ) -> list[Row]:
-    async with open_runtime(base, scratch / "store", limits=limits, base_names=(BASE_NAME,)) as runtime:
+    options: dict[str, Any] = {"limits": limits, "base_names": (BASE_NAME,), "tokenizer_conflicts": lambda tokens: []}
+    async with open_runtime(base, scratch / "store", **options) as runtime:
         folders = {entry.name: entry.write(bench, scratch / entry.name) for entry in entries}
         versions = {}
         for entry in entries:
@@ -111,17 +112,20 @@ async def _through_the_door(
 async def _one(runtime: TinyRuntime, entry: Entry, version: str, bench: Bench, folder: Path, together: Tensor) -> Row:
     ids, engine = _ids(entry), runtime.engine
     expected = entry.oracle(bench.model, folder, ids)
-    plain = await _probe(engine, ids, BASE_BINDING)
+    # The base, and so every adapter at strength 0, has no tokens that an adapter adds.
+    known = tuple(token for token in ids if token < runtime.base.vocab_size)
+    changed = expected if known == ids else entry.oracle(bench.model, folder, known)[:, : runtime.base.vocab_size]
+    plain = await _probe(engine, known, BASE_BINDING)
     alone = await _probe(engine, ids, _binding(entry, version))
     nbytes = next(adapter.device_bytes for adapter in engine.status().adapters if adapter.version == version)
     zero_bits = None
     if entry.has_strength:
-        zero_bits = torch.equal(await _probe(engine, ids, _binding(entry, version, 0.0)), plain)
+        zero_bits = torch.equal(await _probe(engine, known, _binding(entry, version, 0.0)), plain)
     await _evict(engine, version)
     again = await _probe(engine, ids, _binding(entry, version))
     return Row(
         entry=entry,
-        effect=_distance(expected, base_logits(bench.model, ids)),
+        effect=_distance(changed, base_logits(bench.model, known)),
         alone=_distance(alone, expected),
         mixed=_distance(together, expected),
         limit=TOLERANCE * max(1.0, float(expected.square().mean().sqrt())),
@@ -212,7 +216,7 @@ def _ids(entry: Entry) -> tuple[int, ...]:
 def _binding(entry: Entry, version: str, scale: float = 1.0) -> Binding:
     """As a request for the adapter would be bound."""
     start = start_of(_ids(entry), entry.invocation) if entry.invocation else 0
-    return Binding((BindingPart(version, scale, scale, start or 0),))
+    return Binding((BindingPart(version, scale, scale, start or 0, num_token_ids=entry.num_token_ids),))
 
 
 async def _probe(engine: Any, ids: tuple[int, ...], binding: Binding) -> Tensor:

@@ -37,7 +37,7 @@ class Entry:
     folder)`` makes the files, ``writer`` says whose code did. ``oracle`` defaults to PEFT itself with the same files,
     ``judge`` says so. ``has_strength`` off: the kind has no strengths between 0 and 1, so strength 0 is not asked.
     ``warm_ids`` begin the probe's tokens (trained tokens). ``invocation``: tokens put in the middle, from which on the
-    adapter acts.
+    adapter acts. ``num_token_ids``: of an adapter that adds tokens, the base's and its own.
     """
 
     kind: str
@@ -49,6 +49,7 @@ class Entry:
     has_strength: bool = True
     warm_ids: tuple[int, ...] = ()
     invocation: tuple[int, ...] = ()
+    num_token_ids: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     """For the upload: ``accept_base`` and the like."""
 

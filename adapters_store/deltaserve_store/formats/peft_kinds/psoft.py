@@ -120,12 +120,10 @@ class Psoft(PeftReader):
         rank, is_even = int(self.config["r"]), self.config["ab_svd_init"] == "pissa_init"
         name = f"{PEFT_PREFIX}{linear.name}.psoft_R.weight"
         change, turned = self._change(parts, name, findings)
-        known: list[Tensor] = []
 
         def made(weight: Tensor, change: Tensor) -> Tensor:
             """B ``[out, r]`` over A' ``[in, r]``."""
             left, sizes, right = leading_directions(weight, rank, linear.name)
-            known[:] = [right.clone()]
             roots = sizes.sqrt()
             if is_even:
                 return torch.cat([left * roots, ((change.double() * roots) @ right).t()]).float()
@@ -136,8 +134,9 @@ class Psoft(PeftReader):
             return LoraDelta(linear.name, a.t().contiguous(), b.contiguous(), 1.0, dense=dense)
 
         def dense(weight: Tensor) -> Tensor:
-            """What W does to the directions of its inputs, put back turned, less what was there."""
-            right = known[0] if known else leading_directions(weight, rank, linear.name)[2]
+            """What W does to the directions of its inputs, put back turned, less what was there. Nothing is taken from
+            what the term was made of: W is decomposed anew, as PEFT does it, since signs are what LAPACK gives."""
+            right = torch.linalg.svd(weight.float(), full_matrices=False).Vh[:rank].double()
             images = weight.double() @ right.t()
             roots = images.norm(dim=0).sqrt() if is_even else torch.ones(rank, dtype=torch.float64)
             return ((images / roots) @ turned @ (roots[:, None] * right) - images @ right).float()

@@ -37,8 +37,9 @@ def _edit(module: Any, part: dict[str, Tensor | None]) -> None:
         module.weight *= part["in_scale"]
     if part["out_scale"] is not None:
         module.weight *= part["out_scale"][:, None]
-    if part["values"] is not None:
-        module.weight[part["rows"].long(), part["cols"].long()] += part["values"]  # type: ignore[union-attr]
+    rows, cols, values = part["rows"], part["cols"], part["values"]
+    if rows is not None and cols is not None and values is not None:
+        module.weight[rows.long(), cols.long()] += values
     if part["a"] is not None and part["b"] is not None:
         module.weight += part["b"] @ part["a"]
     if part["bias"] is not None:
