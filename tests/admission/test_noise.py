@@ -32,7 +32,7 @@ FIRST = "model.layers.0.self_attn.q_proj"
 
 @pytest.fixture(scope="module", params=[(torch.float32, 0.3), (torch.float16, 0.13)], ids=["float32", "float16"])
 def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[BaseModel, ParsedAdapter]:
-    """The embedded base and a LoRA whose deltas are many times its weights (float32), or a few times as large (float16)."""
+    """The embedded base and a LoRA whose deltas are many times its weights (float32) or a few times (float16)."""
     dtype, std = request.param
     path = tmp_path_factory.mktemp("large")
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
