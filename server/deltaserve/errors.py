@@ -5,8 +5,9 @@ Messages say what was found, what is allowed and what to do. They never carry a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 
@@ -54,6 +55,20 @@ class DeltaserveError(Exception):
         if self.reasons:
             error["reasons"] = [asdict(reason) for reason in self.reasons]
         return error
+
+
+def inside(error: DeltaserveError, where: str) -> None:
+    """Let an error about ``adapters`` of a part of the request name the part: ``where`` is its path."""
+
+    def told(text: str) -> str:
+        return re.sub(r"(?<![\w.'])adapters\[(?=\d+\])", f"{where}.adapters[", text)
+
+    error.message = told(error.message)
+    error.args = (error.message,)
+    error.reasons = tuple(
+        replace(each, where=told(each.where), found=told(each.found)) if isinstance(each, Reason) else each
+        for each in error.reasons
+    )
 
 
 class InvalidRequest(DeltaserveError):

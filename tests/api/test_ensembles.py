@@ -140,7 +140,9 @@ def test_a_model_that_the_key_does_not_see_is_named(http: TestClient, engine: Fa
     assert error["code"] == "model_not_found"
     assert error["param"] == "ensemble.members[1].model"
     composed = {"adapters": [{"id": "code"}, {"id": member["model"]}]}
-    assert error_of(ask(http, of(composed)), 404)["param"] == "ensemble.members[0].adapters[1].id"
+    error = error_of(ask(http, of(composed)), 404)
+    assert error["param"] == "ensemble.members[0].adapters[1].id"
+    assert error["message"].startswith("ensemble.members[0].adapters[1].id: ")
     assert not engine.requests
 
 
@@ -148,6 +150,7 @@ def test_rules_of_compositions_are_those_of_each_member(http: TestClient) -> Non
     twice = {"adapters": [{"id": "tone"}, {"id": "prod"}]}
     error = error_of(ask(http, of({"model": "code"}, twice)), 400)
     assert (error["code"], error["param"]) == ("composition_refused", "ensemble.members[1].adapters[1].id")
+    assert "ensemble.members[1].adapters[0] and ensemble.members[1].adapters[1] (" in error["message"]
     error = error_of(ask(http, of({"adapters": [{"id": BASE}]})), 400)
     assert error["param"] == "ensemble.members[0].adapters[0].id"
     error = error_of(ask(http, of({"model": "tone", "adapters": [{"id": "code"}]})), 400)

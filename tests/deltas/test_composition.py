@@ -77,6 +77,9 @@ def test_a_kind_that_no_rule_knows_is_served_alone_and_whole() -> None:
     assert refused(LORA, STRANGE) == [("served_alone", "adapters[1]")]
     assert refused(STRANGE, scales=((0.5, 0.5),)) == [("strength_not_linear", "adapters[0]")]
     assert refused(STRANGE, scales=((0.0, 1.0),)) == [("strength_not_linear", "adapters[0]")]
+    with pytest.raises(CompositionRefused) as caught:
+        check_composition(Binding((BindingPart("v", 0.5, 0.5),)), [STRANGE])
+    assert caught.value.param == "adapters[0].scale"
     assert not refused(STRANGE, scales=((0.0, 0.0),))
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from deltaserve.core import Binding, BindingPart
-from deltaserve.errors import InvalidRequest
+from deltaserve.admission import proof
+from deltaserve.core import BASE_BINDING, Binding, BindingPart, Ensemble, Member
+from deltaserve.engine.limits import MAX_SCALE
+from deltaserve.engine.not_numbers import not_numbers
+from deltaserve.errors import CompositionRefused, InvalidRequest
 from deltatest.engine_fakes import VOCAB, make_rig, request
 
 GREEDY = make_rig().run(request("greedy", [1, 2, 3], max_tokens=6))["greedy"]
@@ -24,12 +29,56 @@ def test_stop_tokens_beyond_the_logits_forbid_nothing() -> None:
     assert make_rig().run(stops)["stops"] == GREEDY
 
 
-@pytest.mark.parametrize("scale", [1e39, -1e300])
-def test_scales_that_float32_cannot_hold_are_refused(scale: float) -> None:
+@pytest.mark.parametrize("scale", [1e39, -1e300, 1e30, -4097.0])
+def test_scales_beyond_those_of_a_proof_are_refused(scale: float) -> None:
     rig = make_rig(contents={"v1": 1.0})
     huge = request("huge", [1] * 40, binding=Binding((BindingPart("v1", scale, scale),)))
-    with pytest.raises(InvalidRequest, match="scale"):
+    with pytest.raises(InvalidRequest, match=r"scale of adapters\[0\] .* between -4096 and 4096"):
         rig.engine.limits.check(huge)
+    rig.engine.limits.check(replace(huge, binding=Binding((BindingPart("v1", MAX_SCALE, -MAX_SCALE),))))
+
+
+def test_a_proof_asks_for_no_scale_that_is_refused() -> None:
+    assert proof.MAX_SCALE <= MAX_SCALE
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 0.0099, -1.0])
+def test_penalties_that_make_logits_overflow_are_refused(penalty: float) -> None:
+    limits = make_rig().engine.limits
+    with pytest.raises(InvalidRequest, match=r"repetition_penalty .* at least 0\.01"):
+        limits.check(request("tiny", [1], repetition_penalty=penalty))
+    limits.check(request("small", [1], repetition_penalty=0.01))
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.0])
+def test_a_prefix_at_another_strength_breaks_the_rule_of_compositions(scale: float) -> None:
+    parts = (BindingPart("v1"), BindingPart("p", scale, 0.5, num_prefix_tokens=4))
+    with pytest.raises(CompositionRefused, match=r"adapters\[1\] has strength .* of the kind prefix") as caught:
+        make_rig().engine.limits.check(request("half", [1], binding=Binding(parts)))
+    assert caught.value.param == "adapters[1].scale"
+    assert [(reason.code, reason.where) for reason in caught.value.reasons] == [("strength_not_linear", "adapters[1]")]
+
+
+@pytest.mark.parametrize(
+    ("parts", "status"),
+    [
+        ((), 500),
+        ((BindingPart("v1"),), 500),
+        ((BindingPart("v1", 0.0, 0.0),), 500),
+        ((BindingPart("v1", 2.0, 2.0),), 400),
+        ((BindingPart("v1", 0.0, 1.0),), 400),
+        ((BindingPart("v1"), BindingPart("v2")), 400),
+    ],
+)
+def test_logits_that_are_no_numbers_are_the_fault_of_who_asked_for_more_than_was_proven(
+    parts: tuple[BindingPart, ...], status: int
+) -> None:
+    error = not_numbers(request("bad", [1], binding=Binding(parts)))
+    assert (error.status, error.error_code) == (status, "non_finite_logits")
+    assert error.param == ("adapters" if status == 400 else None)
+    together = Ensemble((Member(BASE_BINDING, 1.0), Member(Binding(parts), 1.0)))
+    error = not_numbers(replace(request("bad", [1]), ensemble=together))
+    assert (error.status, error.param) == (status, "ensemble.members" if status == 400 else None)
 
 
 def test_scores_of_many_long_prompts_are_held_for_few_positions_at_once() -> None:

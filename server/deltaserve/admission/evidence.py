@@ -34,7 +34,8 @@ class Comparison:
     ``effect``: max |folded with adapter - folded base|, both float32: what the adapter changes at all.
     ``max_error``: max |engine with adapter - folded with adapter|, must not exceed ``tolerance``.
     ``logits_rms``: root mean square of the folded logits with adapter. ``greedy_agreement``: share of positions, 0..1,
-    where engine and folded weights agree on the most likely token.
+    where engine and folded weights agree on the most likely token. ``noise``: max |folded - folded in another
+    precision|, measured where the usual tolerance did not hold, and part of ``tolerance`` then.
     """
 
     scale: float
@@ -43,6 +44,7 @@ class Comparison:
     tolerance: float
     logits_rms: float
     greedy_agreement: float
+    noise: float | None = None
 
     @property
     def is_within_tolerance(self) -> bool:

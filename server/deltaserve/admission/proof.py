@@ -6,6 +6,7 @@ a time, where ``dW`` comes from the file's own tensors and not from the folded f
 
 Tolerance on max |difference| of logits: float32 ``1e-4 * max(1, rms of the folded logits)``; bfloat16 and float16 four
 times the distance of the base alone from its float32 self on the same tokens, and never below the float32 tolerance.
+Where that does not hold, what rounding alone does with this very adapter is measured (``noise``).
 
 An adapter whose effect hardly exceeds that would pass although it were not applied at all. It is compared a second time
 at a scale that makes its effect stand out, where the error may be a third of the effect. The scale is data of a
@@ -40,6 +41,7 @@ from deltaserve.admission.conversion import (
     told,
 )
 from deltaserve.admission.evidence import Comparison, Evidence, ProofKey
+from deltaserve.admission.noise import other_precision, told_noise, with_noise
 from deltaserve.core import BASE_BINDING, Binding, BindingPart, Logits
 from deltaserve.deltas.fold import dense_deltas
 from deltaserve.deltas.modules import parallel_points, plain_modules
@@ -245,22 +247,30 @@ class Prover:
                 greedy_agreement=float((served.argmax(-1) == folded.argmax(-1)).float().mean()),
             )
 
-        return await self._in_worker(compare)
+        comparison: Comparison = await self._in_worker(compare)
+        if scale != 1.0 or comparison.is_within_tolerance:
+            return comparison
+        with contextlib.suppress(NonFiniteOutput):  # beyond the range of 16 bits where nothing served is: no measure
+            again = await self._folded(ids, change, "the folded weights' logits", other_precision(self._base.dtype))
+            comparison = await self._in_worker(lambda: with_noise(comparison, _distance(again, folded)))
+        return comparison
 
     async def _probe(self, ids: tuple[int, ...], binding: Binding, where: str) -> Tensor:
         logits = await self._engine.probe(ids, binding)
         return await self._in_worker(lambda: _finite(_rows(logits), where))
 
-    async def _folded(self, ids: tuple[int, ...], change: Change, where: str) -> Tensor:
+    async def _folded(
+        self, ids: tuple[int, ...], change: Change, where: str, precision: torch.dtype | None = None
+    ) -> Tensor:
         tokens = torch.tensor(ids, dtype=torch.int64)
-        return await self._in_worker(lambda: _finite(_folded_logits(self._base, tokens, change), where))
+        return await self._in_worker(lambda: _finite(_folded_logits(self._base, tokens, change, precision), where))
 
 
-def _folded_logits(base: BaseModel, tokens: Tensor, change: Change) -> Tensor:
+def _folded_logits(base: BaseModel, tokens: Tensor, change: Change, precision: torch.dtype | None) -> Tensor:
     if change.prefix is None:
-        return base.folded_logits(tokens, *change[:-1]).cpu()
-    prefix = change.prefix  # such adapters change nothing else
-    return prefixed_logits(base, tokens, embeddings=prefix.embeddings, keys_values=prefix.keys_values).cpu()
+        return base.folded_logits(tokens, *change[:-1], precision=precision).cpu()
+    given, kept = change.prefix.embeddings, change.prefix.keys_values  # such adapters change nothing else
+    return prefixed_logits(base, tokens, embeddings=given, keys_values=kept, precision=precision).cpu()
 
 
 def judge(evidence: Evidence, *, accept_no_effect: bool) -> Judgement:
@@ -273,8 +283,11 @@ def judge(evidence: Evidence, *, accept_no_effect: bool) -> Judgement:
         if not comparison.is_within_tolerance:
             at = "" if comparison.scale == 1.0 else f" at scale {comparison.scale:g}"
             found = f"served logits differ from folded weights by {comparison.max_error:.3g}{at}"
-            allowed = f"at most {comparison.tolerance:.3g} ({evidence.dtype}, {evidence.num_tokens} tokens)"
+            noise = "" if comparison.noise is None else f", of which rounding alone makes {comparison.noise:.3g}"
+            allowed = f"at most {comparison.tolerance:.3g} ({evidence.dtype}, {evidence.num_tokens} tokens{noise})"
             return Judgement(reasons=(Reason("proof_failed", "logits", found, allowed),))
+    if evidence.plain.noise is not None:
+        converted = (*converted, told_noise(evidence.plain, evidence.dtype))
     if evidence.effect == 0.0:
         if not accept_no_effect:
             allowed = "an adapter that changes the base's logits, or accept_no_effect=true"

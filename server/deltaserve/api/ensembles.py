@@ -15,7 +15,7 @@ from deltaserve.api.schemas.sampling import GenerationFields
 from deltaserve.api.services import GenerationEngine
 from deltaserve.api.target import Target, resolve_target
 from deltaserve.core import Ensemble, Member, Mix
-from deltaserve.errors import DeltaserveError, EnsembleRefused, InvalidRequest
+from deltaserve.errors import DeltaserveError, EnsembleRefused, InvalidRequest, inside
 from deltaserve_store.errors import StoreError
 
 
@@ -117,6 +117,8 @@ def _told_of(where: str) -> Iterator[None]:
         yield
     except (DeltaserveError, StoreError) as error:
         error.param = where if error.param is None else f"{where}.{error.param}"
+        if isinstance(error, DeltaserveError):
+            inside(error, where)
         raise
 
 

@@ -97,7 +97,7 @@ def check_composition(binding: Binding, traits: Sequence[Traits]) -> None:
         first = reasons[0]
         raise CompositionRefused(
             f"The adapters cannot be composed: {first.where} has {first.found}; allowed: {first.allowed}.",
-            param="adapters",
+            param=f"{first.where}.scale" if first.code == "strength_not_linear" else "adapters",
             reasons=reasons,
         )
 

@@ -22,6 +22,7 @@ from deltaserve.engine.limits import EngineLimits
 from deltaserve.engine.live_probe import LiveProbe, make_probe_sequence
 from deltaserve.engine.live_request import LiveRequest, make_sequences
 from deltaserve.engine.lockstep import mix_rows
+from deltaserve.engine.not_numbers import not_numbers
 from deltaserve.engine.outcome import Outcome
 from deltaserve.engine.sampler import Sampler
 from deltaserve.engine.scheduler import Schedule, Scheduler
@@ -226,7 +227,7 @@ class Engine:
             if live is None:  # A sibling failed in this very loop and took the request with it.
                 continue
             if token < 0:
-                self.fail(seq.request_id, _not_numbers())
+                self.fail(seq.request_id, not_numbers(live.request))
                 touched.pop(seq.request_id, None)
                 continue
             live.accept(seq, token, logprobs.get(seq.seq_id), now)
@@ -323,11 +324,3 @@ class Engine:
                 oldest_wait_seconds=max(0.0, now - oldest),
             )
         return outcome
-
-
-def _not_numbers() -> DeltaserveError:
-    return DeltaserveError(
-        "The model's output is not a number for this request; the adapter, its scale or a repetition_penalty near 0 "
-        "overflows.",
-        code="non_finite_logits",
-    )

@@ -8,10 +8,20 @@ from dataclasses import dataclass
 
 from deltaserve.core import Binding, Ensemble, GenerationRequest, Mix, SamplingParams
 from deltaserve.engine.member_errors import field_of, told_of_member
-from deltaserve.errors import ConfigError, ContextLengthExceeded, EnsembleRefused, InvalidRequest
+from deltaserve.errors import (
+    CompositionRefused,
+    ConfigError,
+    ContextLengthExceeded,
+    EnsembleRefused,
+    InvalidRequest,
+    Reason,
+)
 
-MAX_SCALE = 1e38
-"""Scales are float32 in the operators and in cache keys."""
+MAX_SCALE = 4096.0
+"""As far as a proof goes to make an effect stand out. Far beyond it a sum of float32 overflows."""
+
+MIN_REPETITION_PENALTY = 0.01
+"""Logits are divided by it: near 0 they overflow."""
 
 MAX_MEMBERS = 16
 """Of an ensemble: each takes a row of every step, and the prompt's logits of all of them are held at once."""
@@ -157,7 +167,8 @@ class EngineLimits:
             for scale in (part.scale_first, part.scale_last):
                 if not abs(scale) <= MAX_SCALE:
                     raise InvalidRequest(
-                        f"An adapter's scale is {scale}; it must be a number between -{MAX_SCALE:g} and {MAX_SCALE:g}.",
+                        f"The scale of adapters[{index}] is {scale:g}; it must be a number between -{MAX_SCALE:g} and "
+                        f"{MAX_SCALE:g}.",
                         param=f"adapters[{index}].scale",
                     )
             if part.start_position < 0:
@@ -170,10 +181,13 @@ class EngineLimits:
             if not length:
                 continue
             if part.scale_first != part.scale_last or part.scale_first not in (0.0, 1.0):
-                raise InvalidRequest(
-                    f"The strength of an adapter with virtual tokens is {part.scale_first:g} to {part.scale_last:g}; "
-                    "it has no other strengths than 0 and 1.",
-                    param=f"adapters[{index}].scale",
+                ends = (part.scale_first, part.scale_last)
+                strength = f"{ends[0]:g}" if ends[0] == ends[1] else f"[{ends[0]:g}, {ends[1]:g}]"
+                where, found = f"adapters[{index}]", f"strength {strength} of the kind prefix"
+                raise CompositionRefused(
+                    f"The adapters cannot be composed: {where} has {found}; allowed: strength 0 or 1.",
+                    param=f"{where}.scale",
+                    reasons=[Reason("strength_not_linear", where, found, "strength 0 or 1")],
                 )
             if part.start_position:
                 raise InvalidRequest("An adapter with virtual tokens stands before the whole prompt.", param="adapters")
@@ -184,7 +198,11 @@ class EngineLimits:
             ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
             ("top_k", sampling.top_k >= 0, "at least 0"),
             ("min_p", 0 <= sampling.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", sampling.repetition_penalty > 0, "above 0"),
+            (
+                "repetition_penalty",
+                sampling.repetition_penalty >= MIN_REPETITION_PENALTY,
+                f"at least {MIN_REPETITION_PENALTY:g}",
+            ),
             ("min_tokens", 0 <= sampling.min_tokens <= max(sampling.max_tokens, 0), "between 0 and max_tokens"),
             ("logprobs", sampling.logprobs is None or 0 <= sampling.logprobs <= self.vocab_size, "at least 0"),
             ("prompt_logprobs", (sampling.prompt_logprobs or 0) >= 0, "at least 0"),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from deltaserve.core import Ensemble
-from deltaserve.errors import AdapterUnavailable, DeltaserveError
+from deltaserve.errors import AdapterUnavailable, DeltaserveError, inside
 
 
 def field_of(index: int) -> str:
@@ -22,7 +21,7 @@ def told_of_member(index: int | None) -> Iterator[None]:
     except DeltaserveError as error:
         if index is not None and error.param is not None and error.param.startswith("adapters"):
             error.param = f"{field_of(index)}.{error.param}"
-            error.reasons = tuple(replace(each, where=f"{field_of(index)}.{each.where}") for each in error.reasons)
+            inside(error, field_of(index))
         raise
 
 

@@ -161,11 +161,12 @@ class BaseModel:
         parallel: Collection[str] = (),
         rows: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
         num_token_ids: int = 0,
+        precision: torch.dtype | None = None,
     ) -> Tensor:
         """The proof's half: ``ids`` int64 [T <= 64] -> float32 [T, vocab] with every linear at ``W + dW`` in fp32.
 
         ``deltas`` maps names of ``linears`` to functions that make the fp32 [out, in] difference; one exists at a time.
-        ``biases``, ``norms``, ``modules``, ``parallel``, ``rows`` and ``num_token_ids``: as in
+        ``biases``, ``norms``, ``modules``, ``parallel``, ``rows``, ``num_token_ids`` and ``precision``: as in
         ``FoldedContext``.
         """
         if not 1 <= len(ids) <= MAX_FOLDED_TOKENS:
@@ -187,6 +188,7 @@ class BaseModel:
             rows=rows,
             num_token_ids=num_token_ids,
             kv_regimes=torch.full_like(ids, regime) if regime else None,
+            precision=precision,
         )
         hidden = self._decode(ids, torch.arange(len(ids), device=self.device), ctx)
         if FINAL_HIDDEN in modules:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class FoldedContext(PassContext):
     the embedding's or the head's name to a function of token ids ``[n]`` that gives the differences of their rows,
     fp32 ``[n, width]``; ``num_token_ids``, where an adapter adds tokens, counts those too. ``past``: K and V
     ``[kv_heads, p, head_dim]`` of each layer for positions before the sequence's own. ``seen``, where given, gets what
-    attention caches of this pass: K and V ``[kv_heads, T, head_dim]`` by layer.
+    attention caches of this pass: K and V ``[kv_heads, T, head_dim]`` by layer. ``precision``, where given, is what the
+    products of linears have in place of fp32's: float64, or operands and results rounded to 16 bits.
     """
 
     deltas: Mapping[str, Callable[[], Tensor]]
@@ -101,6 +103,7 @@ class FoldedContext(PassContext):
     num_token_ids: int = 0
     past: Sequence[tuple[Tensor, Tensor]] = ()
     seen: dict[int, tuple[Tensor, Tensor]] | None = None
+    precision: torch.dtype | None = None
 
 
 _local = threading.local()

@@ -177,6 +177,7 @@ class BaseLinear(nn.Module):
         x = x.float()
         if isinstance(ctx, FoldedContext) and ctx.modules:
             x = folded_input(self.group, x, ctx)
+        precision = ctx.precision if isinstance(ctx, FoldedContext) else None
         step = max(1, MAX_FOLDED_ELEMENTS // self.in_features)
         stored = self.weight
         pieces = []
@@ -186,9 +187,10 @@ class BaseLinear(nn.Module):
                 weight = weight + delta[i : i + step].to(weight)
             if make_rows is not None:
                 weight = weight + make_rows(torch.arange(i, i + len(weight))).to(weight)
-            pieces.append(F.linear(x, weight))
+            pieces.append(_product(x, weight, precision))
         if make_rows is not None and isinstance(ctx, FoldedContext) and ctx.num_token_ids > self.out_features:
-            pieces.append(F.linear(x, make_rows(torch.arange(self.out_features, ctx.num_token_ids)).to(x)))
+            added = make_rows(torch.arange(self.out_features, ctx.num_token_ids)).to(x)
+            pieces.append(_product(x, added, precision))
         y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
         bias = self.bias
         y = y if bias is None else y + bias.float()
@@ -203,3 +205,12 @@ class BaseLinear(nn.Module):
 def _is_same(a: Tensor, b: Tensor) -> bool:
     """Whether two row matrices are the same memory, so that a waiting result belongs to this input."""
     return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+
+
+def _product(x: Tensor, weight: Tensor, precision: torch.dtype | None) -> Tensor:
+    """``x @ weight.T``, fp32 in and out, as ``FoldedContext.precision`` wants it."""
+    if precision is None:
+        return F.linear(x, weight)
+    if precision == torch.float64:
+        return F.linear(x.double(), weight.double()).float()
+    return F.linear(x.to(precision).float(), weight.to(precision).float()).to(precision).float()

@@ -34,17 +34,19 @@ def prefixed_logits(
     *,
     embeddings: Tensor | None = None,
     keys_values: Sequence[tuple[Tensor, Tensor]] = (),
+    precision: torch.dtype | None = None,
 ) -> Tensor:
     """The proof's half for a prefix: ``ids`` int64 [T] behind p virtual tokens -> float32 [T, vocab], all in fp32.
 
     The virtual tokens are ``embeddings`` [p, hidden], run together with the tokens, or ``keys_values``, K and V
-    [kv_heads, p, head_dim] of each layer, put before the tokens' own.
+    [kv_heads, p, head_dim] of each layer, put before the tokens' own. ``precision``: as in ``FoldedContext``.
     """
     ids = ids.to(base.device)
     before = torch.zeros(0, base.hidden_size) if embeddings is None else embeddings
     skipped = len(before) if embeddings is not None else keys_values[0][0].shape[1]
     positions = torch.arange(skipped - len(before), skipped + len(ids), device=base.device)
     regime = base.kv_regime(skipped + len(ids))
-    ctx = FoldedContext(deltas={}, past=keys_values, kv_regimes=torch.full_like(positions, regime) if regime else None)
+    regimes = torch.full_like(positions, regime) if regime else None
+    ctx = FoldedContext(deltas={}, past=keys_values, kv_regimes=regimes, precision=precision)
     hidden = base.decode_embeddings(before, ids, positions, ctx)
     return base.logits(hidden[len(before) :], ctx)
