@@ -35,6 +35,7 @@ SOURCES = (
     "linear.inc",
     "paged_attention.inc",
     "pointwise_ops.inc",
+    "packed_inputs.inc",
     "packed_linear.inc",
     "packed_terms.inc",
     "changes.inc",
