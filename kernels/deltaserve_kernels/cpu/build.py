@@ -50,6 +50,7 @@ SOURCES = (
     "vec_avx512.inc",
     "vec_avx2.inc",
     "vec_portable.inc",
+    "lanes.inc",
     "lora.inc",
     "sparse.inc",
     "attention.inc",

@@ -173,7 +173,7 @@ struct Kernels {
   void (*expand)(T* const*, int64_t, const ExpandPart<T>*, int, int64_t, int64_t, int64_t, const float*, int64_t);
   void (*sparse_stage)(const T* const*, int64_t, int64_t, float*);
   void (*sparse_row)(const float*, T*, const SparsePart<T>*, int, int64_t, float*, Ahead);
-  void (*sparse_rows)(const float*, T* const*, int64_t, const SparsePart<T>*, int, int64_t);
+  void (*sparse_rows)(const float*, T* const*, int64_t, const SparsePart<T>*, int, int64_t, Ahead);
   void (*attend)(const AttendTask<T>&);
   void (*rms_norm_row)(T*, const T*, const T*, int64_t, float, float, const Change*, int64_t);
   void (*gated_row)(T*, const T*, const T*, int64_t, int);
