@@ -1,4 +1,4 @@
-"""Products that turn their members' inputs on the way: to the bits of the operators one by one, whoever is in the step."""
+"""Products that turn their members' inputs on the way: the bits of the operators one by one, whoever is in the step."""
 
 from __future__ import annotations
 

@@ -226,8 +226,8 @@ def packed_linear_terms(
 
     Rows of ``work`` get ``out_vectors`` as by ``scale_shift``, then low rank, all in the fp32 sums that are rounded
     once. What a member multiplies is x with the rows of ``in_work`` scaled by ``in_vectors``, to the bits of
-    ``scale_shift`` on a copy, and then turned by ``in_rotations``, to those of ``rotate_blocks`` from x to that copy; low
-    rank multiplies x as it is. A row's bits depend on that row and its binding alone. Raises ValueError.
+    ``scale_shift`` on a copy, and then turned by ``in_rotations``, to those of ``rotate_blocks`` from x to that copy;
+    low rank multiplies x as it is. A row's bits depend on that row and its binding alone. Raises ValueError.
     """
     _check(x, work, tables)
     out_pointers = out_dims = in_rows = in_pointers = in_dims = turn_pointers = turn_dims = None
