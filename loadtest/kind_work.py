@@ -11,6 +11,7 @@ from deltaserve.deltas.rotation_terms import RotationTerm
 from deltaserve.deltas.vector_terms import VectorTerm
 from deltaserve.deltas.vocabulary import RowsTerm
 from deltaserve.model.base import BaseModel
+from deltaserve_store.spec import LinearSpec
 from loadtest.kind_adapters import PREFIX_TOKENS
 
 
@@ -23,7 +24,8 @@ class Work(NamedTuple):
 
 
 def work_of(folded: FoldedAdapter, base: BaseModel) -> Work:
-    """Of the adapter's own numbers alone: activations, which the base's step moves anyway, are not counted."""
+    """Of the adapter's own numbers alone: activations, which the base's step moves anyway, are not counted. Nor are the
+    places that an order or an entry reads of them: they lie in the caches."""
     spec = base.spec
     once, of_row, flops = 0, 0, 0
     for name, terms in folded.terms.items():
@@ -33,7 +35,7 @@ def work_of(folded: FoldedAdapter, base: BaseModel) -> Work:
                 flops += term.values.shape[1]
                 continue
             once += term.nbytes
-            flops += _flops(term)
+            flops += _flops(term, spec.linears.get(name))
     for norm in folded.norms.values():
         once += norm.nbytes
         flops += norm.nbytes // 4
@@ -48,15 +50,18 @@ def work_of(folded: FoldedAdapter, base: BaseModel) -> Work:
     return Work(once, of_row, flops)
 
 
-def _flops(term: Term) -> int:
+def _flops(term: Term, linear: LinearSpec | None) -> int:
     if isinstance(term, LowRankTerm):
         return 2 * (term.a.numel() + term.b_t.numel())
     if isinstance(term, SparseTerm | RowsTerm):
         return 2 * term.values.numel()
     if isinstance(term, VectorTerm):
         return sum(tensor.numel() for tensor in term.tensors().values())
-    if isinstance(term, RotationTerm):
-        return 2 * sum(factor.blocks.numel() for factor in term.factors)
+    if isinstance(term, RotationTerm) and linear is not None:
+        width = linear.in_features if term.side == "input" else linear.out_features
+        return (
+            2 * width * sum(factor.blocks.shape[1] for factor in term.factors)
+        )  # shared blocks are met again and again
     if isinstance(term, DenseTerm):
         return 2 * len(next(iter(term.tensors().values()))) * term.in_features  # each tensor has a row an output
     if isinstance(term, BlockTerm):

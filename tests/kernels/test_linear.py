@@ -140,9 +140,10 @@ def test_a_row_has_the_same_bits_alone_and_in_company(kind, dtype, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("most", [7, 8, 9, 15, 16, 17, 40, 300])
+@pytest.mark.parametrize("most", [3, 4, 7, 8, 9, 15, 16, 17, 40, 300])
 def test_sparse_outputs_of_any_number_of_entries(most, dtype, backend):
-    """Kernels sum outputs of few entries sixteen at a time, up to a number of products; 300 is past it."""
+    """Kernels sum outputs of few entries sixteen at a time, up to a number of products; 300 is past it. How many rows
+    share the adapter decides how many lie beside each other: four, eight, sixteen."""
     case = LinearCase(310, [(0, 0, 75)], 1, dtype)
     counts = [(5 * n) % (most + 1) for n in range(74)] + [most]
     mask = torch.zeros(75, 310, dtype=torch.bool)
@@ -154,12 +155,13 @@ def test_sparse_outputs_of_any_number_of_entries(most, dtype, backend):
     dense[mask] = values.double()
     case.sparse_dense[0, 0] = dense
     bindings = [((0, 1.0, 0.5),)]
-    x, y = randn(3, 310, dtype=dtype), randn(3, 75, dtype=dtype, seed=1)
-    together = run("sparse", case, bindings * 3, x, y.clone(), backend)
-    torch.testing.assert_close(together.double(), case.expected("sparse", y, x, bindings * 3, 0.25), **TOLERANCE[dtype])
-    for row in range(3):
-        alone = run("sparse", case, bindings, x[row : row + 1], y[row : row + 1].clone(), backend)
-        assert torch.equal(alone[0], together[row])
+    x, y = randn(19, 310, dtype=dtype), randn(19, 75, dtype=dtype, seed=1)
+    together = run("sparse", case, bindings * 19, x, y.clone(), backend)
+    wanted = case.expected("sparse", y, x, bindings * 19, 0.25)
+    torch.testing.assert_close(together.double(), wanted, **TOLERANCE[dtype])
+    for rows in (1, 2, 4, 5, 8, 9):
+        fewer = run("sparse", case, bindings * rows, x[:rows], y[:rows].clone(), backend)
+        assert torch.equal(fewer, together[:rows]), rows
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 300])

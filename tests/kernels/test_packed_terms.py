@@ -105,23 +105,6 @@ def test_company_is_not_felt_and_rows_without_vectors_have_the_bits_of_the_lora_
     assert torch.equal(case.product(x, lora), wanted)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_member_multiplies_what_it_is_fed(dtype, cpu_backend):
-    """And a scaled input has the bits of scale_shift on a copy, so that it does not matter which way it comes."""
-    case, x = Case(dtype), randn(42, INPUTS, dtype=dtype, seed=1)
-    work, fed = build_work_list(BINDINGS), {}
-    for at in (2, 0):
-        fed[at] = x.clone()
-        scale_shift(fed[at], work, case.inputs, ((MEMBERS[at][0], 0, INPUTS),), DEPTH)
-        assert not torch.equal(fed[at], x)
-    together = case.product(x, BINDINGS)
-    assert torch.equal(case.product(x, BINDINGS, fed=fed), together)
-    assert torch.equal(case.product(x, BINDINGS, fed=fed, in_vectors=None), together)
-    wide = torch.cat([fed[0], fed[0]], dim=1)[:, INPUTS:]
-    assert torch.equal(case.product(x, BINDINGS, fed={0: wide, 2: fed[2]}), together)
-    assert not torch.equal(case.product(x, BINDINGS, fed={0: fed[0], 2: x}), together)
-
-
 def test_what_does_not_fit_is_named(cpu_backend):
     case, x = Case(torch.bfloat16), randn(42, INPUTS, dtype=torch.bfloat16)
     narrow = VectorTables(3, 4)
@@ -142,7 +125,6 @@ def test_what_does_not_fit_is_named(cpu_backend):
             out_vectors=None,
             in_vectors=None,
             in_work=work,
-            fed={},
         )
 
     for wrong, words in (
@@ -150,9 +132,6 @@ def test_what_does_not_fit_is_named(cpu_backend):
         (lambda: case.product(x, BINDINGS, in_vectors=case.outputs), "77 are needed"),
         (lambda: case.product(x, BINDINGS, out_vectors=few), "slot 3 is not in 0..0"),
         (lambda: case.product(x, BINDINGS, out_vectors=VectorTables(1, 4)), "linear 1 is not in 0..0"),
-        (lambda: case.product(x, BINDINGS, fed={3: x}), "member 3 is not in 0..2"),
-        (lambda: case.product(x, BINDINGS, fed={0: x[:5]}), "fed is"),
-        (lambda: case.product(x, BINDINGS, fed={0: x.half()}), "fed is"),
         (lambda: case.product(x, BINDINGS, in_work=build_work_list(BINDINGS[:5])), "work list is of 5"),
         (lambda: product([0, 0, 48, 1, 50, 66]), "no whole panels"),
     ):

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from deltaserve.model.base import BaseModel
+from deltaserve_kernels import RotationFactor
 from deltatest.fixture_of_load import TINY
 from loadtest import kinds
-from loadtest.kind_adapters import BLOCK, BY_NAME, KINDS, PREFIX_TOKENS, RANK
+from loadtest.kind_adapters import BLOCK, BY_NAME, KINDS, PREFIX_TOKENS, RANK, rotations
 from loadtest.kind_steps import base_of
 from loadtest.kind_work import work_of
 from loadtest.plots_of_adapters import draw_all
@@ -55,6 +56,9 @@ def test_work_is_that_of_the_adapters_own_numbers(base: BaseModel) -> None:
     assert work("signs")[2] == TINY.layers * 2 * WEIGHTS
     inputs = sum(width for _, width in TINY.projections().values())
     assert work("oft") == (TINY.layers * inputs * BLOCK * 2, 0, TINY.layers * 2 * inputs * BLOCK)
+    shared = rotations(base, "output", lambda _: (RotationFactor(torch.zeros(1, 8, 8, dtype=torch.bfloat16)),))
+    outputs = sum(out for out, _ in TINY.projections().values())
+    assert work_of(shared, base).flops == TINY.layers * 2 * outputs * 8, "one block for all columns is met by all"
     per_position = TINY.layers * TINY.kv_heads * TINY.head_dim
     assert work("prefix")[:2] == (0, PREFIX_TOKENS * per_position * 2 * 2)
     assert work("norms") == (4 * (2 * TINY.layers + 1) * TINY.hidden, 0, (2 * TINY.layers + 1) * TINY.hidden)

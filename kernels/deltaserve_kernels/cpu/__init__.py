@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import chain
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 ACTIVATIONS = ("silu", "gelu_tanh")
-NO_INPUTS: Mapping[int, Tensor] = MappingProxyType({})
 
 _lock = threading.Lock()
 _loaded = False
@@ -169,13 +167,8 @@ def rotate_blocks(
     y: Tensor, x: Tensor, work: WorkList, tables: RotationTables, members: Sequence[Member], depth: float
 ) -> None:
     """As ``deltaserve_kernels.rotate_blocks``; here y may be x itself."""
-    if tables.dtype is not x.dtype and tables.dtype is not None:
-        raise DtypeMismatch(f"x is {x.dtype}; the tables hold {tables.dtype}")
-    if not tables.is_on_host:
-        raise DeviceMismatch(f"the tables are on {tables.device}; x is on the CPU")
-    _operator("rotate_blocks")(
-        y, x, prepared(work), tables.pointers, tables.dims, list(chain.from_iterable(members)), depth
-    )
+    pointers, dims = _rotations(x, tables)
+    _operator("rotate_blocks")(y, x, prepared(work), pointers, dims, list(chain.from_iterable(members)), depth)
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -227,23 +220,25 @@ def packed_linear_terms(
     out_vectors: VectorTables | None,
     in_vectors: VectorTables | None,
     in_work: WorkList,
-    fed: Mapping[int, Tensor] = NO_INPUTS,
+    in_rotations: RotationTables | None = None,
 ) -> Tensor:
     """``packed_linear_lora`` with scales and biases, for members that are whole panels of 16 outputs.
 
     Rows of ``work`` get ``out_vectors`` as by ``scale_shift``, then low rank, all in the fp32 sums that are rounded
     once. What a member multiplies is x with the rows of ``in_work`` scaled by ``in_vectors``, to the bits of
-    ``scale_shift`` on a copy; or, for the i-th member, ``fed[i]`` [T, K]; low rank multiplies x as it is. A member's
-    own inputs cost their copy and nothing else. A row's bits depend on that row and its binding alone. Raises
-    ValueError.
+    ``scale_shift`` on a copy, and then turned by ``in_rotations``, to those of ``rotate_blocks`` from x to that copy;
+    low rank multiplies x as it is. A row's bits depend on that row and its binding alone. Raises ValueError.
     """
     _check(x, work, tables)
-    out_pointers = out_dims = in_rows = in_pointers = in_dims = None
+    out_pointers = out_dims = in_rows = in_pointers = in_dims = turn_pointers = turn_dims = None
     if out_vectors is not None:
         out_pointers, out_dims = _on_host(out_vectors)
     if in_vectors is not None:
         in_rows = prepared(in_work)
         in_pointers, in_dims = _on_host(in_vectors)
+    if in_rotations is not None:
+        in_rows = prepared(in_work)
+        turn_pointers, turn_dims = _rotations(x, in_rotations)
     return _operator("packed_linear_terms")(
         x,
         packed,
@@ -261,8 +256,8 @@ def packed_linear_terms(
         in_rows,
         in_pointers,
         in_dims,
-        list(fed.values()),
-        list(fed),
+        turn_pointers,
+        turn_dims,
     )
 
 
@@ -324,6 +319,15 @@ def _on_host(vectors: VectorTables) -> tuple[Tensor, Tensor]:
     if not vectors.is_on_host:
         raise DeviceMismatch(f"the tables are on {vectors.device}; x is on the CPU")
     return vectors.pointers, vectors.dims
+
+
+def _rotations(x: Tensor, tables: RotationTables) -> tuple[Tensor, Tensor]:
+    """Pointers and dims."""
+    if tables.dtype is not x.dtype and tables.dtype is not None:
+        raise DtypeMismatch(f"x is {x.dtype}; the tables hold {tables.dtype}")
+    if not tables.is_on_host:
+        raise DeviceMismatch(f"the tables are on {tables.device}; x is on the CPU")
+    return tables.pointers, tables.dims
 
 
 def _check(x: Tensor, work: WorkList, tables: LoraTables | SparseTables | BlockTables) -> None:

@@ -130,6 +130,18 @@ struct Change {
   float at;
 };
 
+// A rotation of rows at a strength: factors one after another, as rotation_tables.py writes them for an entry.
+struct RotationFactor {
+  int64_t blocks, order;  // addresses: [count, size, size] in the type of the rows; int32 [width] or 0
+  int64_t count, size;
+  int64_t width;  // 0 where one block is shared and says nothing of it
+};
+struct RotationPart {
+  const RotationFactor* factors;
+  int64_t num_factors;
+  float scale;
+};
+
 // Some columns of a matrix [rows, ...] that will be read soon.
 constexpr int64_t kStripBytes = 128;  // of each row
 struct Strip {
@@ -161,7 +173,7 @@ struct Kernels {
   void (*expand)(T* const*, int64_t, const ExpandPart<T>*, int, int64_t, int64_t, int64_t, const float*, int64_t);
   void (*sparse_stage)(const T* const*, int64_t, int64_t, float*);
   void (*sparse_row)(const float*, T*, const SparsePart<T>*, int, int64_t, float*, Ahead);
-  void (*sparse_rows)(const float*, T* const*, int64_t, const SparsePart<T>*, int, int64_t);
+  void (*sparse_rows)(const float*, T* const*, int64_t, const SparsePart<T>*, int, int64_t, Ahead);
   void (*attend)(const AttendTask<T>&);
   void (*rms_norm_row)(T*, const T*, const T*, int64_t, float, float, const Change*, int64_t);
   void (*gated_row)(T*, const T*, const T*, int64_t, int);
@@ -180,8 +192,9 @@ struct Kernels {
   void (*expand_wide)(float*, int64_t, int64_t, const T*, int64_t, int64_t, const float*, int64_t, const float*, float);
   void (*activate_row)(float*, const float*, int64_t, int);
   void (*narrow)(const float*, T*, int64_t);
-  void (*rotate_rows)(float*, const float*, int64_t, int64_t, const T*, int64_t, int64_t);
+  void (*rotate_part)(float*, const float*, int64_t, int64_t, const RotationPart&, float*, bool);
   void (*add_row)(T*, const float*, int64_t);
+  void (*add_rounded)(float*, const float*, int64_t);
 };
 
 // Blocking of gemm.inc: k of one widened block of a panel (16 KiB, half of a level 1 cache), and the rows whose fp32
@@ -315,10 +328,11 @@ void with_type(const at::Tensor& tensor, const char* name, const F& f) {
 #include "changes_ops.inc"
 #include "paged_attention.inc"
 #include "pointwise_ops.inc"
+#include "rotation_ops.inc"
+#include "packed_inputs.inc"
 #include "packed_linear.inc"
 #include "packed_terms.inc"
 #include "vector_ops.inc"
-#include "rotation_ops.inc"
 #include "block_ops.inc"
 #include "apart_ops.inc"
 #include "vocabulary_ops.inc"
@@ -370,7 +384,7 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
   m.def(
       "packed_linear_terms(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor work, Tensor pointers, Tensor ranks, "
       "Tensor dims, int[] members, float depth, bool has_low_rank, Tensor? out_pointers, Tensor? out_dims, Tensor? in_work, "
-      "Tensor? in_pointers, Tensor? in_dims, Tensor[] fed, int[] fed_members) -> Tensor");
+      "Tensor? in_pointers, Tensor? in_dims, Tensor? turn_pointers, Tensor? turn_dims) -> Tensor");
   m.def("level() -> int", level);
   m.def("max_level() -> int", max_level);
   m.def("set_level(int level) -> ()", set_level);

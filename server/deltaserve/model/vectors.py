@@ -24,6 +24,7 @@ from torch import Tensor
 from deltaserve.model.blocks import add_blocks
 from deltaserve_kernels import (
     LoraTables,
+    RotationTables,
     VectorFamily,
     VectorStep,
     VectorTables,
@@ -57,7 +58,7 @@ class Joining:
         self._has_any = False
         self._outputs: VectorTables | None = None
         self._inputs: VectorTables | None = None
-        self._turning: tuple[int, ...] = ()
+        self._turning: RotationTables | None = None
         self._turns_outputs = False
 
     def concerns(self, step: VectorStep) -> bool:
@@ -71,17 +72,16 @@ class Joining:
         members, rotations = self.members, family.in_rotations
         self._outputs = family.outputs if family.outputs.has_any_of(members) else None
         self._inputs = family.inputs if family.inputs.has_any_of(members) else None
-        self._turning = tuple(at for at, member in enumerate(members) if rotations.has_any(member.linear))
+        self._turning = rotations if rotations.has_any_of(members) else None
         self._turns_outputs = family.out_rotations.has_any_of(members)
         self._has_any = bool(self._outputs or self._inputs or self._turning)
         self._family, self._version = family, family.version
 
     def apply(self, group: ProjectionGroup, rows: Tensor, work: WorkList, lora: LoraTables, step: VectorStep) -> Tensor:
-        """``rows`` [T, K] -> [T, N]: base, scales and biases, and low rank in one product; rotations around it. For a
-        step that ``concerns`` has just been asked about; ``work`` is its whole list."""
+        """``rows`` [T, K] -> [T, N]: base, scales and biases, low rank and rotated inputs in one product; rotations of
+        outputs after it. For a step that ``concerns`` has just been asked about; ``work`` is its whole list."""
         turned, depth = step.turned, group.depth
         joining = work if turned is None else turned.others
-        fed = {at: self._turn(rows, work, at, step, depth) for at in self._turning} if self._turning else cpu.NO_INPUTS
         y = cpu.packed_linear_terms(
             rows,
             self.packed.panels,
@@ -94,7 +94,7 @@ class Joining:
             self._outputs,
             self._inputs,
             work,
-            fed,
+            self._turning,
         )
         if turned is not None:
             self._turn_outputs(y, turned.step, depth)
@@ -109,16 +109,6 @@ class Joining:
             scale_shift(y, step.work, self._outputs, self.members, depth)
         if self._turns_outputs:
             cpu.rotate_blocks(y, product, step.work, family.out_rotations, self.members, depth)
-
-    def _turn(self, rows: Tensor, work: WorkList, at: int, step: VectorStep, depth: float) -> Tensor:
-        """What the member in place ``at`` multiplies."""
-        whole = ((self.members[at].linear, 0, rows.shape[1]),)
-        inputs, rotations = step.family.inputs, step.family.in_rotations
-        fed = rows.clone()
-        if inputs.has_any(whole[0][0]):
-            cpu.scale_shift(fed, work, inputs, whole, depth, None, None, 1.0)
-        cpu.rotate_blocks(fed, rows, work, rotations, whole, depth)
-        return fed
 
 
 def apply_with_vectors(group: ProjectionGroup, rows: Tensor, ctx: ForwardContext, step: VectorStep) -> Tensor:
