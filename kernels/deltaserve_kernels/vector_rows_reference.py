@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deltaserve_kernels import pointwise, row_checks, term_reference
 from deltaserve_kernels.checks import Member
+from deltaserve_kernels.errors import OutOfRange
 from deltaserve_kernels.pointer_tables import PointerTables
 from deltaserve_kernels.reference import items_of
 from deltaserve_kernels.rotation_tables import RotationTables
@@ -82,6 +83,10 @@ def turn_rows(
     num_fanned: int = 0,
 ) -> None:
     row_checks.check_turned(y, x, work, tables, members, num_fanned)
+    for slot in {slot for _, parts in items_of(work) for slot, first, last in parts if first or last}:
+        found = max(len(tables.factors(member[0], slot) or ()) for member in members)
+        if found > num_factors:
+            raise OutOfRange(f"slot {slot} has {found} factors; there are {num_factors} launches")
     if not num_fanned:
         rotate_by_definition(y, x, work, tables, members, depth)
         return

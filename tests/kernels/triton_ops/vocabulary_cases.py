@@ -124,7 +124,9 @@ def test_tokens_beyond_the_base_equal_the_definition_and_leave_low_rank_s_bits()
     use_backend("triton")
     change_head(y, x, alone, VOCAB)
     assert torch.equal(results[0][1][[0, 2, 3, 6], :VOCAB], y[[0, 2, 3, 6]])
-    # Of a fixed width, and by a list that is padded.
+    # Of a fixed width, and by a list that is padded; a part that is 0 at the last layer has no tokens there.
+    bindings[4] = ((2, 1.0, 0.0),)
+    results[0][1][4, VOCAB:] = float("-inf")
     layout = PaddedLayout(len(bindings))
     packed = np.empty(layout.size, dtype=np.int32)
     layout.fill(packed, bindings)
