@@ -11,6 +11,7 @@ from deltaserve.deltas.rotation_terms import RotationTerm
 from deltaserve.deltas.vector_terms import VectorTerm
 from deltaserve.deltas.vocabulary import RowsTerm
 from deltaserve.model.base import BaseModel
+from deltaserve_kernels import unpack_bits
 from loadtest.kind_adapters import PREFIX_TOKENS
 
 
@@ -23,7 +24,8 @@ class Work(NamedTuple):
 
 
 def work_of(folded: FoldedAdapter, base: BaseModel) -> Work:
-    """Of the adapter's own numbers alone: activations, which the base's step moves anyway, are not counted."""
+    """Of the adapter's own numbers, and of the base's that a mask makes each adapter's rows read again: activations,
+    which the base's step moves anyway, are not counted."""
     spec = base.spec
     once, of_row, flops = 0, 0, 0
     for name, terms in folded.terms.items():
@@ -33,6 +35,8 @@ def work_of(folded: FoldedAdapter, base: BaseModel) -> Work:
                 flops += term.values.shape[1]
                 continue
             once += term.nbytes
+            if isinstance(term, DenseTerm) and term.mask is not None:  # the base's weights are read again
+                once += term.mask.shape[0] * term.in_features * base.dtype.itemsize
             flops += _flops(term)
     for norm in folded.norms.values():
         once += norm.nbytes
@@ -57,6 +61,8 @@ def _flops(term: Term) -> int:
         return sum(tensor.numel() for tensor in term.tensors().values())
     if isinstance(term, RotationTerm):
         return 2 * sum(factor.blocks.numel() for factor in term.factors)
+    if isinstance(term, DenseTerm) and term.mask is not None:
+        return 2 * int(unpack_bits(term.mask, term.in_features).sum())
     if isinstance(term, DenseTerm):
         out, width = (term.delta if term.delta is not None else term.signs).shape[0], term.in_features  # type: ignore[union-attr]
         return 2 * out * width

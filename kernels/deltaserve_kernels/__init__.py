@@ -17,6 +17,7 @@ from deltaserve_kernels.apart_rows import (
     split_apart_rows,
 )
 from deltaserve_kernels.backend import BACKENDS, select, use_backend
+from deltaserve_kernels.base_weight import PANEL, ReadWeight, WeightView
 from deltaserve_kernels.block_tables import BlockEntry, BlockTables
 from deltaserve_kernels.checks import BLOCK_SIZE
 from deltaserve_kernels.dense_tables import DenseEntry, DenseTables, pack_bits, unpack_bits
@@ -75,6 +76,7 @@ __all__ = [
     "BLOCK_SIZE",
     "EMBEDDING",
     "HEAD",
+    "PANEL",
     "ApartEntries",
     "ApartFamily",
     "ApartRows",
@@ -97,6 +99,7 @@ __all__ = [
     "PaddedLayout",
     "PrefixEntry",
     "PrefixTables",
+    "ReadWeight",
     "RotationEntry",
     "RotationFactor",
     "RotationTables",
@@ -113,6 +116,7 @@ __all__ = [
     "VocabularyEntries",
     "VocabularyFamily",
     "VocabularyStep",
+    "WeightView",
     "WorkList",
     "add_modules",
     "block_linear",
