@@ -21,10 +21,10 @@ from deltaserve.deltas.rotation_terms import RotationTerm, Side
 from deltaserve.deltas.vector_terms import NormTerm, VectorTerm
 from deltaserve.deltas.vocabulary import RowsTerm
 from deltaserve.model.base import BaseModel
-from deltaserve_kernels import BLOCK_SIZE, RotationEntry, RotationFactor
+from deltaserve_kernels import BLOCK_SIZE, RotationEntry, RotationFactor, pack_bits
 from deltaserve_store.spec import LinearSpec
 
-RANK, DENSITY, MASKED, PREFIX_TOKENS, TOKENS, BLOCK, BOTTLENECK = 16, 0.005, 0.05, 32, 64, 32, 64
+RANK, DENSITY, MASKED, MARKED, PREFIX_TOKENS, TOKENS, BLOCK, BOTTLENECK = 16, 0.005, 0.05, 0.1, 32, 64, 32, 64
 NO_TERMS: Mapping[str, tuple[Term, ...]] = MappingProxyType({})
 FIRST_TOKEN = 5
 """Tokens from here on are trained by the kind of trained tokens, and decoded by the benchmark."""
@@ -198,6 +198,15 @@ def signs(base: BaseModel) -> FoldedAdapter:
     return _folded(base, terms)
 
 
+def bitmap(base: BaseModel) -> FoldedAdapter:
+    """Mask fine-tuning where so many weights are taken out that their mask is kept."""
+    terms: dict[str, tuple[Term, ...]] = {}
+    for name, spec in _linears(base):
+        mask = pack_bits(torch.rand(spec.out_features, spec.in_features) < MARKED)
+        terms[name] = (DenseTerm(spec.in_features, mask=mask),)
+    return _folded(base, terms)
+
+
 def bottlenecks(base: BaseModel, endings: Iterable[str], *, is_parallel: bool = False) -> FoldedAdapter:
     modules: dict[str, ModuleTerm] = {}
     for point in base.points:
@@ -226,6 +235,7 @@ KINDS = (
     Kind("blocks", "S2FT: 5 % of the columns of o and down", blocks),
     Kind("dense", "whole differences of 2 layers", dense),
     Kind("mask", f"mask of {100 * MASKED:g} % of all linears", lambda base: sparse(base, MASKED)),
+    Kind("bitmap", f"mask of {100 * MARKED:g} % of all linears, as bits", bitmap),
     Kind("signs", "BitDelta: signs of all linears", signs),
     Kind("houlsby", f"Houlsby modules of {BOTTLENECK}", lambda base: bottlenecks(base, ("attn_out", "mlp_out"))),
     Kind(

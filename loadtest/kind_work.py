@@ -11,6 +11,7 @@ from deltaserve.deltas.rotation_terms import RotationTerm
 from deltaserve.deltas.vector_terms import VectorTerm
 from deltaserve.deltas.vocabulary import RowsTerm
 from deltaserve.model.base import BaseModel
+from deltaserve_kernels import unpack_bits
 from deltaserve_store.spec import LinearSpec
 from loadtest.kind_adapters import PREFIX_TOKENS
 
@@ -24,8 +25,9 @@ class Work(NamedTuple):
 
 
 def work_of(folded: FoldedAdapter, base: BaseModel) -> Work:
-    """Of the adapter's own numbers alone: activations, which the base's step moves anyway, are not counted. Nor are the
-    places that an order or an entry reads of them: they lie in the caches."""
+    """Of the adapter's own numbers, and of the base's that a mask makes each adapter's rows read again: activations,
+    which the base's step moves anyway, are not counted. Nor are the places that an order or an entry reads of them:
+    they lie in the caches."""
     spec = base.spec
     once, of_row, flops = 0, 0, 0
     for name, terms in folded.terms.items():
@@ -35,6 +37,8 @@ def work_of(folded: FoldedAdapter, base: BaseModel) -> Work:
                 flops += term.values.shape[1]
                 continue
             once += term.nbytes
+            if isinstance(term, DenseTerm) and term.mask is not None:  # the base's weights are read again
+                once += term.mask.shape[0] * term.in_features * base.dtype.itemsize
             flops += _flops(term, spec.linears.get(name))
     for norm in folded.norms.values():
         once += norm.nbytes
@@ -59,9 +63,10 @@ def _flops(term: Term, linear: LinearSpec | None) -> int:
         return sum(tensor.numel() for tensor in term.tensors().values())
     if isinstance(term, RotationTerm) and linear is not None:
         width = linear.in_features if term.side == "input" else linear.out_features
-        return (
-            2 * width * sum(factor.blocks.shape[1] for factor in term.factors)
-        )  # shared blocks are met again and again
+        # Shared blocks are met again and again.
+        return 2 * width * sum(factor.blocks.shape[1] for factor in term.factors)
+    if isinstance(term, DenseTerm) and term.mask is not None:
+        return 2 * int(unpack_bits(term.mask, term.in_features).sum())
     if isinstance(term, DenseTerm):
         return 2 * len(next(iter(term.tensors().values()))) * term.in_features  # each tensor has a row an output
     if isinstance(term, BlockTerm):

@@ -6,8 +6,9 @@
 The engine's own step in this process, without HTTP: rows that all have an adapter of one kind, each its own or four
 rows sharing one, in turns with the base alone (a kind that comes on top of another, in turns with that one). Base and
 adapters are random. The floor is the greater of two times: what reading the adapters takes at this machine's rate of
-memory, and what their arithmetic takes at the rate of a product in fp32, both measured in the same run. Run it on an
-idle machine; figures of two runs do not compare.
+memory, and what their arithmetic takes at the rate of a product in fp32, both measured in the same run. A mask that is
+kept as bits makes its rows read the base's weights again: they count once for each such adapter in the step. Run it on
+an idle machine; figures of two runs do not compare.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from deltaserve_kernels.apart_rows import (
     split_apart_rows,
 )
 from deltaserve_kernels.backend import BACKENDS, select, use_backend
+from deltaserve_kernels.base_weight import PANEL, ReadWeight, WeightView
 from deltaserve_kernels.block_tables import BlockEntry, BlockTables
 from deltaserve_kernels.checks import BLOCK_SIZE
 from deltaserve_kernels.dense_tables import DenseEntry, DenseTables, pack_bits, unpack_bits
@@ -77,6 +78,7 @@ __all__ = [
     "BLOCK_SIZE",
     "EMBEDDING",
     "HEAD",
+    "PANEL",
     "ApartEntries",
     "ApartFamily",
     "ApartRows",
@@ -99,6 +101,7 @@ __all__ = [
     "PaddedLayout",
     "PrefixEntry",
     "PrefixTables",
+    "ReadWeight",
     "RotationEntry",
     "RotationFactor",
     "RotationTables",
@@ -115,6 +118,7 @@ __all__ = [
     "VocabularyEntries",
     "VocabularyFamily",
     "VocabularyStep",
+    "WeightView",
     "WorkList",
     "add_modules",
     "block_linear",

@@ -10,6 +10,7 @@ from torch import Tensor
 from deltaserve_kernels import apart_reference
 from deltaserve_kernels.apart_family import ApartStep
 from deltaserve_kernels.backend import select
+from deltaserve_kernels.base_weight import ReadWeight
 from deltaserve_kernels.checks import Member
 
 
@@ -27,17 +28,19 @@ def dense_linear(
     step: ApartStep,
     members: Sequence[Member],
     depth: float,
+    weight: ReadWeight | None = None,
     *,
     backend: str | None = None,
 ) -> None:
     """``y[row, start:stop] += sum over parts of scale * (Q x[row])`` in place, for every member and row of the step.
 
     y [T, N], x [T, K] of one float dtype, that of the matrices. fp32 sums, parts added in binding order, rounded once;
-    parts at scale 0 add nothing, to the bit. A row's result depends on nothing but that row and its binding. Raises a
+    parts at scale 0 add nothing, to the bit. A row's result depends on nothing but that row and its binding.
+    ``weight``: the group's own, whose row ``start`` is the member's first; asked for where a row has a mask. Raises a
     KernelError (ValueError).
     """
     if step.family.dense.has_any_of(members):
-        _implementation(y, backend).dense_linear(y, x, step, members, depth)
+        _implementation(y, backend).dense_linear(y, x, step, members, depth, weight)
 
 
 def add_modules(

@@ -14,7 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deltaserve_kernels.base_weight import ReadWeight, WeightView
+from deltaserve_kernels.checks import Member
 from deltaserve_kernels.dense_tables import DenseEntry, DenseTables
+from deltaserve_kernels.errors import ShapeMismatch
 from deltaserve_kernels.module_tables import ModuleEntry, ModuleTables
 from deltaserve_kernels.transfer import upload
 from deltaserve_kernels.worklist import Parts, Run, WorkList, build_work_list_runs
@@ -96,6 +99,19 @@ class ApartStep:
             runs = [(row, 1, parts) for rows, parts in self.items for row in rows.tolist()]
             work = self._lists[num_rows] = build_work_list_runs(runs, num_rows)
         return work
+
+    def weight_of(self, members: Sequence[Member], weight: ReadWeight | None) -> WeightView | None:
+        """The group's weight where a row's mask reads it, None where none does: nobody pays for a copy in vain.
+
+        Raises ``ShapeMismatch`` where it is needed and not given.
+        """
+        if not self.family.dense.has_mask(members, (slot for _, parts in self.items for slot, _, _ in parts)):
+            return None
+        if weight is None:
+            raise ShapeMismatch(
+                f"linears {[m[0] for m in members]} have a mask, which reads the base's weight; give it"
+            )
+        return weight()
 
     def split_at(self, point: int) -> ApartSplit:
         """The items with and without a module at an attach point; the same answer for points of the same items."""

@@ -6,12 +6,13 @@ fp32 throughout, one rounding to the output's dtype. Rows of an item go through 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from deltaserve_kernels.apart_family import ApartStep
+from deltaserve_kernels.base_weight import ReadWeight, WeightView
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.dense_tables import DenseEntry
 from deltaserve_kernels.errors import DtypeMismatch, OutOfRange, ShapeMismatch
@@ -22,15 +23,24 @@ from deltaserve_kernels.reference import TILE_ROWS
 MAX_PIECE = 4 * 1024 * 1024
 
 
-def dense_linear(y: Tensor, x: Tensor, step: ApartStep, members: Sequence[Member], depth: float) -> None:
+def dense_linear(
+    y: Tensor,
+    x: Tensor,
+    step: ApartStep,
+    members: Sequence[Member],
+    depth: float,
+    weight: ReadWeight | None = None,
+) -> None:
     """``y[row, start:stop] += sum over parts of scale * (Q x[row])`` in place; see ``apart.dense_linear``."""
     tables = step.family.dense
     _check(x, tables.matrix_dtype)
     if max(stop for _, _, stop in members) > y.shape[1]:
         raise OutOfRange(f"members {list(members)} are not inside y's {y.shape[1]} columns")
+    base = step.weight_of(members, weight)
     for rows, parts in step.items:
         tiles: Tensor | None = None
         for linear, start, stop in members:
+            base_rows = None if base is None else _member_rows(base, start)
             total: Tensor | None = None
             for slot, first, last in parts:
                 entry, scale = tables.entry(linear, slot), first + (last - first) * depth
@@ -42,7 +52,7 @@ def dense_linear(y: Tensor, x: Tensor, step: ApartStep, members: Sequence[Member
                         f"[{stop - start}, {x.shape[1]}] is needed"
                     )
                 tiles = _tiles(x[rows].float()) if tiles is None else tiles
-                term = _product(tiles, entry).flatten(0, 1)[: len(rows)] * scale
+                term = _product(tiles, entry, base_rows).flatten(0, 1)[: len(rows)] * scale
                 total = term if total is None else total + term
             if total is not None:
                 y[rows, start:stop] = (y[rows, start:stop].float() + total).to(y.dtype)
@@ -86,12 +96,17 @@ def _check(x: Tensor, dtype: torch.dtype | None) -> None:
         raise DtypeMismatch(f"the rows are {x.dtype}; the tables hold {dtype}")
 
 
-def _product(tiles: Tensor, entry: DenseEntry) -> Tensor:
+def _member_rows(base: WeightView, start: int) -> Callable[[int, int], Tensor]:
+    """Rows of the base's weight of the member whose first output is ``start``."""
+    return lambda i, j: base.rows(start + i, start + j)
+
+
+def _product(tiles: Tensor, entry: DenseEntry, base_rows: Callable[[int, int], Tensor] | None) -> Tensor:
     """[n, TILE_ROWS, K] -> [n, TILE_ROWS, N], widening one piece of the difference at a time."""
     step = max(1, MAX_PIECE // entry.in_features)
     pieces = []
     for i in range(0, entry.out_features, step):
-        piece = entry.rows(i, min(i + step, entry.out_features)).t()
+        piece = entry.rows(i, min(i + step, entry.out_features), base_rows).t()
         pieces.append(torch.stack([tile @ piece for tile in tiles]))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 

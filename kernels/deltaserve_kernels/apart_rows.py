@@ -16,6 +16,7 @@ from torch import Tensor
 from deltaserve_kernels import apart_rows_reference
 from deltaserve_kernels.apart_family import ApartFamily, ApartStep, split_apart
 from deltaserve_kernels.backend import implementation, select
+from deltaserve_kernels.base_weight import ReadWeight
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.worklist import Run, WorkList, build_work_list_runs
 
@@ -70,13 +71,16 @@ def _implementation(device: torch.device) -> ModuleType:
     return implementation(device, None, definition=apart_rows_reference)
 
 
-def dense_rows(y: Tensor, x: Tensor, step: ApartRows, members: Sequence[Member], depth: float) -> None:
+def dense_rows(
+    y: Tensor, x: Tensor, step: ApartRows, members: Sequence[Member], depth: float, weight: ReadWeight | None = None
+) -> None:
     """``y[row, start:stop] += sum over parts of scale * (Q x[row])`` in place.
 
     y [T, N], x [T, K] of one float dtype, that of the matrices. fp32 sums, rounded once; a part at scale 0 adds
-    nothing, to the bit. A row's result depends on nothing but that row and its binding. Raises a KernelError.
+    nothing, to the bit. A row's result depends on nothing but that row and its binding. ``weight``: the group's own, a
+    matrix, which masks read. Raises a KernelError.
     """
-    _implementation(y.device).dense_linear(y, x, step.work, step.family.dense, members, depth)
+    _implementation(y.device).dense_linear(y, x, step.work, step.family.dense, members, depth, weight)
 
 
 def module_rows(y: Tensor, step: ApartRows, point: int, depth: float, read: Mapping[int, Tensor]) -> None:

@@ -11,6 +11,7 @@ from deltaserve_kernels import row_checks
 from deltaserve_kernels.apart_family import ApartFamily, ApartItem, ApartStep
 from deltaserve_kernels.apart_reference import dense_linear as by_items
 from deltaserve_kernels.apart_reference import run_module
+from deltaserve_kernels.base_weight import ReadWeight
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.dense_tables import DenseTables
 from deltaserve_kernels.module_tables import ModuleEntry, ModuleTables
@@ -19,7 +20,13 @@ from deltaserve_kernels.worklist import WorkList
 
 
 def dense_linear(
-    y: Tensor, x: Tensor, work: WorkList, tables: DenseTables, members: Sequence[Member], depth: float
+    y: Tensor,
+    x: Tensor,
+    work: WorkList,
+    tables: DenseTables,
+    members: Sequence[Member],
+    depth: float,
+    weight: ReadWeight | None = None,
 ) -> None:
     row_checks.check_rows(y, work, name="y")
     row_checks.check_rows(x, work)
@@ -30,7 +37,7 @@ def dense_linear(
         for rows, parts in items_of(work)
         if rows
     ]
-    by_items(y, x, ApartStep(family, tuple(items)), members, depth)
+    by_items(y, x, ApartStep(family, tuple(items)), members, depth, weight)
 
 
 def add_modules(

@@ -100,6 +100,8 @@ def test_differences_applied_wrong_are_refused(
             return term
         if term.delta is not None:
             return replace(term, delta=term.delta.flip(0).contiguous())
+        if term.mask is not None:
+            return replace(term, mask=term.mask.flip(0).contiguous())
         return replace(term, signs=None if term.signs is None else ~term.signs)
 
     adapter = read_adapter(folders[kind], base.spec)

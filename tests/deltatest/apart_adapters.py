@@ -121,7 +121,7 @@ def hooked_logits(
 
 
 def make_dense(spec: BaseSpec, folder: Path, form: str, *, seed: int = 0, std: float = 0.05, **config: Any) -> Path:
-    """Of every second linear: ``delta``, ``mask`` (one weight in eight; ``thick-mask``: three in four), ``signs`` (one
+    """Of every second linear: ``delta``, ``mask`` (one weight in twenty; ``thick-mask``: three in four), ``signs`` (one
     scale a row, or one in all). ``delta`` also has biases and norm differences, as a partial fine-tune does."""
     generator = torch.Generator().manual_seed(seed)
     deltas: list[Any] = []
@@ -137,7 +137,7 @@ def make_dense(spec: BaseSpec, folder: Path, form: str, *, seed: int = 0, std: f
             scale = std * (0.5 + torch.rand(count, generator=generator))
             deltas.append(SignDelta(name, pack_bits(torch.rand(size, generator=generator) < 0.5), scale))
         else:
-            share = 0.75 if form == "thick-mask" else 0.125
+            share = 0.75 if form == "thick-mask" else 0.05
             deltas.append(MaskDelta(name, pack_bits(torch.rand(size, generator=generator) < share)))
     if form == "delta":
         for name, norm in spec.norms.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from deltaserve_kernels import (
 from deltatest.apart_cases import full, module, packed
 from deltatest.block_cases import listed
 from deltatest.kernel_cases import csr, randn
+from deltatest.mask_cases import mask
 
 NUM_SLOTS = 5
 LONGEST_TABLE = 6  # blocks of a sequence; all sequences of the largest step have blocks of their own
@@ -135,7 +137,7 @@ class GraphRig:
         self.tables.clear(slot)
 
     def fill_apart(self, slot: int, families: Sequence[str], targets: Sequence[int], share: float = 0.7) -> None:
-        """Differences of some targets, full or packed, and modules at some points, some of them parallel."""
+        """Differences of some targets, full, packed or masks, and modules at some points, some of them parallel."""
         if self.apart is None:
             raise ValueError("a rig without has_apart")
         seed, dtype, size = self.draw.randrange(1 << 20), self.base.dtype, self.base.spec.hidden_size
@@ -143,9 +145,8 @@ class GraphRig:
         for linear in targets if "dense" in families else ():
             spec = self.base.spec.linears[self.base.linears[linear]]
             shape = (spec.out_features, spec.in_features)
-            dense.append(
-                (linear, self.draw.choice([full(*shape, seed + linear, dtype), packed(*shape, seed + linear)]))
-            )
+            form = self.draw.choice([partial(full, dtype=dtype), packed, mask])
+            dense.append((linear, form(*shape, seed=seed + linear)))
         for point, name in enumerate(self.base.points) if "modules" in families else ():
             if self.draw.random() < share and name in self.base.spec.points:
                 reads = point - 1 if name.endswith(("attn_out", "mlp_out")) and self.draw.random() < 0.5 else -1

@@ -54,6 +54,10 @@ def test_work_is_that_of_the_adapters_own_numbers(base: BaseModel) -> None:
 
     assert work("lora")[2] == TINY.layers * 2 * RANK * WIDTHS
     assert work("signs")[2] == TINY.layers * 2 * WEIGHTS
+    bits, again, marked = work("bitmap")[0] - 2 * TINY.layers * WEIGHTS, *work("bitmap")[1:]
+    words = sum(out * -(-width // 32) for out, width in TINY.projections().values())
+    assert (bits, again) == (4 * TINY.layers * words, 0)
+    assert 0.08 < marked / (TINY.layers * 2 * WEIGHTS) < 0.12
     inputs = sum(width for _, width in TINY.projections().values())
     assert work("oft") == (TINY.layers * inputs * BLOCK * 2, 0, TINY.layers * 2 * inputs * BLOCK)
     shared = rotations(base, "output", lambda _: (RotationFactor(torch.zeros(1, 8, 8, dtype=torch.bfloat16)),))

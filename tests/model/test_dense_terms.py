@@ -70,13 +70,13 @@ def test_alone_equals_changed_weights(setting: Setting, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_folded_is_what_the_file_says(setting: Setting, kind: str) -> None:
     spec = setting.base.spec
-    folded = dense_deltas(setting.adapters[kind], spec)
+    folded = dense_deltas(setting.adapters[kind], spec, setting.base)
     wanted = dense_deltas(read_adapter(setting.folders[kind], spec), spec, setting.base)
     for name, made in wanted.items():
         torch.testing.assert_close(folded[name](), made(), atol=1e-6, rtol=0)
 
 
-def test_masks_become_the_smaller_form_and_signs_stay_packed(setting: Setting) -> None:
+def test_thin_masks_become_entries_and_thick_ones_stay_bits_as_signs_do(setting: Setting) -> None:
     def forms(kind: str) -> set[type]:
         return {type(term) for terms in setting.adapters[kind].terms.values() for term in terms}
 
@@ -87,8 +87,9 @@ def test_masks_become_the_smaller_form_and_signs_stay_packed(setting: Setting) -
     rows = sum(linear.out_features for linear in linears)
     batch = MixedBatch(setting.base).load_all({"signs": setting.adapters["signs"]})
     assert batch.pool.used_bytes == weights // 8 + 4 * rows  # one bit a weight and a scale a row
-    full = MixedBatch(setting.base).load_all({"thick-mask": setting.adapters["thick-mask"]})
-    assert full.pool.used_bytes == 4 * weights
+    masked = MixedBatch(setting.base).load_all({"thick-mask": setting.adapters["thick-mask"]})
+    assert masked.pool.used_bytes == weights // 8
+    assert setting.adapters["thick-mask"].nbytes == weights // 8  # in the host's tier alike
 
 
 def test_all_kinds_in_one_batch_equal_changed_weights_and_change_nobody_else(setting: Setting) -> None:

@@ -10,16 +10,28 @@ import torch
 from torch import Tensor
 
 from deltaserve_kernels.apart_family import ApartStep
+from deltaserve_kernels.base_weight import ReadWeight
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.cpu import prepared
 from deltaserve_kernels.errors import DeviceMismatch, DtypeMismatch
 
 
-def dense_linear(y: Tensor, x: Tensor, step: ApartStep, members: Sequence[Member], depth: float) -> None:
+def dense_linear(
+    y: Tensor,
+    x: Tensor,
+    step: ApartStep,
+    members: Sequence[Member],
+    depth: float,
+    weight: ReadWeight | None = None,
+) -> None:
     tables = step.family.dense
     _check(x, tables.matrix_dtype, is_on_host=tables.is_on_host)
     work = prepared(step.work(x.shape[0]))
-    _operator("dense_linear")(y, x, work, tables.pointers, tables.dims, list(chain.from_iterable(members)), depth)
+    base = step.weight_of(members, weight)
+    columns = list(chain.from_iterable(members))
+    _operator("dense_linear")(
+        y, x, work, tables.pointers, tables.dims, columns, depth, None if base is None else base.data
+    )
 
 
 def add_modules(y: Tensor, step: ApartStep, point: int, depth: float, read: Mapping[int, Tensor]) -> None:

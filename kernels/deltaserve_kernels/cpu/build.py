@@ -57,6 +57,7 @@ SOURCES = (
     "pointwise.inc",
     "gemm.inc",
     "apart.inc",
+    "mask.inc",
     "rotation.inc",
 )
 COMPILERS = ("g++", "c++", "clang++")

@@ -195,6 +195,9 @@ struct Kernels {
   void (*rotate_part)(float*, const float*, int64_t, int64_t, const RotationPart&, float*, bool);
   void (*add_row)(T*, const float*, int64_t);
   void (*add_rounded)(float*, const float*, int64_t);
+  void (*masked_sums)(const float*, int64_t, int64_t, const T*, const uint32_t*, int64_t, int64_t, int64_t, float*, int64_t);
+  void (*masked_panels)(const float*, int64_t, int64_t, const T*, int64_t, int64_t, const uint32_t*, int64_t, int64_t, float*,
+                        uint32_t*, float*);
 };
 
 // Blocking of gemm.inc: k of one widened block of a panel (16 KiB, half of a level 1 cache), and the rows whose fp32
@@ -202,6 +205,7 @@ struct Kernels {
 constexpr int64_t kGemmDepth = 256;
 constexpr int kGroupPanels = 4;  // panels whose sums are held together: 64 outputs, two cache lines of an adapter's row
 constexpr int64_t kSignBlock = 32;  // outputs whose signs are looked up at once, apart.inc's
+constexpr int64_t kMaskLanes = 48;  // of the panels that so many outputs lie in, mask.inc's
 constexpr int64_t gemm_block_rows(int64_t k_size) {
   const int64_t rows = 64 * 1024 / k_size / 12 * 12;
   return rows < 48 ? 48 : rows > 192 ? 192 : rows;
@@ -367,7 +371,8 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
   m.def(
       "block_linear(Tensor(a!) y, Tensor x, Tensor work, Tensor pointers, Tensor sizes, Tensor dims, int[] members, float depth) -> ()");
   m.def(
-      "dense_linear(Tensor(a!) y, Tensor x, Tensor work, Tensor pointers, Tensor dims, int[] members, float depth) -> ()");
+      "dense_linear(Tensor(a!) y, Tensor x, Tensor work, Tensor pointers, Tensor dims, int[] members, float depth, "
+      "Tensor? weight) -> ()");
   m.def(
       "add_modules(Tensor(a!) y, Tensor work, Tensor pointers, Tensor sizes, Tensor dims, int point, float depth, "
       "Tensor[] taps, int[] tap_points) -> ()");

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deltaserve_kernels import checks, row_checks
+from deltaserve_kernels.base_weight import ReadWeight
 from deltaserve_kernels.checks import AnyTables, Member
 from deltaserve_kernels.dense_tables import DenseTables
 from deltaserve_kernels.errors import DtypeMismatch, OutOfRange, ShapeMismatch
@@ -54,6 +55,19 @@ def check_apart(y: Tensor, x: Tensor, work: WorkList, tables: DenseTables, membe
             raise ShapeMismatch(
                 f"linear {linear}: a difference [{known_out}, {known_in}]; [{stop - start}, {x.shape[1]}] is needed"
             )
+
+
+def checked_weight(weight: ReadWeight | None, y: Tensor, x: Tensor, tables: DenseTables) -> Tensor:
+    """The group's weight [N, K] for ``dense.dense_linear``; x in its place while nobody has a mask, for it is not read
+    then. Raises a KernelError."""
+    if weight is None:
+        if tables.has_masks:
+            raise ShapeMismatch("the tables hold masks, which read the base's weight; give it")
+        return x
+    found = weight().plain
+    if tuple(found.shape) != (y.shape[1], x.shape[1]) or found.dtype != x.dtype or not found.is_contiguous():
+        raise ShapeMismatch(f"the weight is {found.dtype} {list(found.shape)}; y {list(y.shape)}, x {x.dtype}")
+    return found
 
 
 def check_modules(y: Tensor, work: WorkList, tables: ModuleTables, point: int, read: Mapping[int, Tensor]) -> Tensor:

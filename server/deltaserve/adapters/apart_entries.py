@@ -27,7 +27,8 @@ def apart_entries(
         for term in terms:
             if isinstance(term, DenseTerm):
                 kept = keep(term.tensors())
-                entry = DenseEntry(term.in_features, kept.get("delta"), kept.get("signs"), kept.get("sign_scale"))
+                roles = ("delta", "signs", "sign_scale", "mask")
+                entry = DenseEntry(term.in_features, *(kept.get(role) for role in roles))
                 dense.append((_index(linears, name, "linear"), entry))
     modules: list[tuple[int, ModuleEntry]] = []
     for point, module in folded.modules.items():

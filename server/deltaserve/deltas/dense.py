@@ -1,8 +1,8 @@
 """Fold differences of whole weights: full matrices, bit masks over the base's weights (mask fine-tuning) and signs with
 scales (BitDelta).
 
-A mask is met with the base once, here: what it takes out becomes ``-W`` at the marked places, as a sparse term while
-that is smaller than a matrix. Signs stay packed, one bit a weight, on the device too.
+A mask that marks few weights is met with the base once, here: what it takes out becomes ``-W`` at the marked places, a
+sparse term. Of more, the bits stay, as signs do, one a weight on the device too, and a step reads the base's weights.
 """
 
 from __future__ import annotations
@@ -23,27 +23,32 @@ from deltaserve_store.spec import LinearSpec
 if TYPE_CHECKING:
     from deltaserve.deltas.vectors import LinearWeights
 
-INDEX_BYTES = 4
+LISTED = 16
+"""A mask becomes a list of entries while it marks at most one weight in so many. An index of 16 bits would then be as
+large as the bits; ours, with their values, are larger, but spare a step the base's weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class DenseTerm:
     """``y += Q x``: ``delta`` [out, in] in the serving dtype, or ``signs`` int32 [out, ceil(in / 32)] with ``scale``
-    fp32 [out], as ``deltaserve_kernels.DenseEntry`` has them."""
+    fp32 [out], or ``mask`` int32 [out, ceil(in / 32)], as ``deltaserve_kernels.DenseEntry`` has them."""
 
     in_features: int
     delta: Tensor | None = None
     signs: Tensor | None = None
     scale: Tensor | None = None
+    mask: Tensor | None = None
 
-    def matrix(self) -> Tensor:
-        """fp32 [out, in]."""
-        entry = DenseEntry(self.in_features, self.delta, self.signs, self.scale)
-        return entry.rows(0, entry.out_features)
+    def matrix(self, base: LinearWeights | None = None) -> Tensor:
+        """fp32 [out, in]; a mask needs the base's linear."""
+        entry = DenseEntry(self.in_features, self.delta, self.signs, self.scale, self.mask)
+        if base is None:
+            return entry.rows(0, entry.out_features)
+        return entry.rows(0, entry.out_features, lambda i, j: base.rows(i, j).cpu())
 
     def tensors(self) -> dict[str, Tensor]:
         """By the roles they have in a folded file."""
-        named = {"delta": self.delta, "signs": self.signs, "sign_scale": self.scale}
+        named = {"delta": self.delta, "signs": self.signs, "sign_scale": self.scale, "mask": self.mask}
         return {role: tensor for role, tensor in named.items() if tensor is not None}
 
     @property
@@ -75,15 +80,12 @@ def fold_signs_or_matrix(delta: DenseDelta | SignDelta, linear: LinearSpec, dtyp
     return DenseTerm(linear.in_features, signs=delta.signs.contiguous(), scale=scale)
 
 
-def fold_mask(
-    delta: MaskDelta, linear: LinearSpec, weights: LinearWeights, dtype: torch.dtype
-) -> SparseDelta | DenseTerm:
-    """What a mask takes out of the base's weights: entries of a sparse delta, or a matrix where that is smaller."""
-    weight = weights.rows(0, linear.out_features).cpu()
+def fold_mask(delta: MaskDelta, linear: LinearSpec, weights: LinearWeights) -> SparseDelta | DenseTerm:
+    """What a mask takes out of the base's weights: entries of a sparse delta, or the mask itself."""
     marked = unpack_bits(delta.mask, linear.in_features).bool()
-    sparse_bytes = int(marked.sum()) * (dtype.itemsize + INDEX_BYTES) + INDEX_BYTES * (linear.out_features + 1)
-    if sparse_bytes >= marked.numel() * dtype.itemsize:
-        return DenseTerm(linear.in_features, delta=(-weight * marked).to(dtype).contiguous())
+    if int(marked.sum()) * LISTED > marked.numel():
+        return DenseTerm(linear.in_features, mask=delta.mask.contiguous())
+    weight = weights.rows(0, linear.out_features).cpu()
     rows, cols = marked.nonzero(as_tuple=True)
     return SparseDelta(delta.module, rows.int(), cols.int(), -weight[rows, cols])
 
@@ -95,6 +97,7 @@ def take_dense(linear: str, roles: dict[str, Tensor], known: LinearSpec, dtype: 
         "delta": (size, dtype),
         "signs": ((size[0], words), torch.int32),
         "sign_scale": ((size[0],), torch.float32),
+        "mask": ((size[0], words), torch.int32),
     }
     taken = {role: roles.pop(role) for role in forms if role in roles}
     if not taken:
@@ -102,9 +105,9 @@ def take_dense(linear: str, roles: dict[str, Tensor], known: LinearSpec, dtype: 
     for role, tensor in taken.items():
         if (tuple(tensor.shape), tensor.dtype) != forms[role]:
             raise FileDamaged(f"{linear!r} has a {role} {tensor.dtype} {tuple(tensor.shape)}")
-    if set(taken) not in ({"delta"}, {"signs", "sign_scale"}):
+    if set(taken) not in ({"delta"}, {"signs", "sign_scale"}, {"mask"}):
         raise FileDamaged(f"{linear!r} has the unexpected parts {sorted(taken)}")
-    return DenseTerm(known.in_features, taken.get("delta"), taken.get("signs"), taken.get("sign_scale"))
+    return DenseTerm(known.in_features, *(taken.get(role) for role in forms))
 
 
 def change_of(delta: DenseDelta | MaskDelta | SignDelta, weight: Tensor) -> Tensor:

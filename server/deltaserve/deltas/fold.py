@@ -122,8 +122,9 @@ def dense_delta(
     """The delta of one linear at ``strength``, float32 ``[out, in]``: what the runtime must be equivalent to.
 
     From a ``ParsedAdapter`` it is computed from the file's own tensors, independently of ``fold``; zeros where the
-    adapter leaves the linear alone. Of a folded adapter, low-rank, sparse, block and dense terms only. ``as_served``:
-    where a delta was converted with loss, what its factors multiply to instead of the method's own formula.
+    adapter leaves the linear alone. Of a folded adapter, low-rank, sparse, block and dense terms only; masks
+    among them need ``base``. ``as_served``: where a delta was converted with loss, what its factors multiply to
+    instead of the method's own formula.
     """
     shape = spec.linears[linear]
     dense = torch.zeros(shape.out_features, shape.in_features)
@@ -137,7 +138,7 @@ def dense_delta(
                 rows = torch.repeat_interleave(torch.arange(shape.out_features), term.indptr.long().diff())
                 dense.index_put_((rows, term.cols.long()), term.values.float(), accumulate=True)
             elif isinstance(term, DenseTerm):
-                dense += term.matrix()
+                dense += term.matrix(None if base is None else base.linear(linear))
         return dense.mul_(strength)
     weight = dense  # where nothing meets the base's numbers, only its shape is asked for
     if base is not None and needs_weights(adapter):
@@ -223,7 +224,7 @@ def _fold_entries(
     if isinstance(delta, MaskDelta):
         if base is None:
             raise ValueError("a mask is folded with the base's weights; give the base")
-        taken_out = fold_mask(delta, linear, base.linear(delta.module), dtype)
+        taken_out = fold_mask(delta, linear, base.linear(delta.module))
         return taken_out if isinstance(taken_out, DenseTerm) else _fold_sparse(taken_out, linear, dtype)
     return _fold_sparse(delta, linear, dtype)
 

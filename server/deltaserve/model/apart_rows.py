@@ -35,7 +35,7 @@ def apply_apart_rows(
     kept = set_module_rows_aside(residual, step, ends.gives) if has_module and residual is not None else None
     y = group.apply_terms(rows, work, ctx, residual)
     if step.may_differ(group.members):
-        dense_rows(y, rows, step, group.members, depth)
+        dense_rows(y, rows, step, group.members, depth, group.weight.view)
     if has_module:
         module_rows(y, step, ends.gives, depth, ctx.inputs)
     if kept is not None:

@@ -107,7 +107,7 @@ def apply_apart(
     """``ProjectionGroup.apply`` in a step where some rows have dense differences or residual modules."""
     if isinstance(step, ApartRows):
         return apply_apart_rows(group, rows, work, ctx, step, residual)
-    ends, modules = group.ends, step.family.modules
+    ends, modules, weight = group.ends, step.family.modules, group.weight.view
     if ends.changes >= 0 and modules.has_any(ends.changes):
         rows = rows.clone()
         add_modules(rows, step, ends.changes, group.depth, {})
@@ -117,20 +117,20 @@ def apply_apart(
     split = step.split_at(ends.gives) if ends.gives >= 0 else None
     if split is None or split.with_module is None or split.rows is None:
         y = group.apply_terms(rows, work, ctx, residual)
-        dense_linear(y, rows, step, group.members, group.depth)
+        dense_linear(y, rows, step, group.members, group.depth, weight)
         return y
     if residual is None:
         y = group.apply_terms(rows, work, ctx)
-        dense_linear(y, rows, step, group.members, group.depth)
+        dense_linear(y, rows, step, group.members, group.depth, weight)
         add_modules(y, step, ends.gives, group.depth, ctx.taps)
         return y
     # A module needs the sublayer's output by itself. All other rows are those of the product that adds onto the stream,
     # and theirs are the bits that they have in any other step.
     before = residual[split.rows]
     y, total = group.apply_both(rows, work, ctx, residual)
-    dense_linear(y, rows, split.with_module, group.members, group.depth)
+    dense_linear(y, rows, split.with_module, group.members, group.depth, weight)
     if split.without is not None:
-        dense_linear(total, rows, split.without, group.members, group.depth)
+        dense_linear(total, rows, split.without, group.members, group.depth, weight)
     add_modules(y, split.with_module, ends.gives, group.depth, ctx.taps)
     total[split.rows] = before + y[split.rows]
     return total

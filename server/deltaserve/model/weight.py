@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaserve_kernels import LoraTables, WorkList, cpu, lora_linear, select
+from deltaserve_kernels import PANEL, LoraTables, WeightView, WorkList, cpu, lora_linear, select
 from deltaserve_kernels.checks import Member
 
 logger = logging.getLogger(__name__)
 
 # The number of rows oneDNN plans for; other numbers work, and this plan is good from 1 to some hundreds.
 _PLANNED_ROWS = 32
-PANEL = 16
-"""Outputs of one panel of ``PanelPacked``."""
 
 
 class _Packed(Protocol):
@@ -147,6 +145,12 @@ class BaseWeight:
             lora_linear(y, rows, work, tables, members, depth)
             lora_linear(total, rows, work, tables, members, depth)
         return y, total
+
+    def view(self) -> WeightView:
+        """What terms read that meet the base's numbers in a step: panels as they lie, else ``plain``."""
+        if self._plain is None and isinstance(self._packed, PanelPacked):
+            return WeightView(self._packed.panels, self.shape[0])
+        return WeightView(self.plain(), self.shape[0])
 
     def plain(self) -> Tensor:
         """The matrix [out, in]; made anew at each call where only the reordered form is kept."""

@@ -28,7 +28,7 @@ BINDINGS: list[Parts] = [
     (), ((0, 1.0, 0.5),), ((1, 1.0, 1.0),), ((2, 0.5, 2.0), (0, -2.0, 1.0)), ((3, 1.0, 1.0),), ((1, 0.0, 0.0),),
 ]  # fmt: skip
 DECODE = dense.DenseForm(block_k=64)
-FORMS = {"decode": DECODE, "prompts": dense.DenseForm(tile_rows=32, block_k=32)}
+FORMS = {"decode": DECODE, "prompts": dense.DenseForm(tile_rows=32, block_k=64)}
 
 
 def filled(in_features=77, widths=(40, 19), dtype=torch.float32) -> tuple[ApartFamily, list[tuple[int, int, int]]]:
@@ -52,7 +52,7 @@ def filled(in_features=77, widths=(40, 19), dtype=torch.float32) -> tuple[ApartF
 
 def run(case, bindings, x, y, form=DECODE, depth=0.25) -> torch.Tensor:
     family, members = case
-    dense.dense_linear(y, x, build_work_list(bindings), family.dense, members, depth, form)
+    dense.dense_linear(y, x, build_work_list(bindings), family.dense, members, depth, form=form)
     return y
 
 

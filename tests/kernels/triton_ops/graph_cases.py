@@ -132,6 +132,7 @@ def test_replays_follow_differences_and_modules_and_are_near_the_definition(base
     rig = GraphRig(base, capture=Tape(), row_counts=[2], keys=[["apart"]], has_apart=True)
     rig.fill(0, ("dense", "modules"))
     rig.fill(1, ("dense",), share=0.4)
+    assert rig.apart.dense.has_masks
     batch = rig.random_batch(2, max_parts=0)
     batch[0].parts = (ScheduledPart(0, 0.5, 1.0), ScheduledPart(1))
     rig.check(batch)

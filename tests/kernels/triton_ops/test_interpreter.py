@@ -41,6 +41,6 @@ def test_kernels_in_the_interpreter(path: Path) -> None:
 
 
 def test_each_operator_has_cases() -> None:
-    names = ["attention", "block", "dense", "fuse", "graph", "lora", "module", "pointwise", "rotary", "rotation"]
-    names += ["sparse", "vector", "vector_rows", "vocabulary"]
+    names = ["attention", "block", "dense", "fuse", "graph", "lora", "mask", "module", "pointwise", "rotary"]
+    names += ["rotation", "sparse", "vector", "vector_rows", "vocabulary"]
     assert [path.stem for path in CASES] == [f"{name}_cases" for name in names]

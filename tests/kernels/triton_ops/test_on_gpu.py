@@ -29,6 +29,7 @@ from deltaserve_kernels import (
     RotationTables,
     SparseTables,
     VectorTables,
+    WeightView,
     WorkList,
     apart_rows_reference,
     build_work_list,
@@ -41,6 +42,7 @@ from deltaserve_kernels.triton_ops import attention, blocks, dense, lora, module
 from deltaserve_kernels.triton_ops import rotations as by_triton
 from deltatest.apart_cases import full, module, packed
 from deltatest.kernel_cases import PagedCase, Parts, csr, randn
+from deltatest.mask_cases import mask, weight_of
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device(os.environ.get("DELTASERVE_TEST_DEVICE", "cuda"))
@@ -281,15 +283,22 @@ DENSE_FORMS = {"decode": dense.DECODE, "prompts": dense.PROMPTS}
 @pytest.mark.parametrize("num_rows", [1, 17, 200 if ON_GPU else 20])
 def test_differences_equal_the_definition(num_rows: int, form: dense.DenseForm) -> None:
     step, tables = step_of(num_rows, num_rows, slots=3), ApartFamily(len(WIDTHS), 0, 3, DEVICE).dense
+    base = weight_of(step.y.shape[1], IN_FEATURES, DTYPE)
+    weight = WeightView(base.data.to(DEVICE), base.outputs)
     for slot in range(2):
         entries = [
-            (i, full(width, IN_FEATURES, i, DTYPE) if (slot + i) % 2 else packed(width, IN_FEATURES, i))
+            (
+                i,
+                [full(width, IN_FEATURES, i, DTYPE), packed(width, IN_FEATURES, i), mask(width, IN_FEATURES, i)][
+                    (slot + i) % 3
+                ],
+            )
             for i, width in enumerate(WIDTHS)
         ]
         tables.set_all(slot, [(linear, entry.to(DEVICE)) for linear, entry in entries])
     expected, out = step.y.clone(), step.y.clone()
-    apart_rows_reference.dense_linear(expected, step.x, step.work, tables, MEMBERS, 0.3)
-    dense.dense_linear(out, step.x, step.work, tables, MEMBERS, 0.3, form)
+    apart_rows_reference.dense_linear(expected, step.x, step.work, tables, MEMBERS, 0.3, lambda: weight)
+    dense.dense_linear(out, step.x, step.work, tables, MEMBERS, 0.3, lambda: weight, form)
     close(out, expected, 3e-3)
 
 

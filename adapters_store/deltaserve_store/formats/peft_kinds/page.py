@@ -77,7 +77,7 @@ _OWN = (
         "`deltaserve-dense`",
         "`delta`; `mask`; `signs`, `scale`",
         "a whole matrix, `-W` where a bit is set, `scale · ±1`",
-        "dense; a thin mask: sparse",
+        "dense; of a mask its bits, with the base's weights read again; at most 1/16 marked: sparse",
         "see adapter-format.md",
     ),
     (
