@@ -156,6 +156,7 @@ def test_ties_as_low_rank_is_that_of_peft(bench: Workbench, place: Path) -> None
 def test_sparse_adapters_stay_sparse_and_exact(bench: Workbench, place: Path) -> None:
     outcome, admitted, logits = merged(bench, place, ["sparse-1", "sparse-2"], method="dare", density=0.5, seed=3)
     assert outcome.report["is_exact"]
+    assert "the result is stored as sparse entries, number by number" in outcome.lines()
     assert admitted["kinds"] == ["sparse"]
     model = load_model(place / "base")
     parts = {name: load_file(place / name / "adapter.safetensors") for name in ("sparse-1", "sparse-2")}
@@ -170,6 +171,14 @@ def test_sparse_adapters_stay_sparse_and_exact(bench: Workbench, place: Path) ->
                 weight += delta * mask / 0.5
     with torch.no_grad():
         close(logits, model(torch.tensor([PROMPT])).logits[0])
+
+
+def test_an_exact_result_of_low_rank_is_not_told_to_be_sparse(bench: Workbench, place: Path) -> None:
+    """Nothing is dropped and the ranks add up, so the nearest low-rank matrices are the sums themselves."""
+    outcome, admitted, _ = merged(bench, place, ["lora-1", "lora-2"], method="dare", density=1.0)
+    assert outcome.report["is_exact"]
+    assert admitted["kinds"] == ["lora"]
+    assert not any("sparse" in line for line in outcome.lines())
 
 
 def test_unlike_kinds_add_up(bench: Workbench, place: Path) -> None:

@@ -51,7 +51,7 @@ class PatternTable:
         self._found: dict[str, float | None] = {}
 
     def value_for(self, module: str, default: float) -> float:
-        """Readers ask several times for each module, and there may be thousands of rules: they are gone through once."""
+        """Readers ask several times for each module; the rules, maybe thousands, are gone through once."""
         if module not in self._found:
             self._found[module] = next((value for rule, value in self._rules if rule.match(module)), None)
         found = self._found[module]

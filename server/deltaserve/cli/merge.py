@@ -159,7 +159,8 @@ def merge_here(
         "worst_module": worst,
         **facts,
     }
-    if options.method in ELEMENTWISE and is_exact:
+    is_low_rank = any(change.factors is not None for change in update.linears.values())
+    if options.method in ELEMENTWISE and is_exact and not is_low_rank:
         notes.append("the result is stored as sparse entries, number by number")
     told = f"exact; {report['method']}" if is_exact else f"error {report['largest_error']:.3g}; {report['method']}"
     folder = bench.scratch / "merged"

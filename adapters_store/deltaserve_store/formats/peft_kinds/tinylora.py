@@ -48,8 +48,8 @@ class TinyLora(PeftReader):
     source = "`tinylora_A`, `tinylora_B`, `tinylora_P` or its seed; shared `tinylora_v.<group>`"
     delta = "`B (Σ v_i P_i) A`"
     limits = (
-        "a seed (`save_projection: false`) where the generator of this build draws other numbers (`seed_not_usable`), or "
-        f"for more than {MAX_DRAWN} numbers of P"
+        "a seed (`save_projection: false`) where the generator of this build draws other numbers (`seed_not_usable`), "
+        f"or for more than {MAX_DRAWN} numbers of P"
     )
     fields: ClassVar[Mapping[str, FieldRule]] = {
         **COMMON_FIELDS,

@@ -158,8 +158,8 @@ class VbLora(PeftReader):
 
 
 def _mixed(places: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
-    """``[..., k]`` each -> ``[..., v]``, the vectors at ``places`` summed as they are looked up: all of them side by side
-    would be k times the size of what they make."""
+    """``[..., k]`` each -> ``[..., v]``, the vectors at ``places`` summed as they are looked up: all of them side by
+    side would be k times the size of what they make."""
     flat = places.reshape(-1, places.shape[-1])
     mixed = F.embedding_bag(flat, bank, mode="sum", per_sample_weights=weights.reshape(flat.shape))
     return mixed.view(*places.shape[:-1], -1)
