@@ -1,10 +1,11 @@
-"""Terms of the embedding and of the head: low rank, and single rows that an adapter has trained.
+"""Terms of the embedding and of the head: scales, low rank, and single rows that an adapter has trained.
 
 The embedding is a matrix with one row a token, read by token id; the head one with one row a token, multiplied. Both
 are numbered here as tables number linears. This is the PyTorch definition (``vocabulary_rows`` chooses). Trained rows
-and the embedding's low rank have C++ twins on a CPU, and a low-rank head is ``lora_linear`` over the rows that get
-logits. fp32 sums in binding order, each in an order that depends on nothing but the row itself, so that nobody's bits
-depend on who else is in the step.
+and the embedding's low rank have C++ twins on a CPU; scales and a bias of the head are ``scale_shift`` and its low rank
+is ``lora_linear`` over the rows that get logits. Rows with a scaled embedding are a list of their own, always of the
+definition. fp32 sums in binding order, each in an order that depends on nothing but the row itself, so that nobody's
+bits depend on who else is in the step.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from deltaserve_kernels.operators import lora_linear
 from deltaserve_kernels.pointer_tables import FLOAT_DTYPES, PointerTables
 from deltaserve_kernels.reference import items_of
 from deltaserve_kernels.tables import LoraTables
+from deltaserve_kernels.terms import scale_shift
+from deltaserve_kernels.vector_tables import VectorEntry, VectorTables
 from deltaserve_kernels.worklist import Run, WorkList, build_work_list_runs
 
 EMBEDDING, HEAD = 0, 1
@@ -78,50 +81,61 @@ class RowsTables(PointerTables):
 
 
 class VocabularyEntries(NamedTuple):
-    """One adapter's terms: (matrix, A [r, in], B transposed [r, out]) and (matrix, trained rows).
+    """One adapter's terms: (matrix, A [r, in], B transposed [r, out]), (matrix, trained rows) and (matrix, scale and
+    bias, fp32 [out] each; the embedding has no bias).
 
     Of the embedding ``in`` is the vocabulary and ``out`` the width of a row, of the head the other way round.
     """
 
     lora: tuple[tuple[int, Tensor, Tensor], ...] = ()
     rows: tuple[tuple[int, RowsEntry], ...] = ()
+    vectors: tuple[tuple[int, VectorEntry], ...] = ()
 
     @property
     def nbytes(self) -> int:
         low_rank = sum(a.nbytes + b_t.nbytes for _, a, b_t in self.lora)
-        return low_rank + sum(entry.ids.nbytes + entry.values.nbytes for _, entry in self.rows)
+        vectors = sum(tensor.nbytes for _, entry in self.vectors for tensor in entry if tensor is not None)
+        return low_rank + vectors + sum(entry.ids.nbytes + entry.values.nbytes for _, entry in self.rows)
 
     def to(self, device: torch.device) -> VocabularyEntries:
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
         return VocabularyEntries(
             tuple((matrix, a.to(device), b_t.to(device)) for matrix, a, b_t in self.lora),
             tuple((matrix, RowsEntry(*(tensor.to(device) for tensor in entry))) for matrix, entry in self.rows),
+            tuple((matrix, VectorEntry(move(entry.scale), move(entry.bias))) for matrix, entry in self.vectors),
         )
 
 
 class VocabularyFamily:
-    """Two tables over the same slots. For the engine thread, as all tables."""
+    """Three tables over the same slots. For the engine thread, as all tables."""
 
     def __init__(self, num_slots: int, device: torch.device | str = "cpu") -> None:
         self.lora = LoraTables(2, num_slots, device)
         self.rows = RowsTables(num_slots, device)
+        self.vectors = VectorTables(2, num_slots, device)
         self.num_slots = num_slots
         self._num_token_ids: dict[int, int] = {}
 
     @property
     def is_empty(self) -> bool:
-        return self.lora.is_empty and self.rows.is_empty
+        return self.lora.is_empty and self.rows.is_empty and self.vectors.is_empty
 
     def has_slot(self, slot: int) -> bool:
         """True when the slot has a term of the embedding or of the head."""
-        return self.lora.has_slot(slot) or self.rows.has_slot(slot)
+        return self.lora.has_slot(slot) or self.rows.has_slot(slot) or self.vectors.has_slot(slot)
 
     def has(self, matrix: int, slot: int) -> bool:
-        return self.lora.get(matrix, slot) is not None or self.rows.get(matrix, slot) is not None
+        return any(tables.get(matrix, slot) is not None for tables in (self.lora, self.rows, self.vectors))
 
     def set_all(self, slot: int, entries: VocabularyEntries) -> None:
         """Point a slot at an adapter's terms. Raises a KernelError; ``clear`` the slot then."""
         self.lora.set_all(slot, entries.lora)
         self.rows.set_all(slot, entries.rows)
+        if any(matrix == EMBEDDING and entry.bias is not None for matrix, entry in entries.vectors):
+            raise ShapeMismatch("a bias for the embedding; it takes a scale alone")
+        self.vectors.set_all(slot, entries.vectors)
         self._num_token_ids[slot] = max((int(entry.ids[-1]) + 1 for _, entry in entries.rows), default=0)
 
     def num_token_ids(self, slot: int) -> int:
@@ -133,6 +147,7 @@ class VocabularyFamily:
         if self.has_slot(slot):
             self.lora.clear(slot)
             self.rows.clear(slot)
+            self.vectors.clear(slot)
         self._num_token_ids.pop(slot, None)
 
 
@@ -140,12 +155,18 @@ class VocabularyFamily:
 class VocabularyStep:
     """Rows of a step whose bindings change the embedding, among its token rows, and the head, among the rows that get
     logits; None where there are none. ``num_token_ids``: the most token ids that one of them has, where adapters add
-    tokens to the base's."""
+    tokens to the base's. ``scaled``: of the token rows those whose bindings scale the embedding, and no others; they
+    are not in ``embedding``."""
 
     family: VocabularyFamily
     embedding: WorkList | None
     head: WorkList | None
     num_token_ids: int = 0
+    scaled: WorkList | None = None
+
+    @property
+    def changes_embedding(self) -> bool:
+        return self.embedding is not None or self.scaled is not None
 
 
 def split_vocabulary(
@@ -162,6 +183,8 @@ def split_vocabulary(
     """
     embedding = [run for run in runs if any(first and family.has(EMBEDDING, slot) for slot, first, _ in run[2])]
     head = [run for run in runs if any(last and family.has(HEAD, slot) for slot, _, last in run[2])]
+    scaled = [run for run in embedding if any(first and _scales(family, slot) for slot, first, _ in run[2])]
+    plain = [run for run in embedding if run not in scaled] if scaled else embedding
     num_logits = num_rows
     if logit_rows is not None:
         places = torch.tensor(logit_rows, dtype=torch.int64)
@@ -171,10 +194,15 @@ def split_vocabulary(
         head = [(lo, hi - lo, run[2]) for (lo, hi), run in zip(moved, head, strict=True) if hi > lo]
     return VocabularyStep(
         family,
-        build_work_list_runs(embedding, num_rows, device) if embedding else None,
+        build_work_list_runs(plain, num_rows, device) if plain else None,
         build_work_list_runs(head, num_logits, device) if head else None,
         max((family.num_token_ids(slot) for run in (*embedding, *head) for slot, _, _ in run[2]), default=0),
+        build_work_list_runs(scaled, num_rows, device) if scaled else None,
     )
+
+
+def _scales(family: VocabularyFamily, slot: int) -> bool:
+    return family.vectors.get(EMBEDDING, slot) is not None
 
 
 def changed_embeddings(
@@ -182,23 +210,45 @@ def changed_embeddings(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(rows int64 [n], weights fp32 [n, width]): rows of the step whose token has another embedding than ``weight``
     [vocab, width] says, and that embedding. ``ids`` int64 [T]: the step's tokens."""
+    if step.embedding is not None:
+        yield from _changed_plain(ids, weight, step, step.embedding, backend)
+    if step.scaled is not None:
+        yield from embeddings_by_definition(ids, weight, step, step.scaled)
+
+
+def _changed_plain(
+    ids: Tensor, weight: Tensor, step: VocabularyStep, work: WorkList, backend: str | None
+) -> Iterator[tuple[Tensor, Tensor]]:
     # Tokens beyond the matrix are the definition's: the operator reads rows of it.
-    if step.embedding is not None and step.num_token_ids <= len(weight) and _has_twin(step, weight, backend):
+    if step.num_token_ids <= len(weight) and _has_twin(step, weight, backend):
         from deltaserve_kernels.cpu import vocabulary as cpp
 
-        found, values = cpp.changed_embeddings(ids, weight, step.embedding, step.family.lora, step.family.rows)
+        found, values = cpp.changed_embeddings(ids, weight, work, step.family.lora, step.family.rows)
         if len(found):
             yield found, values
         return
-    for rows, parts in items_of(step.embedding) if step.embedding is not None else ():
+    yield from embeddings_by_definition(ids, weight, step, work)
+
+
+def embeddings_by_definition(
+    ids: Tensor, weight: Tensor, step: VocabularyStep, work: WorkList
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """``changed_embeddings`` of the rows of one list, by the definition: ``w * (1 + sum of scale * (s - 1))``, low rank
+    and trained rows of every part."""
+    for rows, parts in items_of(work):
         index = torch.tensor(rows, dtype=torch.int64, device=ids.device)
         tokens = ids[index]
         if bool((tokens >= max(len(weight), step.num_token_ids)).any()):
             raise OutOfRange(f"tokens {tokens.tolist()[:8]}; there are rows for 0..{len(weight) - 1}")
+        stored = stored_rows(weight, tokens).float()
         total = torch.zeros(len(rows), weight.shape[1], device=ids.device)
         touched = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
         for slot, scale, _ in parts:
             low_rank, trained = step.family.lora.get(EMBEDDING, slot), step.family.rows.get(EMBEDDING, slot)
+            vectors = step.family.vectors.get(EMBEDDING, slot)
+            if scale and vectors is not None:
+                total += stored * (scale * (vectors[0] - 1))
+                touched[:] = True
             if scale and low_rank is not None:
                 a, b_t = low_rank
                 # Of tokens that another adapter of the binding adds, low rank knows nothing.
@@ -213,7 +263,6 @@ def changed_embeddings(
                 total += values[places].float().masked_fill(~hits[:, None], 0.0) * scale
                 touched |= hits
         if bool(touched.any()):
-            stored = stored_rows(weight, tokens).float()
             yield index[touched], (stored + total)[touched]
 
 
@@ -246,11 +295,14 @@ def hide_added(logits: Tensor, step: VocabularyStep, vocab_size: int) -> None:
 
 
 def change_head(y: Tensor, x: Tensor, step: VocabularyStep, vocab_size: int, *, backend: str | None = None) -> None:
-    """Add the terms of the head in place: ``y`` [R, W >= vocab_size] are the base's logits of ``x`` [R, width]. Low
-    rank, then trained rows, each rounded."""
+    """Add the terms of the head in place: ``y`` [R, W >= vocab_size] are the base's logits of ``x`` [R, width]. Scales
+    and biases, then low rank, then trained rows, each rounded."""
     work, family = step.head, step.family
     if work is None:
         return
+    if family.vectors.has_any(HEAD):
+        own_backend = backend if y.device.type == "cpu" else "reference"
+        scale_shift(y, work, family.vectors, ((HEAD, 0, vocab_size),), 1.0, backend=own_backend)
     if family.lora.has_any(HEAD):
         lora_backend = backend if y.device.type == "cpu" else "reference"
         lora_linear(y, x, work, family.lora, ((HEAD, 0, vocab_size),), 1.0, backend=lora_backend)

@@ -152,13 +152,14 @@ class DevicePool:
                     sparse.append((index, self._sparse.scan(term.indptr, term.cols, term.values)))
                 elif isinstance(term, BlockTerm):
                     blocks.append((index, self._scan_block(name, term, is_apart)))
-        vectors = vector_entries(folded, self._linear_index, self._norm_index, is_apart=is_apart)
+        matrices = self._matrix_index
+        vectors = vector_entries(folded, self._linear_index, self._norm_index, others=matrices, is_apart=is_apart)
         if self._vectors is None and vectors.nbytes:
             raise ValueError("this pool has no tables for vector terms")
         terms_apart = apart_entries(folded, self._linear_index, self._point_index, is_apart=is_apart)
         if self._apart is None and terms_apart.nbytes:
             raise ValueError("this pool has no tables for dense differences and residual modules")
-        vocabulary = vocabulary_entries(folded, self._matrix_index, is_apart=is_apart)
+        vocabulary = vocabulary_entries(folded, matrices, is_apart=is_apart)
         if self._vocabulary is None and vocabulary.nbytes:
             raise ValueError("this pool has no tables for terms of embedding and head")
         prefix = None

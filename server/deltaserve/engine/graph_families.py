@@ -181,11 +181,12 @@ def _fed(family: VectorFamily, base: BaseModel) -> GraphFamily:
 
 def _vocabulary(family: VocabularyFamily, base: BaseModel) -> GraphFamily:
     """Low rank and trained rows of embedding and head; each row of a decode step gets logits, of the base's tokens:
-    adapters that add some would make them wider."""
+    adapters that add some would make them wider. Scales and biases have no launch in a graph."""
     room = family.lora.rank_capacity
 
     def refuses(slot: int) -> bool:
-        return family.lora.largest_rank(slot) > room or family.num_token_ids(slot) > base.vocab_size
+        is_wide = family.lora.largest_rank(slot) > room or family.num_token_ids(slot) > base.vocab_size
+        return is_wide or family.vectors.has_slot(slot)
 
     def give_lists(ctx: ForwardContext) -> None:
         ctx.vocabulary = VocabularyStep(family, ctx.work, ctx.work)
