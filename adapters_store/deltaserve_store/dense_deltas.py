@@ -20,6 +20,14 @@ class DenseDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class WholeDelta:
+    """``weight [out, in]`` in place of W, in the dtype of the file, also where the base stores W transposed."""
+
+    module: str
+    weight: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class MaskDelta:
     """``W`` with the marked weights taken out (set to 0): ``mask`` int32 ``[out, ceil(in / 32)]``, a set bit marks."""
 

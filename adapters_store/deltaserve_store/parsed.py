@@ -12,7 +12,7 @@ from torch import Tensor
 from deltaserve_store.added_tokens import AddedToken
 from deltaserve_store.block_deltas import BlockDelta, RowsDelta
 from deltaserve_store.bottleneck_deltas import BottleneckDelta
-from deltaserve_store.dense_deltas import DenseDelta, MaskDelta, SignDelta
+from deltaserve_store.dense_deltas import DenseDelta, MaskDelta, SignDelta, WholeDelta
 from deltaserve_store.prefix_deltas import PrefixDelta
 from deltaserve_store.rotation_deltas import RotationDelta
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
@@ -87,7 +87,7 @@ class WeightDelta:
         return LoraDelta(self.module, self.right, b, 1.0, dense=lambda: self.dense(weight_of(self.module)))
 
 
-Matrix = LoraDelta | SparseDelta | DenseDelta | MaskDelta | SignDelta | BlockDelta
+Matrix = LoraDelta | SparseDelta | DenseDelta | WholeDelta | MaskDelta | SignDelta | BlockDelta
 """Deltas that are added to the weight of a linear."""
 Delta = Matrix | VectorDelta | NormDelta | RotationDelta | RowsDelta | BottleneckDelta
 

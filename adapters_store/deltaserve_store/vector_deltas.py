@@ -30,6 +30,12 @@ class VectorDelta:
         """Whether both sides are scaled: its change of the weight is then not linear in the strength."""
         return self.out_scale is not None and self.in_scale is not None
 
+    @property
+    def is_new_bias_alone(self) -> bool:
+        """Whether it leaves the weight as it is, and no more than replaces the bias."""
+        others = (self.out_scale, self.in_scale, self.bias, self.in_bias, self.bias_scale)
+        return self.new_bias is not None and all(vector is None for vector in others)
+
 
 @dataclass(frozen=True, slots=True)
 class NormDelta:

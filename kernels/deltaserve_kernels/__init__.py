@@ -57,18 +57,8 @@ from deltaserve_kernels.vector_rows import (
     turns_twice,
 )
 from deltaserve_kernels.vector_tables import NormTables, VectorEntry, VectorTables
-from deltaserve_kernels.vocabulary import (
-    EMBEDDING,
-    HEAD,
-    RowsEntry,
-    VocabularyEntries,
-    VocabularyFamily,
-    VocabularyStep,
-    changed_embeddings,
-    split_vocabulary,
-    stored_rows,
-    widened,
-)
+from deltaserve_kernels.vocabulary import VocabularyStep, changed_embeddings, split_vocabulary, stored_rows, widened
+from deltaserve_kernels.vocabulary_family import EMBEDDING, HEAD, RowsEntry, VocabularyEntries, VocabularyFamily
 from deltaserve_kernels.vocabulary_rows import change_embeddings, change_head, hide_added
 from deltaserve_kernels.worklist import WorkList, build_work_list, build_work_list_runs
 

@@ -1,10 +1,10 @@
-"""Terms of the embedding and of the head: low rank, and single rows that an adapter has trained.
+"""Terms of the embedding and of the head: scales, low rank, and single rows that an adapter has trained.
 
-The embedding is a matrix with one row a token, read by token id; the head one with one row a token, multiplied. Both
-are numbered here as tables number linears. This is the PyTorch definition (``vocabulary_rows`` chooses). Trained rows
-and the embedding's low rank have C++ twins on a CPU, and a low-rank head is ``lora_linear`` over the rows that get
-logits. fp32 sums in binding order, each in an order that depends on nothing but the row itself, so that nobody's bits
-depend on who else is in the step.
+The embedding is a matrix with one row a token, read by token id; the head one with one row a token, multiplied. This is
+the PyTorch definition (``vocabulary_rows`` chooses). Trained rows and the embedding's low rank have C++ twins on a CPU;
+scales and a bias of the head are ``scale_shift``, its low rank is ``lora_linear``, over the rows that get logits. Rows
+with a scaled embedding are a list of their own, always of the definition. fp32 sums in binding order, each in an order
+that depends on nothing but the row itself, so that nobody's bits depend on who else is in the step.
 """
 
 from __future__ import annotations
@@ -12,159 +12,37 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deltaserve_kernels.backend import select
-from deltaserve_kernels.errors import OutOfRange, ShapeMismatch
+from deltaserve_kernels.errors import OutOfRange
 from deltaserve_kernels.operators import lora_linear
-from deltaserve_kernels.pointer_tables import FLOAT_DTYPES, PointerTables
 from deltaserve_kernels.reference import items_of
-from deltaserve_kernels.tables import LoraTables
+from deltaserve_kernels.terms import scale_shift
+from deltaserve_kernels.vocabulary_family import EMBEDDING, HEAD, VocabularyFamily
 from deltaserve_kernels.worklist import Run, WorkList, build_work_list_runs
 
-EMBEDDING, HEAD = 0, 1
 DOTS_AT_ONCE = 256
-
-
-class RowsEntry(NamedTuple):
-    """Differences of some rows: token ids int32 [k], strictly ascending, and ``values`` [k, width]."""
-
-    ids: Tensor
-    values: Tensor
-
-
-class RowsTables(PointerTables):
-    """Trained rows, by embedding and head. ``get`` answers (ids, values).
-
-    pointers: int64 [2, 2, num_slots]  addresses of ids and values; 0 where there are none
-    counts:   int32 [2, num_slots]
-    """
-
-    ARRAYS = ("pointers", "counts")
-    NOUN = "matrix"
-
-    def __init__(self, num_slots: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(2, num_slots, device)
-        self.pointers = self._array(2)
-        self.counts = self._array(dtype=torch.int32)
-
-    def set_all(self, slot: int, entries: Sequence[tuple[int, RowsEntry]]) -> None:
-        """Point a slot at an adapter's rows, whose ids ``VocabularyEntries.scanned`` checks. Raises a KernelError and
-        leaves the table as it was."""
-        held = self.dtype
-        self._check_places(slot, [matrix for matrix, _ in entries])
-        for matrix, (ids, values) in entries:
-            self._check_tensor("ids", ids, 1, (torch.int32,))
-            self._check_tensor("values", values, 2, FLOAT_DTYPES)
-            self._check_value_dtype("values", values.dtype, held)
-            held = values.dtype
-            if ids.numel() != values.shape[0] or not values.numel():
-                raise ShapeMismatch(f"{ids.numel()} ids and values {list(values.shape)}; a row for each id is needed")
-            self._check_dim(matrix, 1, values.shape[1])
-        if entries:
-            matrices = [matrix for matrix, _ in entries]
-            rows = [entry for _, entry in entries]
-            self._put(
-                slot,
-                matrices,
-                [tuple(entry) for entry in rows],
-                [(0, entry.values.shape[1]) for entry in rows],
-                pointers=[(entry.ids.data_ptr(), entry.values.data_ptr()) for entry in rows],
-                counts=[entry.ids.numel() for entry in rows],
-            )
-
-
-class VocabularyEntries(NamedTuple):
-    """One adapter's terms: (matrix, A [r, in], B transposed [r, out]) and (matrix, trained rows).
-
-    Of the embedding ``in`` is the vocabulary and ``out`` the width of a row, of the head the other way round.
-    ``num_token_ids``: one more than the largest token with a row, once ``scanned`` has looked.
-    """
-
-    lora: tuple[tuple[int, Tensor, Tensor], ...] = ()
-    rows: tuple[tuple[int, RowsEntry], ...] = ()
-    num_token_ids: int | None = None
-
-    @property
-    def nbytes(self) -> int:
-        low_rank = sum(a.nbytes + b_t.nbytes for _, a, b_t in self.lora)
-        return low_rank + sum(entry.ids.nbytes + entry.values.nbytes for _, entry in self.rows)
-
-    def to(self, device: torch.device) -> VocabularyEntries:
-        return VocabularyEntries(
-            tuple((matrix, a.to(device), b_t.to(device)) for matrix, a, b_t in self.lora),
-            tuple((matrix, RowsEntry(*(tensor.to(device) for tensor in entry))) for matrix, entry in self.rows),
-            self.num_token_ids,
-        )
-
-    def scanned(self) -> VocabularyEntries:
-        """The same, its token ids checked: to be done on the host, for on a GPU looking waits. Raises OutOfRange."""
-        if self.num_token_ids is not None:
-            return self
-        largest = -1
-        for _, (ids, _) in self.rows:
-            if not ids.numel() or int(ids[0]) < 0 or bool((ids.diff() <= 0).any()):
-                raise OutOfRange(f"ids {ids.tolist()[:8]} must be strictly ascending, none negative")
-            largest = max(largest, int(ids[-1]))
-        return self._replace(num_token_ids=largest + 1)
-
-
-class VocabularyFamily:
-    """Two tables over the same slots. For the engine thread, as all tables."""
-
-    def __init__(self, num_slots: int, device: torch.device | str = "cpu") -> None:
-        self.lora = LoraTables(2, num_slots, device)
-        self.rows = RowsTables(num_slots, device)
-        self.num_slots = num_slots
-        self._num_token_ids: dict[int, int] = {}
-        # The same, int32 [num_slots]: what kernels hide foreign tokens by.
-        self.sizes = torch.zeros(num_slots, dtype=torch.int32, device=device)
-
-    @property
-    def is_empty(self) -> bool:
-        return self.lora.is_empty and self.rows.is_empty
-
-    def has_slot(self, slot: int) -> bool:
-        """True when the slot has a term of the embedding or of the head."""
-        return self.lora.has_slot(slot) or self.rows.has_slot(slot)
-
-    def has(self, matrix: int, slot: int) -> bool:
-        return self.lora.get(matrix, slot) is not None or self.rows.get(matrix, slot) is not None
-
-    def set_all(self, slot: int, entries: VocabularyEntries) -> None:
-        """Point a slot at an adapter's terms; without a wait where they were scanned. Raises a KernelError; ``clear``
-        the slot then."""
-        entries = entries.scanned()
-        self.lora.set_all(slot, entries.lora)
-        self.rows.set_all(slot, entries.rows)
-        self._num_token_ids[slot] = self.sizes[slot] = entries.num_token_ids or 0
-
-    def num_token_ids(self, slot: int) -> int:
-        """One more than the largest token with a row in the slot, which may lie beyond the base's matrix; else 0."""
-        return self._num_token_ids.get(slot, 0)
-
-    def clear(self, slot: int) -> None:
-        """Empty a slot and let go of its tensors."""
-        if self.has_slot(slot):
-            self.lora.clear(slot)
-            self.rows.clear(slot)
-        if self._num_token_ids.pop(slot, 0):
-            self.sizes[slot] = 0
 
 
 @dataclass(frozen=True)
 class VocabularyStep:
     """Rows of a step whose bindings change the embedding, among its token rows, and the head, among the rows that get
     logits; None where there are none. ``num_token_ids``: the most token ids that one of them has, where adapters add
-    tokens to the base's."""
+    tokens to the base's. ``scaled``: of the token rows those whose bindings scale the embedding, and no others; they
+    are not in ``embedding``."""
 
     family: VocabularyFamily
     embedding: WorkList | None
     head: WorkList | None
     num_token_ids: int = 0
+    scaled: WorkList | None = None
+
+    @property
+    def changes_embedding(self) -> bool:
+        return self.embedding is not None or self.scaled is not None
 
 
 def split_vocabulary(
@@ -181,6 +59,8 @@ def split_vocabulary(
     """
     embedding = [run for run in runs if any(first and family.has(EMBEDDING, slot) for slot, first, _ in run[2])]
     head = [run for run in runs if any(last and family.has(HEAD, slot) for slot, _, last in run[2])]
+    scaled = [run for run in embedding if any(first and _scales(family, slot) for slot, first, _ in run[2])]
+    plain = [run for run in embedding if run not in scaled] if scaled else embedding
     num_logits = num_rows
     if logit_rows is not None:
         num_logits = len(logit_rows)
@@ -188,10 +68,15 @@ def split_vocabulary(
         head = [(lo, hi - lo, run[2]) for (lo, hi), run in zip(moved, head, strict=True) if hi > lo]
     return VocabularyStep(
         family,
-        build_work_list_runs(embedding, num_rows, device) if embedding else None,
+        build_work_list_runs(plain, num_rows, device) if plain else None,
         build_work_list_runs(head, num_logits, device) if head else None,
         max((family.num_token_ids(slot) for run in (*embedding, *head) for slot, _, _ in run[2]), default=0),
+        build_work_list_runs(scaled, num_rows, device) if scaled else None,
     )
+
+
+def _scales(family: VocabularyFamily, slot: int) -> bool:
+    return family.vectors.get(EMBEDDING, slot) is not None
 
 
 def changed_embeddings(
@@ -208,15 +93,30 @@ def changed_embeddings(
             found, values = cpp.changed_embeddings(ids, weight, within, step.family.lora, step.family.rows)
             if len(found):
                 yield found, values
-    for rows, parts in items_of(work) if work is not None else ():
+    for own in (work, step.scaled):
+        if own is not None:
+            yield from embeddings_by_definition(ids, weight, step, own)
+
+
+def embeddings_by_definition(
+    ids: Tensor, weight: Tensor, step: VocabularyStep, work: WorkList
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """``changed_embeddings`` of the rows of one list, by the definition: ``w * (1 + sum of scale * (s - 1))``, low rank
+    and trained rows of every part."""
+    for rows, parts in items_of(work):
         index = torch.tensor(rows, dtype=torch.int64, device=ids.device)
         tokens = ids[index]
         if bool((tokens >= max(len(weight), step.num_token_ids)).any()):
             raise OutOfRange(f"tokens {tokens.tolist()[:8]}; there are rows for 0..{len(weight) - 1}")
+        stored = stored_rows(weight, tokens).float()
         total = torch.zeros(len(rows), weight.shape[1], device=ids.device)
         touched = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
         for slot, scale, _ in parts:
             low_rank, trained = step.family.lora.get(EMBEDDING, slot), step.family.rows.get(EMBEDDING, slot)
+            vectors = step.family.vectors.get(EMBEDDING, slot)
+            if scale and vectors is not None:
+                total += stored * (scale * (vectors[0] - 1))
+                touched[:] = True
             if scale and low_rank is not None:
                 a, b_t = low_rank
                 # Of tokens that another adapter of the binding adds, low rank knows nothing.
@@ -231,7 +131,6 @@ def changed_embeddings(
                 total += values[places].float().masked_fill(~hits[:, None], 0.0) * scale
                 touched |= hits
         if bool(touched.any()):
-            stored = stored_rows(weight, tokens).float()
             yield index[touched], (stored + total)[touched]
 
 
@@ -279,11 +178,14 @@ def hide_added(logits: Tensor, step: VocabularyStep, vocab_size: int) -> None:
 
 
 def change_head(y: Tensor, x: Tensor, step: VocabularyStep, vocab_size: int, *, backend: str | None = None) -> None:
-    """Add the terms of the head in place: ``y`` [R, W >= vocab_size] are the base's logits of ``x`` [R, width]. Low
-    rank, then trained rows, each rounded."""
+    """Add the terms of the head in place: ``y`` [R, W >= vocab_size] are the base's logits of ``x`` [R, width]. Scales
+    and biases, then low rank, then trained rows, each rounded."""
     work, family = step.head, step.family
     if work is None:
         return
+    if family.vectors.has_any(HEAD):
+        own_backend = backend if y.device.type == "cpu" else "reference"
+        scale_shift(y, work, family.vectors, ((HEAD, 0, vocab_size),), 1.0, backend=own_backend)
     if family.lora.has_any(HEAD):
         lora_backend = backend if y.device.type == "cpu" else "reference"
         lora_linear(y, x, work, family.lora, ((HEAD, 0, vocab_size),), 1.0, backend=lora_backend)

@@ -1,6 +1,6 @@
 """Terms of embedding and head in the form of the device: by Triton's kernels, whose launches are the same whatever the
 tables hold, eagerly and in captured graphs; else by the definition or its C++ twins, which find their rows on the
-host."""
+host. Scales of the embedding and the head, and biases of the head, are the definition's on a GPU, and in no graph."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from deltaserve_kernels.backend import select
 from deltaserve_kernels.operators import lora_linear
-from deltaserve_kernels.vocabulary import HEAD, VocabularyStep, changed_embeddings
+from deltaserve_kernels.terms import scale_shift
+from deltaserve_kernels.vocabulary import VocabularyStep, changed_embeddings, embeddings_by_definition
 from deltaserve_kernels.vocabulary import change_head as change_head_by_definition
 from deltaserve_kernels.vocabulary import hide_added as hide_added_by_definition
+from deltaserve_kernels.vocabulary_family import HEAD
 
 
 def change_embeddings(
@@ -24,22 +26,25 @@ def change_embeddings(
     ``ids`` int64 [T]: the step's tokens; ``weight`` [vocab, width]; ``look_up`` takes and gives rows [n, width] of the
     weight's dtype. Raises a KernelError.
     """
-    work = step.embedding
-    if work is None:
-        return
     if select(y.device) != "triton":
         for rows, weights in changed_embeddings(ids, weight, step):
             y[rows] = look_up(weights.to(weight.dtype))
         return
-    from deltaserve_kernels.triton_ops import vocabulary
+    if step.embedding is not None:
+        from deltaserve_kernels.triton_ops import vocabulary
 
-    weights, touched = vocabulary.embedding_rows(ids, weight, work, step.family.lora, step.family.rows)
-    vocabulary.put_rows(y, look_up(weights), touched, work)
+        work = step.embedding
+        weights, touched = vocabulary.embedding_rows(ids, weight, work, step.family.lora, step.family.rows)
+        vocabulary.put_rows(y, look_up(weights), touched, work)
+    if step.scaled is not None:
+        for rows, weights in embeddings_by_definition(ids, weight, step, step.scaled):
+            y[rows] = look_up(weights.to(weight.dtype))
 
 
 def change_head(y: Tensor, x: Tensor, step: VocabularyStep, vocab_size: int, *, backend: str | None = None) -> None:
-    """Add the terms of the head in place: ``y`` [R, W >= vocab_size] are the base's logits of ``x`` [R, width]; low
-    rank of the first ``vocab_size`` columns, then trained rows, each rounded. Raises a KernelError."""
+    """Add the terms of the head in place: ``y`` [R, W >= vocab_size] are the base's logits of ``x`` [R, width];
+    scales, biases and low rank of the first ``vocab_size`` columns, then trained rows, each rounded. Raises a
+    KernelError."""
     work, family = step.head, step.family
     if work is None:
         return
@@ -48,6 +53,8 @@ def change_head(y: Tensor, x: Tensor, step: VocabularyStep, vocab_size: int, *, 
         return
     from deltaserve_kernels.triton_ops import vocabulary
 
+    if not work.is_padded and family.vectors.has_any(HEAD):
+        scale_shift(y, work, family.vectors, ((HEAD, 0, vocab_size),), 1.0, backend="reference")
     if work.is_padded or family.lora.has_any(HEAD):
         # Rows as far apart as in any step: kernels are compiled by that, and not in live traffic. A single row is
         # contiguous whatever its stride.

@@ -15,6 +15,7 @@ from deltatest.adapter_corpus import TENSORS, BadAdapter, corpus_base, edit_tens
 from deltatest.vocabulary_corpus import (
     ALONE,
     ALONE_HEAD,
+    COPY,
     IDS,
     ROWS,
     VOCABULARY_CORPUS,
@@ -28,8 +29,13 @@ from deltatest.vocabulary_corpus import (
 @pytest.mark.parametrize("kind", VOCABULARY_GOOD)
 def test_good_ones_get_in(kind: str, tmp_path: Path) -> None:
     parsed = read_adapter(VOCABULARY_GOOD[kind](tmp_path / "adapter"), vocabulary_base())
-    assert parsed.kind == ("rows" if kind == "alone" else "lora")
-    assert len(parsed.deltas) == {"rows": 6, "apart": 6, "alone": 2, "low-rank": 7, "saved": 7}[kind]
+    assert parsed.kind == {"alone": "rows", "beside": "vector"}.get(kind, "lora")
+    numbers = {"rows": 6, "apart": 6, "alone": 2, "low-rank": 7, "saved": 8}
+    numbers |= {"dora": 8, "whole": 8, "beside": 8, "biases": 5}
+    assert len(parsed.deltas) == numbers[kind]
+    held = load_file(tmp_path / "adapter" / TENSORS)
+    copies = sum(held[name].numel() for name in held if name in (COPY, ALONE_HEAD))
+    assert parsed.num_parameters == sum(tensor.numel() for tensor in held.values()) - copies
 
 
 @pytest.mark.parametrize("case", VOCABULARY_CORPUS, ids=lambda case: f"{case.kind}: {case.name}")

@@ -27,7 +27,19 @@ from deltatest.runtime_factory import SMALL, open_runtime
 from deltatest.vocabulary_adapters import TOKENS, make_vocabulary_adapter
 
 PROMPT = (*TOKENS, *range(90, 122), *TOKENS)  # more than two blocks, which the prefix cache keeps
-SERVED = ("tokens", "tokens-head", "tokens-alone", "lora-embedding", "lora-both", "saved", "saved-norms")
+SERVED = (
+    "tokens",
+    "tokens-head",
+    "tokens-alone",
+    "lora-embedding",
+    "lora-both",
+    "dora-embedding",
+    "dora-both",
+    "bias-head",
+    "saved",
+    "saved-norms",
+    "saved-linears",
+)
 
 
 @pytest.fixture(scope="module")

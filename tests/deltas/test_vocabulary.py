@@ -15,11 +15,13 @@ from torch import Tensor
 from deltaserve.deltas import vocabulary
 from deltaserve.deltas.fold import fold
 from deltaserve.deltas.folded import FoldedAdapter, FoldedFileInvalid, LowRankTerm
+from deltaserve.deltas.vector_terms import VectorTerm
 from deltaserve.deltas.vocabulary import RowsTerm, row_changes, trained_tokens
 from deltaserve.errors import AdapterRefused
 from deltaserve_store.block_deltas import RowsDelta
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter
 from deltaserve_store.spec import BaseSpec, LinearSpec
+from deltaserve_store.vector_deltas import VectorDelta
 from deltatest.of_kind import all_of
 
 E, H, VOCAB, WIDTH = "embed", "head", 50, 6
@@ -169,6 +171,56 @@ def test_a_file_of_rows_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_rows_that_do_not_fit_the_base_do_not_load(tmp_path: Path, rows: RowsTerm) -> None:
     change: Callable[[FoldedAdapter], FoldedAdapter] = lambda a: replace(a, terms={**a.terms, H: (rows,)})  # noqa: E731
     change(sample()).save(tmp_path / "f")
+    with pytest.raises(FoldedFileInvalid):
+        FoldedAdapter.load(tmp_path / "f", SPEC, torch.float32)
+
+
+def test_magnitudes_scale_rows_of_the_head_and_columns_of_the_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "ROWS_AT_ONCE", 7)  # norms over tokens of several pieces
+    base = fake_base()
+    weights = SimpleNamespace(rows=lambda i, j: base.token_rows(H, torch.arange(i, min(j, VOCAB))), bias=None)
+    base.linear = {H: weights}.__getitem__
+    for name, shape, size in ((E, (WIDTH, VOCAB), WIDTH), (H, (VOCAB, WIDTH), VOCAB)):
+        a, b, magnitude = randn(2, shape[1], seed=3), randn(shape[0], 2, seed=4), 1 + randn(size, seed=5).abs()
+        given = parsed(LoraDelta(name, a, b, 0.5, magnitude=magnitude))
+        stored = base.token_rows(name, torch.arange(VOCAB))
+        weight = (stored.t() if name == E else stored) + 0.5 * b @ a
+        weight = weight * (magnitude / weight.norm(dim=1))[:, None]
+        wanted = (weight.t() if name == E else weight) - stored
+        torch.testing.assert_close(row_changes(given, SPEC, base)[name](torch.arange(VOCAB)), wanted)
+        low_rank, vectors = fold(given, SPEC, torch.float32, base).terms[name]
+        assert isinstance(low_rank, LowRankTerm)
+        assert isinstance(vectors, VectorTerm)
+        assert vectors.scale is not None
+        product = low_rank.b_t.t() @ low_rank.a
+        scaled = stored * (vectors.scale - 1 if name == E else (vectors.scale - 1)[:, None])
+        torch.testing.assert_close(scaled + (product.t() if name == E else product), wanted)
+
+
+def test_a_vector_of_the_embedding_alone_is_refused() -> None:
+    base = fake_base()
+    base.linear = {}.__getitem__
+    with pytest.raises(AdapterRefused) as caught:
+        fold(parsed(VectorDelta(E, bias=randn(WIDTH))), SPEC, torch.float32, base)
+    assert [(reason.code, reason.where) for reason in caught.value.reasons] == [("unknown_module", E)]
+
+
+@pytest.mark.parametrize(
+    ("name", "vectors"),
+    [
+        (E, VectorTerm(scale=randn(VOCAB))),
+        (E, VectorTerm(scale=randn(WIDTH), bias=randn(WIDTH))),
+        (E, VectorTerm(in_scale=randn(VOCAB))),
+        (H, VectorTerm(scale=randn(WIDTH))),
+        (H, VectorTerm(scale=randn(VOCAB), in_scale=randn(WIDTH))),
+        (H, VectorTerm(bias=randn(VOCAB).bfloat16())),
+    ],
+)
+def test_vectors_that_do_not_fit_a_matrix_do_not_load(tmp_path: Path, name: str, vectors: VectorTerm) -> None:
+    good: Any = {E: (VectorTerm(scale=randn(WIDTH)),), H: (VectorTerm(scale=randn(VOCAB), bias=randn(VOCAB)),)}
+    FoldedAdapter(good, SPEC.fingerprint, torch.float32).save(tmp_path / "good")
+    assert FoldedAdapter.load(tmp_path / "good", SPEC, torch.float32).kinds == ("vector",)
+    FoldedAdapter({**good, name: (vectors,)}, SPEC.fingerprint, torch.float32).save(tmp_path / "f")
     with pytest.raises(FoldedFileInvalid):
         FoldedAdapter.load(tmp_path / "f", SPEC, torch.float32)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,24 @@ def write_case(
     edit_config(folder, base_model_name_or_path=BASE_NAME)
     (folder / "README.md").unlink(missing_ok=True)
     return folder
+
+
+def near_the_base(case: KindCase, model: Any) -> KindCase:
+    """The case with what is the base's own (biases, modules saved whole) moved a little, and not drawn anew."""
+
+    def change(wrapped: Any) -> None:
+        generator = torch.Generator().manual_seed(3)
+        stored = dict(model.named_parameters())
+        for name, parameter in wrapped.named_parameters():
+            plain = name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
+            plain = plain.replace("base_layer.", "")
+            if parameter.requires_grad and plain in stored:
+                moved = torch.randn(parameter.shape, generator=generator) * 0.1
+                parameter.data = stored[plain].detach() + moved
+        if case.change is not None:
+            case.change(wrapped)
+
+    return replace(case, change=change)
 
 
 def merged_deltas(model: torch.nn.Module, folder: Path, modules: list[str]) -> dict[str, torch.Tensor]:

@@ -137,7 +137,7 @@ VECTOR_CORPUS: tuple[BadAdapter, ...] = (
     _field("ia3", "target_modules", ["lm_head", "v_proj", "down_proj"], "unsupported_target"),
     _field("ia3", "target_modules", ["c_attn"], "target_not_found", is_exact=False),
     _field("ia3", "target_modules", ".*", "regex_target"),
-    _field("ia3", "modules_to_save", ["lm_head"], "unsupported_feature"),
+    _field("ia3", "modules_to_save", ["lm_head"], "unknown_module"),
     _field("ia3", "ia3_temperature", 2, "unknown_field"),
     _vector("norms", "gain missing", "missing_tensor", NORM0_WEIGHT, None),
     _vector("norms", "gain of another size", "shape_mismatch", NORM0_WEIGHT, torch.ones(24)),

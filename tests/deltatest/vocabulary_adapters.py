@@ -25,9 +25,14 @@ KINDS = (
     "lora-head",
     "lora-both",
     "lora-tied",
+    "dora-embedding",
+    "dora-both",
+    "dora-tied",
+    "bias-head",
     "saved",
     "saved-tied",
     "saved-norms",
+    "saved-linears",
 )
 
 
@@ -62,9 +67,14 @@ def make_vocabulary_adapter(
         "lora-head": {"target_modules": ["lm_head"]},
         "lora-both": {"target_modules": [target, name, "lm_head"]},
         "lora-tied": {"target_modules": [target, name], "ensure_weight_tying": True},
+        "dora-embedding": {"target_modules": [target, name], "use_dora": True},
+        "dora-both": {"target_modules": [target, name, "lm_head"], "use_dora": True},
+        "dora-tied": {"target_modules": [target, name], "use_dora": True, "ensure_weight_tying": True},
+        "bias-head": {"target_modules": [target, "lm_head"], "lora_bias": True, "bias": "all"},
         "saved": {"modules_to_save": [name, "lm_head"]},
         "saved-tied": {"modules_to_save": [name], "ensure_weight_tying": True},
         "saved-norms": {"modules_to_save": [norm]},
+        "saved-linears": {"modules_to_save": ["mlp", norm]},
     }
     if kind == "tokens-alone":
         config: Any = TrainableTokensConfig(token_indices=ids, task_type="CAUSAL_LM")
@@ -78,13 +88,22 @@ def make_vocabulary_adapter(
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for part, parameter in wrapped.named_parameters():
-                if "lora_" in part:
+                if "magnitude" in part or (given.get(kind, {}).get("bias") and part.endswith(".bias")):
+                    size = parameter.abs().mean().clamp(min=0.5)
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * std * size)
+                elif "lora_" in part:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
                 elif "trainable_tokens_delta" in part or (".modules_to_save." in part and parameter.dim() == 1):
                     parameter.add_(torch.randn(parameter.shape, generator=generator) * 2 * std)
+                elif (
+                    ".modules_to_save." in part
+                    and not part.endswith(f"{name}.modules_to_save.default.weight")
+                    and ("lm_head" not in part)
+                ):
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
                 elif ".modules_to_save." in part:  # as a training does that meets some tokens only
                     parameter[ids] += torch.randn(len(ids), parameter.shape[1], generator=generator) * 2 * std
-        wrapped.save_pretrained(str(folder), save_embedding_layers=kind.startswith("lora-"))
+        wrapped.save_pretrained(str(folder), save_embedding_layers=kind.startswith(("lora-", "dora-")))
     edit_config(folder, base_model_name_or_path=base_name)
     (folder / "README.md").unlink(missing_ok=True)
     return folder

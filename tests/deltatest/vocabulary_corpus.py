@@ -34,10 +34,21 @@ COPY = f"{PREFIX}{E}.base_layer.weight"
 IDS = [41, 7, 89]
 
 
+MAGNITUDE, HEAD_MAGNITUDE = (f"{PREFIX}{module}.lora_magnitude_vector" for module in (E, H))
+HEAD_BIAS, HEAD_BIAS_OF_B = f"{PREFIX}{H}.base_layer.bias", f"{PREFIX}{H}.lora_B.bias"
+DOWN = tuple(f"{PREFIX}model.layers.{layer}.mlp.down_proj" for layer in range(2))
+NORM = f"{PREFIX}model.norm.weight"
+
+
 def vocabulary_base(*, is_tied: bool = True) -> BaseSpec:
-    """The corpus's base with an embedding and a head, by default tied."""
+    """The corpus's base with an embedding and a head, by default tied. The head and ``down_proj`` have biases."""
+    plain = corpus_base()
     return replace(
-        corpus_base(), embedding=LinearSpec(E, 16, 100), head=LinearSpec(H, 100, 16), tied_embeddings=is_tied
+        plain,
+        embedding=LinearSpec(E, 16, 100),
+        head=LinearSpec(H, 100, 16, True),
+        tied_embeddings=is_tied,
+        linears={name: replace(x, has_bias="down_proj" in name) for name, x in plain.linears.items()},
     )
 
 
@@ -71,6 +82,45 @@ def _write_alone(folder: Path) -> Path:
 
 
 _LOW_RANK = {A: _randn(4, 100), B: _randn(16, 4), HEAD_A: _randn(4, 16), HEAD_B: _randn(100, 4), COPY: _randn(100, 16)}
+_WITH_MATRICES = ["q_proj", "v_proj", "embed_tokens", "lm_head"]
+_MAGNITUDES = {
+    f"{PREFIX}model.layers.{layer}.self_attn.{name}.lora_magnitude_vector": _randn(size)
+    for layer in range(2)
+    for name, size in (("q_proj", 16), ("v_proj", 8))
+}
+_WHOLE = {f"{name}.{part}": _randn(*size) for name in DOWN for part, size in (("weight", (16, 24)), ("bias", (16,)))}
+
+
+def _write_beside(folder: Path) -> Path:
+    """An IA3 with all that may stand beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scales = {f"{PREFIX}model.layers.{layer}.self_attn.v_proj.ia3_l": _randn(8, 1) for layer in range(2)}
+    saved = {EMBEDDING: _randn(100, 16), NORM: _randn(16), **_WHOLE}
+    save_file({**scales, **saved}, folder / TENSORS, metadata={"format": "pt"})
+    config = {
+        "peft_type": "IA3",
+        "target_modules": ["v_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+        "modules_to_save": ["embed_tokens", "mlp", "model.norm"],
+    }
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
+
+
+def _write_with_biases(folder: Path) -> Path:
+    """A VeRA with trained biases."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {"base_model.vera_A": _randn(4, 24), "base_model.vera_B": _randn(16, 4)}
+    for name in DOWN:
+        tensors |= {f"{name}.vera_lambda_b": _randn(16), f"{name}.vera_lambda_d": _randn(4)}
+        tensors[f"{name}.base_layer.bias"] = _randn(16)
+    tensors[f"{PREFIX}{H}.bias"] = _randn(100)
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    config = {"peft_type": "VERA", "r": 4, "target_modules": ["down_proj"], "bias": "all"}
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
+
+
 VOCABULARY_GOOD: dict[str, Callable[[Path], Path]] = {
     "rows": _lora_with({ROWS: _randn(3, 16)}, trainable_token_indices=IDS),
     "apart": _lora_with(
@@ -79,9 +129,18 @@ VOCABULARY_GOOD: dict[str, Callable[[Path], Path]] = {
     "alone": _write_alone,
     "low-rank": _lora_with(_LOW_RANK, target_modules=["q_proj", "v_proj", "embed_tokens", "lm_head"]),
     "saved": _lora_with(
-        {EMBEDDING: _randn(100, 16), HEAD: _randn(100, 16), f"{PREFIX}model.norm.weight": _randn(16)},
+        {EMBEDDING: _randn(100, 16), HEAD: _randn(100, 16), f"{PREFIX}{H}.bias": _randn(100), NORM: _randn(16)},
         modules_to_save=["embed_tokens", "lm_head", "model.norm"],
     ),
+    "dora": _lora_with(
+        {**_LOW_RANK, **_MAGNITUDES, MAGNITUDE: _randn(16), HEAD_MAGNITUDE: _randn(100), HEAD_BIAS: _randn(100)},
+        target_modules=_WITH_MATRICES,
+        use_dora=True,
+        bias="lora_only",
+    ),
+    "whole": _lora_with(_WHOLE, modules_to_save=["down_proj"]),
+    "beside": _write_beside,
+    "biases": _write_with_biases,
 }
 
 
@@ -173,11 +232,75 @@ VOCABULARY_CORPUS: tuple[BadAdapter, ...] = (
     _tensor("low-rank", "rows not announced", "unsupported_feature", HEAD_ROWS, torch.ones(3, 16)),
     _case(
         "low-rank",
-        "DoRA of the embedding",
+        "DoRA without magnitudes",
         edit_config(use_dora=True),
-        ("unsupported_feature", f"{CONFIG}:target_modules"),
+        ("missing_tensor", MAGNITUDE),
+        ("missing_tensor", HEAD_MAGNITUDE),
         is_exact=False,
     ),
+    _case(
+        "low-rank",
+        "a bias of B at the embedding",
+        edit_config(lora_bias=True),
+        ("invalid_value", f"{CONFIG}:lora_bias"),
+        ("missing_tensor", HEAD_BIAS_OF_B),
+        is_exact=False,
+    ),
+    _case(
+        "low-rank",
+        "PiSSA of the head",
+        edit_config(init_lora_weights="pissa"),
+        ("unsupported_feature", f"{CONFIG}:target_modules"),
+    ),
+    _tensor("dora", "magnitudes of the embedding missing", "missing_tensor", MAGNITUDE, None),
+    _tensor("dora", "magnitudes for every token of the embedding", "shape_mismatch", MAGNITUDE, torch.ones(100)),
+    _tensor("dora", "magnitudes of the head for its inputs", "shape_mismatch", HEAD_MAGNITUDE, torch.ones(16)),
+    _tensor("dora", "magnitudes of the head as a column", "shape_mismatch", HEAD_MAGNITUDE, torch.ones(100, 1)),
+    _tensor("dora", "NaN in a magnitude of the head", "non_finite", HEAD_MAGNITUDE, set_value(NAN)),
+    _tensor("dora", "infinite magnitude of the embedding", "non_finite", MAGNITUDE, set_value(INF)),
+    _tensor("dora", "integer magnitudes", "unsupported_dtype", MAGNITUDE, torch.ones(16, dtype=torch.int32)),
+    _tensor("dora", "other magnitudes again", "shape_mismatch", f"{MAGNITUDE}.weight", torch.ones(16)),
+    _tensor("dora", "the head's bias missing", "missing_tensor", HEAD_BIAS, None),
+    _tensor("dora", "the head's bias of another size", "shape_mismatch", HEAD_BIAS, torch.ones(16)),
+    _tensor("whole", "a saved linear missing", "missing_tensor", f"{DOWN[0]}.weight", None),
+    _tensor("whole", "a saved linear turned", "shape_mismatch", f"{DOWN[0]}.weight", torch.ones(24, 16)),
+    _tensor("whole", "its bias missing", "missing_tensor", f"{DOWN[1]}.bias", None),
+    _tensor("whole", "NaN in a saved linear", "non_finite", f"{DOWN[0]}.weight", set_value(NAN)),
+    _tensor("whole", "a huge weight", "value_out_of_range", f"{DOWN[1]}.weight", set_value(1e20)),
+    _case(
+        "whole",
+        "every target saved",
+        edit_config(target_modules=["down_proj"]),
+        ("target_not_found", f"{CONFIG}:target_modules"),
+        is_exact=False,
+    ),
+    _case(
+        "whole",
+        "targets that end as what is saved",
+        edit_config(modules_to_save=["_proj"]),
+        ("invalid_value", f"{CONFIG}:modules_to_save"),
+        is_exact=False,
+    ),
+    _tensor("beside", "a saved matrix missing", "missing_tensor", EMBEDDING, None),
+    _tensor("beside", "a saved matrix that has grown", "added_tokens", EMBEDDING, torch.ones(101, 16)),
+    _tensor("beside", "a saved norm of another size", "shape_mismatch", NORM, torch.ones(8)),
+    _tensor("beside", "a saved weight with NaN", "non_finite", f"{DOWN[0]}.weight", set_value(NAN)),
+    _tensor("beside", "a saved weight of integers", "unsupported_dtype", NORM, torch.ones(16, dtype=torch.int32)),
+    _tensor("beside", "a scale of a module that is saved", "unknown_module", f"{DOWN[0]}.ia3_l", torch.ones(1, 24)),
+    _field("beside", "modules_to_save", ["score"], "unknown_module", is_exact=False),
+    _field("beside", "modules_to_save", "mlp", "invalid_value", is_exact=False),
+    _tensor("biases", "a trained bias missing", "missing_tensor", f"{DOWN[0]}.base_layer.bias", None),
+    _tensor("biases", "a trained bias of another size", "shape_mismatch", f"{PREFIX}{H}.bias", torch.ones(16)),
+    _tensor("biases", "NaN in a trained bias", "non_finite", f"{DOWN[1]}.base_layer.bias", set_value(NAN)),
+    _case(
+        "biases",
+        "biases that the config does not announce",
+        edit_config(bias="none"),
+        *(("unexpected_tensor", f"{name}.base_layer.bias") for name in DOWN),
+        ("unknown_module", f"{PREFIX}{H}.bias"),
+        is_exact=False,
+    ),
+    _field("biases", "bias", "some", "invalid_value"),
     _field("low-rank", "target_modules", ["q_proj", "wpe"], "unsupported_target", is_exact=False),
     _tensor("saved", "the head missing", "missing_tensor", HEAD, None),
     _tensor("saved", "a head that has grown", "added_tokens", HEAD, torch.ones(104, 16)),
@@ -185,6 +308,11 @@ VOCABULARY_CORPUS: tuple[BadAdapter, ...] = (
     _tensor("saved", "NaN in the embedding", "non_finite", EMBEDDING, set_value(NAN)),
     _tensor("saved", "a norm of another size", "shape_mismatch", f"{PREFIX}model.norm.weight", torch.ones(8)),
     _field("saved", "modules_to_save", ["score"], "unknown_module", is_exact=False),
-    _field("saved", "modules_to_save", ["down_proj"], "unsupported_feature", is_exact=False),
+    _case(
+        "saved",
+        "a linear that is saved and not there",
+        edit_config(modules_to_save=["embed_tokens", "lm_head", "model.norm", "down_proj"]),
+        *(("missing_tensor", f"{name}.{part}") for name in DOWN for part in ("weight", "bias")),
+    ),
     _field("saved", "modules_to_save", ".*", "invalid_value", is_exact=False),
 )

@@ -12,6 +12,7 @@ from deltaserve_kernels import (
     OutOfRange,
     RowsEntry,
     ShapeMismatch,
+    VectorEntry,
     VocabularyEntries,
     VocabularyFamily,
     change_head,
@@ -268,3 +269,44 @@ def test_scanned_entries_are_set_without_a_look() -> None:
         family.set_all(1, entries)
     family.clear(1)
     assert not family.sizes.any()
+
+
+def test_scales_of_both_and_a_bias_of_the_head(backend: str) -> None:
+    """Beside low rank and rows of others; rows without scales keep the bits that they have alone."""
+    family = filled()
+    grown, spread, shift = 1 + randn(WIDTH, seed=11), 1 + randn(VOCAB, seed=12), randn(VOCAB, seed=13)
+    family.set_all(3, VocabularyEntries(vectors=((EMBEDDING, VectorEntry(grown)), (HEAD, VectorEntry(spread, shift)))))
+    bindings: list[Parts] = [((3, 0.5, 0.5), (1, 1.0, 1.0)), ((1, 1.0, 1.0),), ((3, 0.0, 0.0),), (), ((3, 1.0, 1.0),)]
+    runs = [(row, 1, parts) for row, parts in enumerate(bindings)]
+    step = split_vocabulary(runs, len(runs), None, family)
+    ids, weight = torch.tensor([4, 4, 9, 9, 20]), randn(VOCAB, WIDTH, seed=9)
+    x, before = randn(len(runs), WIDTH, seed=1), randn(len(runs), VOCAB, seed=2)
+    embedded, y = weight[ids].clone(), before.clone()
+    for rows, weights in changed_embeddings(ids, weight, step, backend=backend):
+        embedded[rows] = weights
+    change_head(y, x, step, VOCAB, backend=backend)
+    for row, parts in enumerate(bindings):
+        wanted, logits = weight[ids[row]].double(), before[row].double()
+        for slot, first, last in parts:
+            if slot == 3:
+                wanted = wanted + first * (grown.double() - 1) * weight[ids[row]]
+                logits = logits + last * ((spread.double() - 1) * before[row] + shift)
+            else:
+                wanted = wanted + first * matrix_change(EMBEDDING, slot)[ids[row]]
+                logits = logits + last * matrix_change(HEAD, slot) @ x[row].double()
+        torch.testing.assert_close(embedded[row].double(), wanted, rtol=0.0, atol=1e-5)
+        torch.testing.assert_close(y[row].double(), logits, rtol=0.0, atol=1e-4)
+        if not any(first for _, first, _ in parts):
+            assert torch.equal(embedded[row], weight[ids[row]])
+            assert torch.equal(y[row], before[row])
+    alone = split_vocabulary([(0, 1, bindings[1])], 1, None, family)
+    ((_, same),) = changed_embeddings(ids[1:2], weight, alone, backend=backend)
+    assert torch.equal(same[0], embedded[1])
+    family.clear(3)
+    assert not family.has_slot(3)
+
+
+def test_the_embedding_has_no_bias() -> None:
+    family = VocabularyFamily(SLOTS)
+    with pytest.raises(ShapeMismatch):
+        family.set_all(0, VocabularyEntries(vectors=((EMBEDDING, VectorEntry(bias=randn(WIDTH))),)))

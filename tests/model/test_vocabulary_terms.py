@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from deltaserve.deltas.fold import dense_deltas
 from deltaserve.deltas.folded import FoldedAdapter
-from deltaserve.deltas.vectors import dense_norms
+from deltaserve.deltas.vectors import dense_biases, dense_norms
 from deltaserve.deltas.vocabulary import row_changes
 from deltaserve.engine.batch import ScheduledPart
 from deltaserve.model.base import BaseModel, load_base
@@ -25,7 +25,7 @@ from deltatest.vocabulary_adapters import KINDS, TOKENS, make_vocabulary_adapter
 
 torch.set_num_threads(1)
 
-IDS = prompts((21, 9, 30, 1, 17, 12, 8, 14, 11, 6, 19, 5, 16, 10), VOCAB_SIZE)
+IDS = prompts((21, 9, 30, 1, 17, 12, 8, 14, 11, 6, 19, 5, 16, 10, 7, 13, 4, 18, 15), VOCAB_SIZE)
 for _prompt in IDS:  # every prompt meets trained tokens
     _prompt[::3] = [TOKENS[i % len(TOKENS)] for i in range(len(_prompt[::3]))]
 
@@ -60,7 +60,7 @@ def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def test_alone_equals_peft(setting: Setting) -> None:
     for kind in setting.adapters:
-        batch = MixedBatch(setting.base).load_all({kind: setting.adapters[kind]})
+        batch = MixedBatch(setting.base, 24).load_all({kind: setting.adapters[kind]})
         (plain,) = batch.logits(IDS[:1], [None])
         (found,) = batch.logits(IDS[:1], [kind], chunk=8)
         wanted = peft_logits(setting.model, setting.folders[kind], IDS[0])
@@ -69,7 +69,7 @@ def test_alone_equals_peft(setting: Setting) -> None:
 
 
 def test_all_kinds_in_one_batch_equal_peft_and_change_nobody_else(setting: Setting) -> None:
-    batch = MixedBatch(setting.base).load_all(setting.adapters)
+    batch = MixedBatch(setting.base, 24).load_all(setting.adapters)
     names: list[str | tuple[str, float] | None] = [None, *setting.adapters]
     found = batch.logits(IDS[: len(names)], names, chunk=7)
     for ids, name, logits in zip(IDS, names, found, strict=False):
@@ -77,14 +77,14 @@ def test_all_kinds_in_one_batch_equal_peft_and_change_nobody_else(setting: Setti
             assert distance(logits, peft_logits(setting.model, setting.folders[name], ids)) < 1e-4, name
         (alone,) = batch.logits([ids], [name], chunk=7)  # company is not felt, to the bit
         assert torch.equal(logits, alone), name
-    bare = MixedBatch(setting.base).load_all({"lora": setting.adapters["lora"]})
+    bare = MixedBatch(setting.base, 24).load_all({"lora": setting.adapters["lora"]})
     assert torch.equal(found[0], bare.logits(IDS[:1], [None], chunk=7)[0])
     index = names.index("lora")
     assert torch.equal(found[index], bare.logits([IDS[index]], ["lora"], chunk=7)[0])
 
 
 def test_strength(setting: Setting) -> None:
-    batch = MixedBatch(setting.base).load_all(setting.adapters)
+    batch = MixedBatch(setting.base, 24).load_all(setting.adapters)
     spec = setting.base.spec
     for kind in setting.adapters:
         plain, nothing, half = batch.logits([IDS[0]] * 3, [None, (kind, 0.0), (kind, 0.5)])
@@ -93,6 +93,7 @@ def test_strength(setting: Setting) -> None:
         wanted = setting.base.folded_logits(
             torch.tensor(IDS[0]),
             {name: (lambda make=make: make() / 2) for name, make in dense_deltas(adapter, spec, setting.base).items()},
+            {name: (lambda made=made: made() / 2) for name, made in dense_biases(adapter, setting.base).items()},
             norms={
                 name: (w if w is None else w / 2, b if b is None else b / 2)
                 for name, (w, b) in dense_norms(adapter, setting.base).items()
@@ -107,7 +108,7 @@ def test_strength(setting: Setting) -> None:
 
 
 def test_evicted_and_read_again_it_answers_to_the_bit(setting: Setting, tmp_path: Path) -> None:
-    batch = MixedBatch(setting.base).load_all(setting.adapters)
+    batch = MixedBatch(setting.base, 24).load_all(setting.adapters)
     used = batch.pool.used_bytes
     for kind, adapter in setting.adapters.items():
         adapter.save(tmp_path / kind)
@@ -118,7 +119,7 @@ def test_evicted_and_read_again_it_answers_to_the_bit(setting: Setting, tmp_path
 
 
 def test_tokens_that_were_not_trained_keep_their_bits(setting: Setting) -> None:
-    batch = MixedBatch(setting.base).load_all({"rows": setting.adapters["tokens-alone"]})
+    batch = MixedBatch(setting.base, 24).load_all({"rows": setting.adapters["tokens-alone"]})
     ids = [token for token in range(3, VOCAB_SIZE) if token not in TOKENS][:24]
     plain, found = batch.logits([ids, ids], [None, "rows"])
     others = torch.ones(VOCAB_SIZE, dtype=torch.bool)
@@ -128,7 +129,7 @@ def test_tokens_that_were_not_trained_keep_their_bits(setting: Setting) -> None:
 
 
 def test_several_adapters_with_rows_on_one_row(setting: Setting) -> None:
-    batch = MixedBatch(setting.base).load_all(setting.adapters)
+    batch = MixedBatch(setting.base, 24).load_all(setting.adapters)
     names, scales = ("tokens", "lora-both", "saved", "tokens-head"), (1.0, 0.5, 0.25, 1.0)
     parts = tuple(ScheduledPart(batch.slots[name], scale, scale) for name, scale in zip(names, scales, strict=True))
     found = batch.driver.logits([IDS[0]], [parts])[0]

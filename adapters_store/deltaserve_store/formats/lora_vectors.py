@@ -1,18 +1,18 @@
 """What a PEFT LoRA file may hold beside A and B: trained biases and the magnitudes of DoRA.
 
-``bias="lora_only"`` saves the biases of targeted linears (``<module>.base_layer.bias``), ``"all"`` those of every other
-linear and norm too (``<module>.bias``); both are the trained values, which stand in place of the base's. ``lora_bias``
-gives B a bias of its own (``<module>.lora_B.bias``), scaled as B is. ``use_dora`` saves
-``<module>.lora_magnitude_vector``.
+``bias`` is that of every kind (``trained_biases``). ``lora_bias`` gives B a bias of its own (``<module>.lora_B.bias``),
+scaled as B is; that of an embedding has none. ``use_dora`` saves ``<module>.lora_magnitude_vector``: [out], of an
+embedding one for each number of a row. All of them may be there of the head, too.
 Source: peft 0.21, ``utils/save_and_load.py``, ``tuners/lora/{layer,dora}.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deltaserve_store.findings import Findings
@@ -20,8 +20,9 @@ from deltaserve_store.formats import activated_lora
 from deltaserve_store.formats.lora_variants import FIELDS as VARIANT_FIELDS
 from deltaserve_store.formats.lora_vocabulary import FIELDS as VOCABULARY_FIELDS
 from deltaserve_store.formats.peft_fields import LORA_FIELDS, FieldRule, check_fields
-from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, PEFT_PREFIX, check_dtype, check_shape, check_values
+from deltaserve_store.formats.tensor_checks import PEFT_PREFIX
 from deltaserve_store.formats.tensor_file import TensorFile
+from deltaserve_store.formats.trained_biases import TrainedBiases, check_vectors, read_vectors
 from deltaserve_store.spec import BaseSpec
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
 
@@ -36,7 +37,9 @@ FIELDS: Mapping[str, FieldRule] = MappingProxyType(
     {
         "bias": FieldRule("understood", lambda value: value in BIASES, "none, lora_only or all"),
         "use_dora": FieldRule("understood", _is_flag, "true or false"),
-        "lora_bias": FieldRule("understood", _is_flag, "true or false; false with use_dora"),
+        "lora_bias": FieldRule(
+            "understood", _is_flag, "true or false; false with use_dora and with the embedding as a target"
+        ),
     }
 )
 PEFT_LORA_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
@@ -63,40 +66,33 @@ def split_config(config: Mapping[str, Any], where: str, findings: Findings) -> t
 
 
 class LoraVectors:
-    """The vectors that a file with these targets must hold."""
+    """The vectors that a file with these targets must hold: of linears, and of embedding and head (``matrices``)."""
 
-    def __init__(self, options: Mapping[str, Any], modules: tuple[str, ...], base: BaseSpec) -> None:
-        self._magnitudes = {m: f"{PEFT_PREFIX}{m}.lora_magnitude_vector" for m in modules if options["use_dora"]}
-        self._own_biases = {m: f"{PEFT_PREFIX}{m}.lora_B.bias" for m in modules if options["lora_bias"]}
-        self._biases: dict[str, str] = {}
-        self._shifts: dict[str, str] = {}
-        for name, linear in base.linears.items() if options["bias"] != "none" else ():
-            if name in modules and linear.has_bias:
-                self._biases[name] = f"{PEFT_PREFIX}{name}.base_layer.bias"
-            elif linear.has_bias and options["bias"] == "all":
-                self._biases[name] = f"{PEFT_PREFIX}{name}.bias"
-        if options["bias"] == "all":
-            self._shifts = {name: f"{PEFT_PREFIX}{name}.bias" for name, norm in base.norms.items() if norm.has_bias}
+    def __init__(
+        self, options: Mapping[str, Any], modules: tuple[str, ...], matrices: Sequence[str], base: BaseSpec
+    ) -> None:
+        linears = {**base.linears, **base.vocabulary}
+        own = (*modules, *matrices)
+        self._magnitudes = {m: f"{PEFT_PREFIX}{m}.lora_magnitude_vector" for m in own if options["use_dora"]}
+        self._own_biases = {m: f"{PEFT_PREFIX}{m}.lora_B.bias" for m in own if options["lora_bias"]}
+        self._biases = TrainedBiases(options["bias"], own, base)
+        # Written once more where PEFT saves the matrix of an embedding that is called other than it expects.
+        self.repeats = {f"{self._magnitudes[m]}.weight": self._magnitudes[m] for m in matrices if m in self._magnitudes}
         self.sizes: dict[str, int] = {}
-        for names in (self._magnitudes, self._own_biases, self._biases):
-            self.sizes |= {tensor: base.linears[module].out_features for module, tensor in names.items()}
-        self.sizes |= {tensor: base.norms[norm].size for norm, tensor in self._shifts.items()}
+        for names in (self._magnitudes, self._own_biases):
+            self.sizes |= {tensor: linears[module].out_features for module, tensor in names.items()}
+        self.sizes |= self._biases.sizes
 
     def check_layout(self, tensors: TensorFile, findings: Findings) -> None:
         """Every vector is there, of the base's size."""
-        for name, size in self.sizes.items():
-            info = tensors.header.tensors.get(name)
-            if info is None:
-                findings.add("missing_tensor", name, "nothing", f"[{size}] by bias, lora_bias or use_dora")
-                continue
-            check_dtype(info, FLOAT_DTYPES, findings)
-            check_shape(info, (size,), "by the base", findings)
+        check_vectors(self.sizes, "bias, lora_bias or use_dora", tensors, findings)
 
     def read(self, tensors: TensorFile, findings: Findings) -> dict[str, Tensor]:
         """All vectors by tensor name, checked for their values."""
-        found = {name: tensors.read(name) for name in self.sizes}
-        for name, values in found.items():
-            check_values(name, values, findings)
+        found = read_vectors(self.sizes, tensors, findings)
+        for name, own in self.repeats.items():
+            if name in tensors.header.tensors and not torch.equal(tensors.read(name), found[own]):
+                findings.add("shape_mismatch", name, "other magnitudes", f"those of {own}")
         return found
 
     def magnitude(self, module: str, found: Mapping[str, Tensor]) -> Tensor | None:
@@ -105,8 +101,9 @@ class LoraVectors:
     def deltas(self, found: Mapping[str, Tensor], scalings: Mapping[str, float]) -> list[VectorDelta | NormDelta]:
         """Biases of linears and norms; ``scalings`` are the factors of B."""
         made: list[VectorDelta | NormDelta] = []
-        for module in dict.fromkeys([*self._own_biases, *self._biases]):
+        trained = self._biases.of_linears
+        for module in dict.fromkeys([*self._own_biases, *trained]):
             own = found.get(self._own_biases.get(module, ""))
             bias = None if own is None else own.float() * scalings[module]
-            made.append(VectorDelta(module, bias=bias, new_bias=found.get(self._biases.get(module, ""))))
-        return made + [NormDelta(norm, shift=found[name], replaces=True) for norm, name in self._shifts.items()]
+            made.append(VectorDelta(module, bias=bias, new_bias=found.get(trained.get(module, ""))))
+        return made + self._biases.norm_deltas(found)

@@ -3,24 +3,26 @@
 Low rank: ``<embedding>.lora_embedding_A [r, vocab]`` and ``lora_embedding_B [width, r]``; ``<head>.lora_A.weight`` and
 ``lora_B.weight`` as of any linear. ``trainable_token_indices``: ``<module>.token_adapter.trainable_tokens_delta
 [k, width]``, rows in the order of the config, which stand in place of the base's (the tensor's name notwithstanding);
-those of the embedding are the head's too where both are tied. ``modules_to_save``: ``<module>.weight`` (and ``.bias``
-of a norm) whole, in place of the base's; a tied head keeps the base's matrix unless the file brings its own
-(``ensure_weight_tying``). Beside them PEFT may write copies of the base's matrices.
+those of the embedding are the head's too where both are tied. ``modules_to_save``: see ``saved_modules``; a tied head
+keeps the base's matrix unless the file brings its own (``ensure_weight_tying``). Beside them PEFT may write copies of
+the base's matrices.
 Source: peft 0.21, ``utils/other.py``, ``utils/save_and_load.py``, ``tuners/lora/{layer,model}.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deltaserve_store.block_deltas import RowsDelta
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats.peft_config import PeftLoraConfig
-from deltaserve_store.formats.peft_fields import LORA_FIELDS, FieldRule, check_fields, is_bool
+from deltaserve_store.formats.peft_fields import SAVED, FieldRule, check_fields, is_bool
+from deltaserve_store.formats.saved_modules import SavedDelta, SavedModules
 from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, PEFT_PREFIX, check_dtype, check_shape, check_values
 from deltaserve_store.formats.tensor_file import TensorFile
 from deltaserve_store.formats.vocabulary_rows import (
@@ -37,7 +39,6 @@ from deltaserve_store.formats.vocabulary_rows import (
 )
 from deltaserve_store.parsed import LoraDelta
 from deltaserve_store.spec import BaseSpec
-from deltaserve_store.vector_deltas import NormDelta
 
 
 def _are_trained(value: Any) -> bool:
@@ -53,11 +54,7 @@ FIELDS: Mapping[str, FieldRule] = MappingProxyType(
             _are_trained,
             f"null, a list of 1 to {MAX_TRAINED_TOKENS} token ids, or such lists by name of embedding and head",
         ),
-        "modules_to_save": FieldRule(
-            "understood",
-            LORA_FIELDS["exclude_modules"].accepts,
-            "null or names of the embedding, the head or norms",
-        ),
+        "modules_to_save": SAVED,
         "ensure_weight_tying": FieldRule("understood", is_bool, "true or false"),
     }
 )
@@ -80,9 +77,13 @@ def possible_names(base: BaseSpec) -> set[str]:
         "lora_embedding_B",
         "lora_A.weight",
         "lora_B.weight",
+        "lora_B.bias",
+        "lora_magnitude_vector",
         "token_adapter.trainable_tokens_delta",
         "weight",
+        "bias",
         "base_layer.weight",
+        "base_layer.bias",
     )
     return {f"{PEFT_PREFIX}{module}.{part}" for module in base.vocabulary for part in parts}
 
@@ -106,14 +107,18 @@ class LoraVocabulary:
         self._is_tying = options["ensure_weight_tying"] and tied_head(base) is not None
         self.low_rank = [module for module in base.vocabulary if lora.targets.matches(module)]
         self.tokens = self._trained_tokens(options["trainable_token_indices"])
-        self.saved, self.norms = self._saved_modules(options["modules_to_save"] or ())
+        self.whole = SavedModules(options["modules_to_save"], base, where, findings)
+        self.low_rank = list(self.whole.not_saved(self.low_rank, findings))
+        for module in self.saved:
+            if module in self.tokens:
+                self._refuse("invalid_value", "modules_to_save", module, "a matrix whole or rows of it, not both")
         embedding, head = base.embedding, tied_head(base)
         if self._is_tying and embedding is not None and head is not None:
             # PEFT shares what it trains with the head, and writes the head's own tensors for the same numbers.
             if embedding.name in self.low_rank and f"{PEFT_PREFIX}{head}.lora_A.weight" in tensors.header.tensors:
                 self.low_rank = list(dict.fromkeys([*self.low_rank, head]))
             if embedding.name in self.saved and f"{PEFT_PREFIX}{head}.weight" in tensors.header.tensors:
-                self.saved = list(dict.fromkeys([*self.saved, head]))
+                self.whole.matrices = list(dict.fromkeys([*self.saved, head]))
         for module in self.low_rank:
             if module in (*self.tokens, *self.saved):
                 self._refuse("unsupported_feature", module, "low rank and trained rows", "one of them for a matrix")
@@ -122,7 +127,7 @@ class LoraVocabulary:
         repeats = {self._rows_name(module): module for module in self.tokens if not self._has_own_rows(module)}
         repeats |= self._repeat_of_tied()
         self.repeats = {name: module for name, module in repeats.items() if name in tensors.header.tensors}
-        self.copies = copies_in(tensors, base, self.shapes)
+        self.copies = copies_in(tensors, base, {*self.shapes, *self.whole.names})
 
     def _refuse(self, code: str, field: str, found: object, allowed: str) -> None:
         self._findings.add(code, f"{self._where}:{field}", found, allowed)
@@ -146,30 +151,10 @@ class LoraVocabulary:
             self._refuse("invalid_value", field, "different tokens of tied matrices", "the same with tied weights")
         return found
 
-    def _saved_modules(self, names: Any) -> tuple[list[str], list[str]]:
-        """Matrices and norms. PEFT compares endings of the whole path here, without looking for a dot."""
-        base = self._base
-        matrices: list[str] = []
-        norms: list[str] = []
-        for name in names:
-            linears = [module for module in base.linears if module.endswith(name)]
-            own = [module for module in base.vocabulary if module.endswith(name)]
-            of_norms = [module for module in base.norms if module.endswith(name)]
-            if linears:
-                self._refuse(
-                    "unsupported_feature",
-                    "modules_to_save",
-                    linears[0],
-                    "embedding, head and norms; of a linear a LoRA",
-                )
-            elif not own and not of_norms:
-                self._refuse("unknown_module", "modules_to_save", name, "names of the embedding, the head or norms")
-            matrices += own
-            norms += of_norms
-        for module in matrices:
-            if module in self.tokens:
-                self._refuse("invalid_value", "modules_to_save", module, "a matrix whole or rows of it, not both")
-        return list(dict.fromkeys(matrices)), list(dict.fromkeys(norms))
+    @property
+    def saved(self) -> list[str]:
+        """Matrices that the file holds whole."""
+        return self.whole.matrices
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         base = self._base
@@ -183,11 +168,6 @@ class LoraVocabulary:
         for module, ids in self.tokens.items():
             if self._has_own_rows(module):
                 shapes[self._rows_name(module)] = (len(ids), rows_shape(module, base)[1])
-        for module in self.saved:
-            shapes[f"{PEFT_PREFIX}{module}.weight"] = rows_shape(module, base)
-        for norm in self.norms:
-            for part in ("weight", "bias") if base.norms[norm].has_bias else ("weight",):
-                shapes[f"{PEFT_PREFIX}{norm}.{part}"] = (base.norms[norm].size,)
         return shapes
 
     def _pair(self, module: str) -> tuple[str, str]:
@@ -206,21 +186,13 @@ class LoraVocabulary:
         return module != tied_head(self._base) or self.tokens[module] != of_embedding
 
     @property
-    def _whole(self) -> dict[str, str]:
-        """Tensors that are a matrix with a row for every token, by name: the matrix."""
-        return {f"{PEFT_PREFIX}{module}.weight": module for module in self.saved}
-
-    @property
     def names(self) -> set[str]:
-        return {*self.shapes, *self.copies, *self.repeats}
+        return {*self.shapes, *self.copies, *self.repeats, *self.whole.names}
 
     @property
     def num_parameters(self) -> int:
         """Numbers in the file; copies are none of the adapter's."""
-        total = 0
-        for shape in self.shapes.values():
-            total += shape[0] * (shape[1] if len(shape) == 2 else 1)
-        return total
+        return sum(shape[0] * shape[1] for shape in self.shapes.values()) + self.whole.num_parameters
 
     def check_layout(self, tensors: TensorFile, findings: Findings) -> None:
         """Every tensor is there, of the base's sizes."""
@@ -228,13 +200,12 @@ class LoraVocabulary:
             info = tensors.header.tensors.get(name)
             if info is None:
                 findings.add("missing_tensor", name, "nothing", f"{list(shape)} by the config")
-            elif name in self._whole:
-                check_rows(info, self._whole[name], self._base, findings)
             else:
                 check_dtype(info, FLOAT_DTYPES, findings)
                 check_shape(info, shape, "by config and base", findings)
         for name, module in self.copies.items():
             check_rows(tensors.header.tensors[name], module, self._base, findings)
+        self.whole.check_layout(tensors, findings)
 
     def _repeat_of_tied(self) -> dict[str, str]:
         """The head that the config does not name, where the embedding it is tied to has trained rows."""
@@ -250,29 +221,25 @@ class LoraVocabulary:
             if own is None or not torch.equal(tensors.read(name), tensors.read(own)):
                 findings.add("shape_mismatch", name, "other rows than the embedding's", "the same: both are tied")
 
-    def read(self, tensors: TensorFile, findings: Findings) -> list[LoraDelta | RowsDelta | NormDelta]:
-        """The deltas, checked for their values."""
-        whole = {**self._whole, **self.copies}
-        found = {
-            name: read_rows(tensors, name, whole[name], self._base) if name in whole else tensors.read(name)
-            for name in (*self.shapes, *self.copies)
-        }
+    def read(
+        self, tensors: TensorFile, magnitude_of: Callable[[str], Tensor | None], findings: Findings
+    ) -> list[LoraDelta | SavedDelta]:
+        """The deltas, checked for their values; ``magnitude_of`` a matrix with low rank is DoRA's."""
+        found = {name: tensors.read(name) for name in self.shapes}
+        found |= {name: read_rows(tensors, name, module, self._base) for name, module in self.copies.items()}
         for name, values in found.items():
             check_values(name, values, findings)
         self._check_repeats(tensors, findings)
-        deltas: list[LoraDelta | RowsDelta | NormDelta] = []
+        deltas: list[LoraDelta | SavedDelta] = []
         for module in self.low_rank:
             a, b = (found[name] for name in self._pair(module))
-            deltas.append(LoraDelta(module, a, b, self._lora.scaling_of(module)))
+            deltas.append(LoraDelta(module, a, b, self._lora.scaling_of(module), magnitude=magnitude_of(module)))
         for module, ids in self.tokens.items():
             if self._has_own_rows(module):
                 deltas.append(sorted_rows(module, ids, found[self._rows_name(module)]))
         deltas += self._tied(deltas)
-        deltas += [RowsDelta(module, None, found[f"{PEFT_PREFIX}{module}.weight"]) for module in self.saved]
+        deltas += self.whole.read(tensors, findings)
         deltas += [RowsDelta(module, None, found[name], is_copy=True) for name, module in self.copies.items()]
-        for norm in self.norms:
-            prefix = f"{PEFT_PREFIX}{norm}"
-            deltas.append(NormDelta(norm, found[f"{prefix}.weight"], found.get(f"{prefix}.bias"), replaces=True))
         return deltas
 
     def _tied(self, deltas: list[Any]) -> list[RowsDelta]:

@@ -25,6 +25,7 @@ MAX_RANK = 1024
 MAX_ALPHA = 65536.0
 MAX_TEXT = 1024
 MAX_TARGETS = 20_000
+_ONLY = re.compile(r"[A-Za-z0-9]{1,32}_only")
 Treatment = Literal["understood", "descriptive", "neutral-only"]
 
 
@@ -145,6 +146,11 @@ LENGTH = FieldRule(
 )
 """Of a trained vector that stands for all of an adapter."""
 
+SAVED = FieldRule(
+    "understood",
+    lambda value: value is None or _is_names(value),
+    "null or names of the embedding, the head, norms or linears",
+)
 COMMON_FIELDS: dict[str, FieldRule] = {
     "peft_type": FieldRule("understood", is_text, "a type listed in docs/adapter-kinds.md", required=True),
     "task_type": FieldRule(
@@ -155,7 +161,7 @@ COMMON_FIELDS: dict[str, FieldRule] = {
         "understood", _is_targets, "a list of module names or path endings, or all-linear", required=True
     ),
     "fan_in_fan_out": FieldRule("understood", is_bool, "true or false, as the base stores its weights"),
-    "modules_to_save": off(None, [], why="served beside LoRA alone"),
+    "modules_to_save": SAVED,
     "auto_mapping": FieldRule("descriptive", _is_auto_mapping, "null or base_model_class and parent_library"),
     "peft_version": TEXT,
     "revision": TEXT,
@@ -182,7 +188,11 @@ RANK_PATTERN = FieldRule(
 ALPHA_PATTERN = FieldRule(
     "understood", lambda value: is_pattern(value, is_alpha), "module paths to numbers above 0", per_key=is_alpha
 )
-BIAS = FieldRule("understood", one_of("none"), "none (biases are served beside LoRA alone)", "unsupported_feature")
+BIAS = FieldRule(
+    "understood",
+    lambda value: isinstance(value, str) and (value in ("none", "all") or _ONLY.fullmatch(value) is not None),
+    "none, all, or the kind's name and _only",
+)
 FRACTION = FieldRule("descriptive", is_fraction, "a number from 0 to 1")
 
 _BESIDE_INITIAL = FieldRule(

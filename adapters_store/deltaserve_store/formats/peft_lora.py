@@ -52,7 +52,11 @@ def parse_peft_lora(
     if lora is None or findings:
         _name_strays_without_config(tensors, base, findings)
         return None
-    modules = lora.targets.select(base)
+    vocabulary = LoraVocabulary(wanted, lora, tensors, base, config_name, findings)
+    modules = vocabulary.whole.not_saved(lora.targets.select(base), findings)
+    if not modules and not vocabulary.low_rank:
+        allowed = "a target that is not saved whole"
+        findings.add("target_not_found", f"{config_name}:target_modules", "only modules_to_save", allowed)
     variants = LoraVariants(varied, lora, modules, base, config_name, findings)
     variants.check_layout(tensors, findings)
     if not variants.is_plain and (method is not None or initial is not None):
@@ -62,21 +66,24 @@ def parse_peft_lora(
     if method is not None:
         check_ranks(method, {m: lora.rank_of(m) for m in modules}, base, f"{config_name}:r", findings)
     is_beside_part = method is not None or initial is not None or not variants.is_plain
-    vectors = LoraVectors(options, modules, base)
+    vectors = LoraVectors(options, modules, vocabulary.low_rank, base)
     vectors.check_layout(tensors, findings)
-    vocabulary = LoraVocabulary(wanted, lora, tensors, base, config_name, findings)
     vocabulary.check_layout(tensors, findings)
-    if vocabulary.low_rank and (options["use_dora"] or options["lora_bias"] or is_beside_part):
-        allowed = "plain LoRA on embedding and head: scales and biases of all tokens' rows have no term there"
+    if vocabulary.low_rank and is_beside_part:
+        allowed = "LoRA without such a part or form on embedding and head"
         findings.add("unsupported_feature", f"{config_name}:target_modules", vocabulary.low_rank[0], allowed)
+    if options["lora_bias"] and base.embedding is not None and base.embedding.name in vocabulary.low_rank:
+        allowed = "false with the embedding as a target: PEFT gives it no bias"
+        findings.add("invalid_value", f"{config_name}:lora_bias", True, allowed)
     if invocation:
         check_alone(
             config_name,
             findings,
-            terms_of_embedding_and_head=bool(vocabulary.shapes),
+            terms_of_embedding_and_head=bool(vocabulary.shapes or vocabulary.saved),
+            modules_saved_whole=bool(vocabulary.whole.linears or vocabulary.whole.norms),
             an_initial_part_of_the_base=is_beside_part,
         )
-    others = {*vectors.sizes, *vocabulary.names, *variants.names_in(tensors)}
+    others = {*vectors.sizes, *vectors.repeats, *vocabulary.names, *variants.names_in(tensors)}
     _check_layout(variants, modules, tensors, base, findings, others=others)
     if initial is not None:
         of_initial = Findings()
@@ -85,7 +92,7 @@ def parse_peft_lora(
     if findings:
         return None
     found = vectors.read(tensors, findings)
-    of_vocabulary = vocabulary.read(tensors, findings)
+    of_vocabulary = vocabulary.read(tensors, lambda module: vectors.magnitude(module, found), findings)
     deltas = []
     for module in modules:
         name_a, name_b = _names(module)
@@ -101,7 +108,7 @@ def parse_peft_lora(
     residual: tuple[ResidualDelta, ...] = (
         () if method is None else tuple(residual_delta(delta, method) for delta in deltas)
     )
-    biases = vectors.deltas(found, {delta.module: delta.scaling for delta in deltas})
+    biases = vectors.deltas(found, {module: lora.scaling_of(module) for module in (*modules, *vocabulary.low_rank)})
     return ParsedAdapter(
         kind="lora",
         file_format="peft-lora",

@@ -25,6 +25,7 @@ from deltaserve_store.formats.peft_fields import (
     FieldRule,
     check_fields,
     is_int,
+    off,
     one_of,
 )
 from deltaserve_store.formats.tensor_checks import FLOAT_DTYPES, check_dtype, check_shape, check_values
@@ -61,6 +62,7 @@ _OBJECT = FieldRule("descriptive", lambda value: value is None or isinstance(val
 
 _SHARED: dict[str, FieldRule] = {
     **{field: rule for field, rule in COMMON_FIELDS.items() if field not in ("target_modules", "fan_in_fan_out")},
+    "modules_to_save": off(None, [], why="PEFT has it beside other kinds"),
     "task_type": FieldRule(
         "understood",
         one_of("CAUSAL_LM"),

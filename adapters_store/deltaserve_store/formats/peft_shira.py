@@ -6,13 +6,14 @@ PEFT writes the indices as float32. Source: peft 0.21, ``tuners/shira/{layer,mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltaserve_store.findings import Findings
+from deltaserve_store.formats.beside import Beside
 from deltaserve_store.formats.peft_config import PeftShiraConfig, parse_shira_config
 from deltaserve_store.formats.sparse_entries import check_positions, sort_entries
 from deltaserve_store.formats.tensor_checks import (
@@ -35,10 +36,13 @@ def parse_peft_shira(
     shira = parse_shira_config(config, base, config_name, findings)
     if shira is None:
         return None
-    modules = shira.targets.select(base)
-    _check_layout(shira, modules, tensors, base, findings)
+    beside = Beside(config, shira.targets.select(base), tensors, base, config_name, findings)
+    modules = beside.targets
+    beside.check_layout(tensors, findings)
+    _check_layout(shira, modules, tensors, base, findings, others=beside.names)
     if findings:
         return None
+    others = beside.read(tensors, findings)
     deltas = tuple(
         delta for module in modules if (delta := _read_delta(base.linears[module], tensors, findings)) is not None
     )
@@ -47,12 +51,12 @@ def parse_peft_shira(
     return ParsedAdapter(
         kind="sparse",
         file_format="peft-shira",
-        deltas=deltas,
+        deltas=(*deltas, *others),
         config=config,
         base_name=shira.base_name,
         base_fingerprint=None,
         rank=None,
-        num_parameters=sum(delta.num_entries for delta in deltas),
+        num_parameters=beside.num_parameters + sum(delta.num_entries for delta in deltas),
     )
 
 
@@ -61,9 +65,15 @@ def _names(module: str) -> tuple[str, str]:
 
 
 def _check_layout(
-    shira: PeftShiraConfig, modules: tuple[str, ...], tensors: TensorFile, base: BaseSpec, findings: Findings
+    shira: PeftShiraConfig,
+    modules: tuple[str, ...],
+    tensors: TensorFile,
+    base: BaseSpec,
+    findings: Findings,
+    *,
+    others: Iterable[str],
 ) -> None:
-    expected: set[str] = set()
+    expected: set[str] = set(others)
     for module in modules:
         linear = base.linears[module]
         count = shira.rank * (linear.in_features + linear.out_features)

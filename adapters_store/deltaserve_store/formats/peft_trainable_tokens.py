@@ -15,7 +15,7 @@ import torch
 
 from deltaserve_store.block_deltas import RowsDelta
 from deltaserve_store.findings import Findings
-from deltaserve_store.formats.peft_fields import LORA_FIELDS, FieldRule, check_fields
+from deltaserve_store.formats.peft_fields import LORA_FIELDS, FieldRule, check_fields, off
 from deltaserve_store.formats.tensor_checks import (
     FLOAT_DTYPES,
     PEFT_PREFIX,
@@ -40,7 +40,7 @@ from deltaserve_store.formats.vocabulary_rows import (
 from deltaserve_store.parsed import ParsedAdapter
 from deltaserve_store.spec import BaseSpec
 
-_COMMON = ("task_type", "base_model_name_or_path", "modules_to_save")
+_COMMON = ("task_type", "base_model_name_or_path")
 _DESCRIPTIVE = ("auto_mapping", "peft_version", "revision", "inference_mode")
 
 
@@ -55,6 +55,7 @@ TOKENS_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
             "understood", lambda value: value == "TRAINABLE_TOKENS", "TRAINABLE_TOKENS", required=True
         ),
         **{field: LORA_FIELDS[field] for field in (*_COMMON, *_DESCRIPTIVE)},
+        "modules_to_save": off(None, [], why="PEFT has it beside other kinds"),
         "token_indices": FieldRule(
             "understood", are_token_ids, f"a list of 1 to {MAX_TRAINED_TOKENS} token ids", required=True
         ),

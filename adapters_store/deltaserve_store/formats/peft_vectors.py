@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from deltaserve_store.findings import Findings
+from deltaserve_store.formats.beside import Beside
 from deltaserve_store.formats.module_match import TargetRules, is_head
 from deltaserve_store.formats.peft_fields import LORA_FIELDS, FieldRule, check_fields
 from deltaserve_store.formats.tensor_checks import (
@@ -62,7 +63,8 @@ def parse_peft_ia3(
     rules = _targets(config, IA3_FIELDS, config_name, findings)
     if rules is None:
         return None
-    modules = rules.select(base)
+    beside = Beside(config, rules.select(base), tensors, base, config_name, findings)
+    modules = beside.targets
     if not modules:
         findings.add("target_not_found", f"{config_name}:target_modules", "no match", "names of linears of the base")
     # PEFT compares endings of the whole path here, without looking for a dot.
@@ -74,7 +76,8 @@ def parse_peft_ia3(
         shapes[f"{PEFT_PREFIX}{module}.ia3_l"] = (
             (1, linear.in_features) if module in inward else (linear.out_features, 1)
         )
-    found = _read(shapes, tensors, base, findings)
+    found = _read(shapes, beside, tensors, base, findings)
+    others = [] if findings else beside.read(tensors, findings)
     if findings:
         return None
     deltas = []
@@ -83,7 +86,8 @@ def parse_peft_ia3(
             deltas.append(VectorDelta(module, in_scale=vector.flatten()))
         else:
             deltas.append(VectorDelta(module, out_scale=vector.flatten(), scales_bias=True))
-    return _parsed("peft-ia3", deltas, config, sum(v.numel() for v in found.values()))
+    num_parameters = beside.num_parameters + sum(v.numel() for v in found.values())
+    return _parsed("peft-ia3", [*deltas, *others], config, num_parameters)
 
 
 def parse_peft_ln_tuning(
@@ -93,7 +97,9 @@ def parse_peft_ln_tuning(
     rules = _targets(config, LN_FIELDS, config_name, findings)
     if rules is None:
         return None
-    names = [name for name in base.norms if rules.matches(name)]
+    targeted = [name for name in base.norms if rules.matches(name)]
+    beside = Beside(config, targeted, tensors, base, config_name, findings)
+    names = beside.targets
     if not names:
         findings.add("target_not_found", f"{config_name}:target_modules", "no match", "names of norms of the base")
     shapes: dict[str, tuple[int, ...]] = {}
@@ -101,7 +107,8 @@ def parse_peft_ln_tuning(
         norm = base.norms[name]
         for part in ("weight", "bias") if norm.has_bias else ("weight",):
             shapes[f"{PEFT_PREFIX}{name}.ln_tuning_layers.{part}"] = (norm.size,)
-    found = _read(shapes, tensors, base, findings)
+    found = _read(shapes, beside, tensors, base, findings)
+    others = [] if findings else beside.read(tensors, findings)
     if findings:
         return None
     prefixes = [(name, f"{PEFT_PREFIX}{name}.ln_tuning_layers") for name in names]
@@ -109,7 +116,8 @@ def parse_peft_ln_tuning(
         NormDelta(name, found[f"{prefix}.weight"], found.get(f"{prefix}.bias"), replaces=True)
         for name, prefix in prefixes
     ]
-    return _parsed("peft-ln-tuning", deltas, config, sum(v.numel() for v in found.values()))
+    num_parameters = beside.num_parameters + sum(v.numel() for v in found.values())
+    return _parsed("peft-ln-tuning", [*deltas, *others], config, num_parameters)
 
 
 Parser = Callable[[Mapping[str, Any], str, TensorFile, BaseSpec, Findings], ParsedAdapter | None]
@@ -131,9 +139,10 @@ def _targets(
 
 
 def _read(
-    shapes: Mapping[str, tuple[int, ...]], tensors: TensorFile, base: BaseSpec, findings: Findings
+    shapes: Mapping[str, tuple[int, ...]], beside: Beside, tensors: TensorFile, base: BaseSpec, findings: Findings
 ) -> dict[str, Any]:
-    """Exactly these tensors; empty when something is wrong with the header."""
+    """Exactly these tensors and those ``beside``; empty when something is wrong with the header."""
+    beside.check_layout(tensors, findings)
     for name, shape in shapes.items():
         info = tensors.header.tensors.get(name)
         if info is None:
@@ -142,7 +151,7 @@ def _read(
         check_dtype(info, FLOAT_DTYPES, findings)
         check_shape(info, shape, "by the base", findings)
     for name in tensors.header.tensors:
-        if name not in shapes:
+        if name not in shapes and name not in beside.names:
             name_stray_tensor(name, base, findings)
     if findings:
         return {}

@@ -5,7 +5,7 @@ The embedding of the base reads a row for each token, the head multiplies one; w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ def read_rows(tensors: TensorFile, name: str, module: str, base: BaseSpec) -> Te
     return tensors.read(name)[: rows_shape(module, base)[0]]
 
 
-def copies_in(tensors: TensorFile, base: BaseSpec, taken: Mapping[str, Any]) -> dict[str, str]:
+def copies_in(tensors: TensorFile, base: BaseSpec, taken: Collection[str]) -> dict[str, str]:
     """Copies of the base's embedding and head that PEFT may write beside an adapter, by tensor name: the module.
 
     It does (``save_embedding_layers``) where they are targets, or where the caller asks for it; under the name that the

@@ -13,7 +13,7 @@ from deltaserve_kernels.tables import LoraTables
 from deltaserve_kernels.worklist import WorkList
 
 if TYPE_CHECKING:
-    from deltaserve_kernels.vocabulary import RowsTables
+    from deltaserve_kernels.vocabulary_family import RowsTables
 
 
 def change_rows(y: Tensor, x: Tensor, work: WorkList, rows: RowsTables) -> None:

@@ -13,7 +13,7 @@ from deltaserve_kernels.triton_ops import vocabulary_kernels as kernels
 from deltaserve_kernels.triton_ops.early import early
 from deltaserve_kernels.triton_ops.row_items import listed_rows, row_items
 from deltaserve_kernels.triton_ops.vector_rows import BLOCK
-from deltaserve_kernels.vocabulary import RowsTables
+from deltaserve_kernels.vocabulary_family import RowsTables
 from deltaserve_kernels.worklist import WorkList
 
 # Columns of added tokens that one program hides.

@@ -131,13 +131,14 @@ class DevicePool:
                     sparse.append((index, scan(term.indptr, term.cols, term.values)))
                 elif isinstance(term, BlockTerm):
                     blocks.append((index, self._scan_block(term, is_apart)))
-        vectors = vector_entries(folded, self._linear_index, self._norm_index, is_apart=is_apart)
+        matrices = self._matrix_index
+        vectors = vector_entries(folded, self._linear_index, self._norm_index, others=matrices, is_apart=is_apart)
         if vectors.nbytes:
             _served(tables.vectors, "vector terms")
         terms_apart = apart_entries(folded, self._linear_index, self._point_index, is_apart=is_apart)
         if terms_apart.nbytes:
             _served(tables.apart, "dense differences and residual modules")
-        vocabulary = vocabulary_entries(folded, self._matrix_index, is_apart=is_apart)
+        vocabulary = vocabulary_entries(folded, matrices, is_apart=is_apart)
         if vocabulary.nbytes:
             _served(tables.vocabulary, "terms of embedding and head")
         prefix = None

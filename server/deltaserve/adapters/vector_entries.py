@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
@@ -13,9 +13,15 @@ from deltaserve_kernels import RotationEntry, RotationFactor, VectorEntries, Vec
 
 
 def vector_entries(
-    folded: FoldedAdapter, linears: Mapping[str, int], norms: Mapping[str, int], *, is_apart: bool = False
+    folded: FoldedAdapter,
+    linears: Mapping[str, int],
+    norms: Mapping[str, int],
+    *,
+    others: Collection[str] = (),
+    is_apart: bool = False,
 ) -> VectorEntries:
-    """By index; ``is_apart``: copies that keep nothing else of the adapter's file in memory.
+    """By index; ``is_apart``: copies that keep nothing else of the adapter's file in memory. ``others``: names whose
+    terms belong to another table (embedding and head).
 
     Raises ``ValueError`` for a linear or norm that the base does not have.
     """
@@ -35,7 +41,7 @@ def vector_entries(
     rotations: dict[str, list[tuple[int, RotationEntry]]] = {"input": [], "output": []}
     for name, terms in folded.terms.items():
         for term in terms:
-            if not isinstance(term, VectorTerm | RotationTerm):
+            if name in others or not isinstance(term, VectorTerm | RotationTerm):
                 continue
             index = _index(linears, name, "linear")
             if isinstance(term, RotationTerm):

@@ -2,7 +2,8 @@
 scales (BitDelta).
 
 A mask that marks few weights is met with the base once, here: what it takes out becomes ``-W`` at the marked places, a
-sparse term. Of more, the bits stay, as signs do, one a weight on the device too, and a step reads the base's weights.
+sparse term. Of more, the bits stay, as signs do, one a weight on the device too, and a step reads the base's weights. A
+weight that was trained whole is met with the base here too, and becomes its difference, taken in float32 and cast once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from deltaserve.deltas.folded_file import FileDamaged
 from deltaserve.errors import Reason
 from deltaserve_kernels import DenseEntry, unpack_bits
-from deltaserve_store.dense_deltas import WORD_BITS, DenseDelta, MaskDelta, SignDelta
+from deltaserve_store.dense_deltas import WORD_BITS, DenseDelta, MaskDelta, SignDelta, WholeDelta
 from deltaserve_store.parsed import SparseDelta
 from deltaserve_store.spec import LinearSpec
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 LISTED = 16
 """A mask becomes a list of entries while it marks at most one weight in so many. An index of 16 bits would then be as
 large as the bits; ours, with their values, are larger, but spare a step the base's weights."""
+ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +58,14 @@ class DenseTerm:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
 
-def misfit(delta: DenseDelta | MaskDelta | SignDelta, linear: LinearSpec) -> Reason | None:
+def misfit(delta: DenseDelta | WholeDelta | MaskDelta | SignDelta, linear: LinearSpec) -> Reason | None:
     """What is wrong with the delta's shape, if anything."""
     size, words = (linear.out_features, linear.in_features), -(-linear.in_features // WORD_BITS)
     given: dict[tuple[int, ...], set[tuple[int, ...]]]
     if isinstance(delta, DenseDelta):
         given = {tuple(delta.delta.shape): {size}}
+    elif isinstance(delta, WholeDelta):
+        given = {tuple(delta.weight.shape): {size}}
     elif isinstance(delta, MaskDelta):
         given = {tuple(delta.mask.shape): {(size[0], words)}}
     else:
@@ -78,6 +82,15 @@ def fold_signs_or_matrix(delta: DenseDelta | SignDelta, linear: LinearSpec, dtyp
         return DenseTerm(linear.in_features, delta=delta.delta.to(dtype).contiguous())
     scale = delta.scale.float().expand(linear.out_features).contiguous()
     return DenseTerm(linear.in_features, signs=delta.signs.contiguous(), scale=scale)
+
+
+def fold_whole(delta: WholeDelta, linear: LinearSpec, weights: LinearWeights, dtype: torch.dtype) -> DenseTerm:
+    """What a weight that stands in place of the base's changes, a few rows at a time."""
+    changed = torch.empty(linear.out_features, linear.in_features, dtype=dtype)
+    for i in range(0, linear.out_features, ROWS_AT_ONCE):
+        j = min(i + ROWS_AT_ONCE, linear.out_features)
+        changed[i:j] = delta.weight[i:j].float() - weights.rows(i, j).cpu()
+    return DenseTerm(linear.in_features, delta=changed)
 
 
 def fold_mask(delta: MaskDelta, linear: LinearSpec, weights: LinearWeights) -> SparseDelta | DenseTerm:
@@ -110,10 +123,12 @@ def take_dense(linear: str, roles: dict[str, Tensor], known: LinearSpec, dtype: 
     return DenseTerm(known.in_features, *(taken.get(role) for role in forms))
 
 
-def change_of(delta: DenseDelta | MaskDelta | SignDelta, weight: Tensor) -> Tensor:
+def change_of(delta: DenseDelta | WholeDelta | MaskDelta | SignDelta, weight: Tensor) -> Tensor:
     """The oracle: the difference of the weight, fp32 like ``weight`` [out, in], from the file's own tensors."""
     if isinstance(delta, DenseDelta):
         return delta.delta.float()
+    if isinstance(delta, WholeDelta):
+        return delta.weight.float() - weight
     bits = torch.zeros(weight.shape)
     words = delta.mask if isinstance(delta, MaskDelta) else delta.signs
     for column in range(weight.shape[1]):

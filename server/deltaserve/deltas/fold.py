@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deltaserve.deltas.blocks import BlockTerm, dense_block, fold_block
 from deltaserve.deltas.blocks import misfit as block_misfit
-from deltaserve.deltas.dense import DenseTerm, change_of, fold_mask, fold_signs_or_matrix, misfit
+from deltaserve.deltas.dense import DenseTerm, change_of, fold_mask, fold_signs_or_matrix, fold_whole, misfit
 from deltaserve.deltas.folded import FOLD_VERSION, FoldedAdapter, LowRankTerm, SparseTerm, Term, dtype_name
 from deltaserve.deltas.modules import fold_modules
 from deltaserve.deltas.prefixes import PrefixTerm, fold_prefix, prefix_overflow
@@ -32,16 +32,17 @@ from deltaserve.deltas.vectors import (
     needs_weights,
 )
 from deltaserve.deltas.vocabulary import fold_rows, is_of_vocabulary, needs_token_rows
+from deltaserve.deltas.vocabulary_scales import weights_of
 from deltaserve.errors import AdapterRefused, Reason
 from deltaserve_store.block_deltas import BlockDelta, RowsDelta
 from deltaserve_store.bottleneck_deltas import BottleneckDelta
-from deltaserve_store.dense_deltas import DenseDelta, MaskDelta, SignDelta
+from deltaserve_store.dense_deltas import DenseDelta, MaskDelta, SignDelta, WholeDelta
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter, SparseDelta
 from deltaserve_store.spec import BaseSpec, LinearSpec
 from deltaserve_store.vector_deltas import NormDelta
 
-Matrix = LoraDelta | SparseDelta | DenseDelta | MaskDelta | SignDelta | BlockDelta
-_MATRICES = (LoraDelta, SparseDelta, DenseDelta, MaskDelta, SignDelta, BlockDelta)
+Matrix = LoraDelta | SparseDelta | DenseDelta | WholeDelta | MaskDelta | SignDelta | BlockDelta
+_MATRICES = (LoraDelta, SparseDelta, DenseDelta, WholeDelta, MaskDelta, SignDelta, BlockDelta)
 
 
 def fold_key(fingerprint: str, dtype: torch.dtype) -> str:
@@ -76,7 +77,7 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
         else:
             if isinstance(delta, LoraDelta):
                 if delta.magnitude is not None and base is not None:
-                    scales[delta.module] = dora_scale(delta, delta.magnitude, base.linear(delta.module))
+                    scales[delta.module] = dora_scale(delta, delta.magnitude, weights_of(base, spec, delta.module))
                 term: Term = _fold_low_rank(delta, dtype, scales.get(delta.module))
             elif isinstance(delta, DenseDelta | SignDelta):
                 term = fold_signs_or_matrix(delta, linear, dtype)
@@ -152,9 +153,9 @@ def dense_delta(
     for delta in adapter.deltas:
         if isinstance(delta, BottleneckDelta) or delta.module != linear:
             continue
-        if isinstance(delta, MaskDelta) and base is None:
-            raise ValueError("a mask is met with the base's weights; give the base")
-        if isinstance(delta, DenseDelta | MaskDelta | SignDelta):
+        if isinstance(delta, MaskDelta | WholeDelta) and base is None:
+            raise ValueError("these deltas are met with the base's weights; give the base")
+        if isinstance(delta, DenseDelta | WholeDelta | MaskDelta | SignDelta):
             dense += change_of(delta, weight)
         elif isinstance(delta, LoraDelta) and delta.magnitude is None:
             # A converted delta is checked against its own method's formula, not against the conversion.
@@ -193,7 +194,7 @@ def _refusal(reasons: list[Reason]) -> AdapterRefused:
 
 
 def _misfit(delta: Matrix, linear: LinearSpec) -> Reason | None:
-    if isinstance(delta, DenseDelta | MaskDelta | SignDelta):
+    if isinstance(delta, DenseDelta | WholeDelta | MaskDelta | SignDelta):
         return misfit(delta, linear)
     if isinstance(delta, BlockDelta):
         return block_misfit(delta, linear)
@@ -219,11 +220,13 @@ def _fold_low_rank(delta: LoraDelta, dtype: torch.dtype, row_scale: Tensor | Non
 
 
 def _fold_entries(
-    delta: SparseDelta | MaskDelta, linear: LinearSpec, dtype: torch.dtype, base: BaseWeights | None
+    delta: SparseDelta | MaskDelta | WholeDelta, linear: LinearSpec, dtype: torch.dtype, base: BaseWeights | None
 ) -> Term:
-    if isinstance(delta, MaskDelta):
+    if isinstance(delta, MaskDelta | WholeDelta):
         if base is None:
-            raise ValueError("a mask is folded with the base's weights; give the base")
+            raise ValueError("these deltas are folded with the base's weights; give the base")
+        if isinstance(delta, WholeDelta):
+            return fold_whole(delta, linear, base.linear(delta.module), dtype)
         taken_out = fold_mask(delta, linear, base.linear(delta.module))
         return taken_out if isinstance(taken_out, DenseTerm) else _fold_sparse(taken_out, linear, dtype)
     return _fold_sparse(delta, linear, dtype)

@@ -230,8 +230,10 @@ def _linear_terms(
     dense = take_dense(linear, roles, known, dtype) if linear in spec.linears else None
     if dense is not None:
         terms.append(dense)
-    vectors = take_vectors(linear, roles, known) if linear in spec.linears else None
+    vectors = take_vectors(linear, roles, known)
     if vectors is not None:
+        if linear in matrices and not _suits_matrix(vectors, linear, spec):
+            raise FileDamaged(f"{linear!r} has vectors that no embedding or head takes")
         terms.append(vectors)
     if linear in spec.linears:
         terms.extend(take_rotations(linear, roles, known, dtype))
@@ -244,6 +246,12 @@ def _linear_terms(
     if roles or not terms:
         raise FileDamaged(f"{linear!r} has the unexpected parts {sorted(roles)}")
     return tuple(terms)
+
+
+def _suits_matrix(vectors: VectorTerm, name: str, spec: BaseSpec) -> bool:
+    """The head takes a scale and a bias of its outputs, the embedding a scale."""
+    is_embedding = spec.embedding is not None and name == spec.embedding.name
+    return vectors.in_scale is None and not (is_embedding and (vectors.bias is not None or vectors.scale is None))
 
 
 def _low_rank(linear: str, a: Tensor, b_t: Tensor, known: LinearSpec, dtype: torch.dtype) -> LowRankTerm:

@@ -22,6 +22,7 @@ from deltaserve_store.bottleneck_deltas import BottleneckDelta
 from deltaserve_store.parsed import ParsedAdapter
 from deltaserve_store.rotation_deltas import RotationDelta
 from deltaserve_store.spec import BaseSpec
+from deltaserve_store.vector_deltas import VectorDelta
 
 if TYPE_CHECKING:
     from deltaserve.deltas.vectors import BaseWeights
@@ -38,13 +39,19 @@ def fold_rotations(
 ) -> dict[str, RotationTerm]:
     """Terms by linear, blocks cast to ``dtype``. What does not fit is added to ``reasons``."""
     terms: dict[str, RotationTerm] = {}
-    others = {delta.module for delta in parsed.deltas if not isinstance(delta, RotationDelta | BottleneckDelta)}
+    biases: set[str] = set()
+    others: set[str] = set()
+    for delta in parsed.deltas:
+        if isinstance(delta, VectorDelta) and delta.is_new_bias_alone:
+            biases.add(delta.module)
+        elif not isinstance(delta, RotationDelta | BottleneckDelta):
+            others.add(delta.module)
     for delta in parsed.deltas:
         if not isinstance(delta, RotationDelta):
             continue
         if delta.module not in spec.linears:
             reasons.append(Reason("unknown_module", delta.module, "a rotation", "a linear of the base"))
-        elif delta.module in terms or delta.module in others:
+        elif delta.module in (terms.keys() | others) or (delta.module in biases and delta.side == "output"):
             # What the method's formula would mean beside another delta is not defined.
             reasons.append(Reason("duplicate_module", delta.module, "two deltas", "a rotation alone on its linear"))
         else:

@@ -21,14 +21,16 @@ from torch import Tensor
 from deltaserve.deltas.prefixes import PromptBase
 from deltaserve.deltas.rotations import rotation_biases
 from deltaserve.deltas.vector_terms import NormTerm, VectorTerm
+from deltaserve.deltas.vocabulary_scales import weights_of
 from deltaserve.errors import Reason
-from deltaserve_store.dense_deltas import MaskDelta
+from deltaserve_store.dense_deltas import MaskDelta, WholeDelta
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter
 from deltaserve_store.rotation_deltas import RotationDelta
-from deltaserve_store.spec import BaseSpec
+from deltaserve_store.spec import BaseSpec, LinearSpec
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
 
 ROWS_AT_ONCE = 1024
+NUMBERS_AT_ONCE = 32 * 1024 * 1024
 _END = 1 << 40
 
 
@@ -54,7 +56,7 @@ class BaseWeights(PromptBase, Protocol):
 def needs_weights(parsed: ParsedAdapter) -> bool:
     """Whether some delta can only be folded with the base's numbers."""
     return any(
-        isinstance(delta, VectorDelta | NormDelta | RotationDelta | MaskDelta)
+        isinstance(delta, VectorDelta | NormDelta | RotationDelta | MaskDelta | WholeDelta)
         or (isinstance(delta, LoraDelta) and delta.magnitude is not None)
         for delta in parsed.deltas
     )
@@ -63,11 +65,10 @@ def needs_weights(parsed: ParsedAdapter) -> bool:
 def dora_scale(delta: LoraDelta, magnitude: Tensor, weights: LinearWeights) -> Tensor:
     """fp32 [out]: the magnitudes over the row norms of the changed weight."""
     a, b = delta.a.float(), delta.b.float() * delta.scaling
+    step = min(ROWS_AT_ONCE, max(1, NUMBERS_AT_ONCE // a.shape[1]))  # rows of an embedding are as long as it has tokens
     norms = [
-        torch.linalg.vector_norm(
-            weights.rows(i, min(i + ROWS_AT_ONCE, len(b))).cpu() + b[i : i + ROWS_AT_ONCE] @ a, dim=1
-        )
-        for i in range(0, len(b), ROWS_AT_ONCE)
+        torch.linalg.vector_norm(weights.rows(i, min(i + step, len(b))).cpu() + b[i : i + step] @ a, dim=1)
+        for i in range(0, len(b), step)
     ]
     return magnitude.float().flatten() / torch.cat(norms)
 
@@ -79,20 +80,23 @@ def fold_vectors(
     terms: dict[str, VectorTerm] = {}
     norms: dict[str, NormTerm] = {}
     vectors: dict[str, VectorDelta] = {}
+    turned: dict[str, Tensor] = {}
     for delta in parsed.deltas:
         if isinstance(delta, VectorDelta):
-            if _fits(delta.module, delta.module in vectors, delta.module in spec.linears, reasons):
+            if _fits(delta.module, delta.module in vectors, _takes_vectors(delta.module, spec), reasons):
                 vectors[delta.module] = delta
         elif isinstance(delta, RotationDelta):
             if delta.out_scale is not None and delta.module in spec.linears:
-                vectors[delta.module] = VectorDelta(delta.module, out_scale=delta.out_scale)
+                turned[delta.module] = delta.out_scale
         elif isinstance(delta, NormDelta) and _fits(
             delta.module, delta.module in norms, delta.module in spec.norms, reasons
         ):
             norms[delta.module] = _fold_norm(delta, base)
+    for name, out_scale in turned.items():  # a trained bias may stand beside a rotation
+        vectors[name] = replace(vectors.get(name, VectorDelta(name)), out_scale=out_scale)
     for name in dict.fromkeys([*scales, *vectors]):
         delta = vectors.get(name) or VectorDelta(name)
-        weights, shape = base.linear(name), spec.linears[name]
+        weights, shape = weights_of(base, spec, name), _spec_of(name, spec)
         if delta.in_bias is not None and delta.in_bias.numel() != shape.in_features:
             found = str(delta.in_bias.numel())
             reasons.append(Reason("shape_mismatch", f"{name} (in_bias)", found, str(shape.in_features)))
@@ -103,15 +107,24 @@ def fold_vectors(
             term = replace(term, bias=shift if term.bias is None else term.bias + shift)
         terms[name] = term
     for name, tensors in [(n, t.tensors()) for n, t in terms.items()] + [(n, t.tensors()) for n, t in norms.items()]:
-        size = spec.norms[name].size if name in norms else spec.linears[name].out_features
+        size = spec.norms[name].size if name in norms else _spec_of(name, spec).out_features
         for role, tensor in tensors.items():
-            wanted = spec.linears[name].in_features if role == "in_scale" else size
+            wanted = _spec_of(name, spec).in_features if role == "in_scale" else size
             if tensor.numel() != wanted:
                 reasons.append(Reason("shape_mismatch", f"{name} ({role})", str(tensor.numel()), str(wanted)))
             elif not bool(torch.isfinite(tensor).all()):
                 found = "values that overflow float32 (a row of zeros?)"
                 reasons.append(Reason("value_out_of_range", f"{name} ({role})", found, "finite values"))
     return terms, norms
+
+
+def _takes_vectors(name: str, spec: BaseSpec) -> bool:
+    """Linears and the head; of the embedding low rank has a scale, but no vector stands alone."""
+    return name in spec.linears or (spec.head is not None and name == spec.head.name)
+
+
+def _spec_of(name: str, spec: BaseSpec) -> LinearSpec:
+    return spec.linears[name] if name in spec.linears else spec.vocabulary[name]
 
 
 def _through(vector: Tensor, weights: LinearWeights, out_features: int) -> Tensor:

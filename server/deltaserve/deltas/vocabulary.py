@@ -20,6 +20,7 @@ from deltaserve.errors import Reason
 from deltaserve_store.block_deltas import RowsDelta
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter
 from deltaserve_store.spec import BaseSpec
+from deltaserve_store.vector_deltas import VectorDelta
 
 ROWS_AT_ONCE = 4096
 MAX_ROWS_BYTES = 256 * 1024 * 1024
@@ -53,7 +54,9 @@ def matrix_size(spec: BaseSpec, name: str) -> tuple[int, int]:
 
 
 def is_of_vocabulary(delta: object, spec: BaseSpec) -> bool:
-    return isinstance(delta, RowsDelta) or (isinstance(delta, LoraDelta) and delta.module in spec.vocabulary)
+    return isinstance(delta, RowsDelta) or (
+        isinstance(delta, LoraDelta | VectorDelta) and delta.module in spec.vocabulary
+    )
 
 
 def needs_token_rows(parsed: ParsedAdapter) -> bool:
@@ -204,6 +207,12 @@ def _change(deltas: Sequence[LoraDelta | RowsDelta], spec: BaseSpec, name: str, 
             # Rows of the head are rows of B A, those of the embedding its columns.
             a, b = delta.a.float(), delta.b.float()
             after += delta.scaling * ((b @ a[:, ids]).t() if is_embedding else b[ids] @ a)
+            if delta.magnitude is not None:
+                own = delta.magnitude.float().flatten()
+                if is_embedding:
+                    after = after * (own / _norms_over_tokens(delta, base, matrix_size(spec, name)[0]))
+                else:
+                    after = after * (own[ids] / after.norm(dim=1))[:, None]
         elif not delta.is_copy:
             known = torch.arange(len(delta.values)) if delta.ids is None else delta.ids.long()
             place = torch.full((1 + int(torch.cat((known, ids)).max()),), -1)
@@ -211,3 +220,14 @@ def _change(deltas: Sequence[LoraDelta | RowsDelta], spec: BaseSpec, name: str, 
             hits = place[ids] >= 0
             after[hits] = delta.values[place[ids][hits]].float()
     return after - stored
+
+
+def _norms_over_tokens(delta: LoraDelta, base: TokenRows, num_tokens: int) -> Tensor:
+    """fp32 [width]: norms of the columns of the embedding with its low rank, a few tokens at a time."""
+    a, b = delta.a.float(), delta.b.float()
+    total = torch.zeros(b.shape[0], dtype=torch.float64)
+    for i in range(0, num_tokens, ROWS_AT_ONCE):
+        ids = torch.arange(i, min(i + ROWS_AT_ONCE, num_tokens))
+        changed = base.token_rows(delta.module, ids).float().cpu() + delta.scaling * (b @ a[:, ids]).t()
+        total += changed.double().square().sum(dim=0)
+    return total.sqrt().float()

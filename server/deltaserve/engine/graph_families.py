@@ -212,7 +212,8 @@ def _fed(family: VectorFamily, base: BaseModel) -> GraphFamily:
 
 
 def _vocabulary(family: VocabularyFamily) -> GraphFamily:
-    """Low rank and trained rows of embedding and head; each row of a decode step gets logits."""
+    """Low rank and trained rows of embedding and head; each row of a decode step gets logits. Scales and biases have no
+    launch in a graph."""
     room = family.lora.rank_capacity
 
     def give_lists(ctx: ForwardContext) -> None:
@@ -222,7 +223,7 @@ def _vocabulary(family: VocabularyFamily) -> GraphFamily:
         family.has_slot,
         lambda: family.num_slots,
         give_lists,
-        refuses=lambda slot: family.lora.largest_rank(slot) > room,
+        refuses=lambda slot: family.lora.largest_rank(slot) > room or family.vectors.has_slot(slot),
         is_alone=False,
     )
 

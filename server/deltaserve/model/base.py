@@ -75,6 +75,7 @@ class BaseModel:
         self._linears = dict(linears)
         self._norms = dict(norms)
         self.matrices = (None if embedding is None else embedding.name, None if head is None else head.name)
+        self._heads = {} if head is None else {head.name: head}
         self._token_rows: dict[str, Tensor] = {m.name: m.weight for m in (embedding, head) if m is not None}
         self._longrope_limit = longrope_limit
         self._decoder = cut_before_head(model)
@@ -98,8 +99,8 @@ class BaseModel:
         return self._longrope_limit is not None
 
     def linear(self, name: str) -> BaseLinear:
-        """The base weights behind a name of ``linears``; raises KeyError."""
-        return self._linears[name]
+        """The base weights behind a name of ``linears`` or the head; raises KeyError."""
+        return (self._heads if name in self._heads else self._linears)[name]
 
     def norm(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Weight and bias [H] of a norm of ``norms``, as stored; raises KeyError."""
@@ -172,7 +173,7 @@ class BaseModel:
         if not 1 <= len(ids) <= MAX_FOLDED_TOKENS:
             raise ValueError(f"{len(ids)} ids; folded mode takes 1 to {MAX_FOLDED_TOKENS}")
         biases, norms, modules, rows = biases or {}, norms or {}, modules or {}, rows or {}
-        unknown = sorted({*deltas, *biases} - set(self._linears)) + sorted(set(norms) - set(self._norms))
+        unknown = sorted({*deltas, *biases} - {*self._linears, *self._heads}) + sorted(set(norms) - set(self._norms))
         unknown += sorted(set(modules) - set(self.points))
         unknown += sorted(set(rows) - set(self._token_rows))
         if unknown:

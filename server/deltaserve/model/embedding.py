@@ -55,7 +55,7 @@ class TunableEmbedding:
         ctx = current_or_none()
         if isinstance(ctx, FoldedContext) and self.name in ctx.rows:
             return self._folded(ctx.rows[self.name], *args, **kwargs)
-        if not isinstance(ctx, ForwardContext) or ctx.vocabulary is None or ctx.vocabulary.embedding is None:
+        if not isinstance(ctx, ForwardContext) or ctx.vocabulary is None or not ctx.vocabulary.changes_embedding:
             return self.run(*args, **kwargs)
         ids = kwargs["input"] if "input" in kwargs else args[0]
         # Tokens beyond the matrix are added ones: each has a row of its own below.

@@ -36,7 +36,7 @@ SHIRA = (
             for part in ("indices", "weight")
         ),
     ),
-    config_case("modules_to_save", ["lm_head"], "unsupported_feature", kind="shira"),
+    config_case("modules_to_save", ["lm_head"], "unknown_module", kind="shira"),
     config_case("rank_pattern", {}, "unknown_field", kind="shira"),
     tensor_case(
         "indices missing", "missing_tensor", {f"{_V0}.shira_indices": None}, f"{_V0}.shira_indices", kind="shira"

@@ -52,8 +52,9 @@ def damage(kind: str) -> Iterator[BadAdapter]:
         ("target_modules", ".*_proj", "regex_target"),
         ("target_modules", ["q_proj", "lm_head"], "unsupported_target"),
         ("task_type", "SEQ_CLS", "unsupported_feature"),
-        ("modules_to_save", ["lm_head"], "unsupported_feature"),
-        ("bias", "all", "unsupported_feature"),
+        ("modules_to_save", ["lm_head"], "unknown_module"),
+        ("modules_to_save", ".*", "invalid_value"),
+        ("bias", "some", "unsupported_feature" if kind == "glora" else "invalid_value"),
     ):
         if field in READERS[kind.upper()].fields or field == "wings":
             name = f"{field}={json.dumps(value)}"

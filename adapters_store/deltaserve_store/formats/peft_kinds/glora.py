@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deltaserve_store.findings import Findings
-from deltaserve_store.formats.peft_fields import BIAS, COMMON_FIELDS, FLAG, RANK, FieldRule, one_of
+from deltaserve_store.formats.peft_fields import COMMON_FIELDS, FLAG, RANK, FieldRule, one_of
 from deltaserve_store.formats.peft_kinds.low_rank import converted
 from deltaserve_store.formats.peft_kinds.reader import Delta, PeftReader, TensorRule
 from deltaserve_store.formats.tensor_checks import PEFT_PREFIX
@@ -41,7 +41,9 @@ class Glora(PeftReader):
         "config_A_B": _paths("lora", "vector", "constant", "none"),
         "config_C": _paths("lora", "vector", "none"),
         "config_D_E": _paths("vector", "constant", "none"),
-        "bias": BIAS,
+        "bias": FieldRule(
+            "understood", one_of("none"), "none (its own terms say what becomes of a bias)", "unsupported_feature"
+        ),
         "init_weights": FLAG,
     }
 

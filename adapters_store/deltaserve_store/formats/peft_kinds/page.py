@@ -133,6 +133,25 @@ hardly falls does not pass: of FourierFT's default, 1000 coefficients, drawn at 
 best 256 directions miss 64 % of the delta's norm and the best 1024 still 11 %.
 """
 
+_BESIDE = """
+## Beside any kind
+
+LoRA, SHiRA, IA3, LN tuning and every converted kind may have, where PEFT's config has the field:
+
+- `modules_to_save`: modules trained whole, `<module>.weight` and `.bias`. Embedding and head become their changed rows
+  (up to 256 MiB of them), norms their differences, and a linear of the layers the difference of its weight, `Q x`,
+  which takes as much memory as the linear. Names are endings of paths, as PEFT compares them; a name of a module that
+  holds several (`mlp`) saves all of them. A target that is saved is no target. What no causal model has (`score`,
+  `classifier`) is refused by name (`unknown_module`).
+- `bias`: `<kind>_only` or `all`, trained biases in place of the base's, of linears, of a head that has one and, with
+  `all`, of norms. GLoRA says by terms of its own what becomes of a bias, so it has `none` alone.
+
+LoRA may also target embedding and head (`lora_embedding_A`, `_B`; `lora_A`, `lora_B`), with DoRA too: the head's
+magnitudes [vocabulary] scale its logits, the embedding's [width] the numbers of a row, both beside their low rank.
+`lora_bias` gives the head a bias and PEFT refuses it for an embedding. On a GPU rows with such scales or biases of
+embedding and head run outside of decode graphs, by the PyTorch definition.
+"""
+
 _ROTATIONS = """
 ## Rotations
 
@@ -228,6 +247,7 @@ def kinds_page() -> str:
     ]
     lines += [
         _HIGH_RANK,
+        _BESIDE,
         _ROTATIONS,
         _PREFIXES,
         *_table(("kind", "format", "tensors of the file", "becomes", "refused"), prefixes),

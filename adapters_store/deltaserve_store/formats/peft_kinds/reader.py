@@ -8,13 +8,14 @@ its method's own formula (``LoraDelta.dense``), and the admission proof compares
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from deltaserve_store.findings import Findings
+from deltaserve_store.formats.beside import Beside
 from deltaserve_store.formats.module_match import PatternTable
 from deltaserve_store.formats.peft_config import check_orientation, targets_of
 from deltaserve_store.formats.peft_fields import MAX_RANK, FieldRule, check_fields
@@ -139,7 +140,8 @@ def read_kind(
     targets = targets_of(config, where, findings)
     if findings:
         return None
-    modules = targets.select(base)
+    beside = Beside(config, targets.select(base), tensors, base, where, findings)
+    modules = beside.targets
     if "fan_in_fan_out" in reader_type.fields or not modules:
         check_orientation(modules, config.get("fan_in_fan_out", False), base, where, findings)
     else:
@@ -148,28 +150,31 @@ def read_kind(
                 allowed = f"linears stored as [out, in]: PEFT's {reader_type.title} has no others"
                 findings.add("unsupported_target", f"{where}:target_modules", module, allowed)
     linears = tuple(base.linears[module] for module in modules)
-    registered = tuple(name for name in base.registered if targets.matches(name))
+    registered = tuple(beside.saved.not_saved((n for n in base.registered if targets.matches(n)), Findings()))
     reader = reader_type(config, linears, where, limits, registered)
     if not findings:
         reader.check(findings)
     if not findings:
-        _check_layout(reader, tensors, base, findings)
+        beside.check_layout(tensors, findings)
+        _check_layout(reader, tensors, base, findings, others=beside.names)
     if not findings:  # after the layout: a rank may hang on positions, of which the file bounds the number
         _check_ranks(reader, findings)
     if findings:
         return None
     deltas = tuple(_deltas(reader, tensors, findings))
+    others = beside.read(tensors, findings)
     if findings:
         return None
     return ParsedAdapter(
         kind="sparse" if deltas and all(isinstance(delta, SparseDelta) for delta in deltas) else reader.kind,
         file_format=f"peft-{reader.peft_type.lower()}",
-        deltas=tuple(delta for delta in deltas if not isinstance(delta, WeightDelta | FunctionDelta)),
+        deltas=(*(delta for delta in deltas if not isinstance(delta, WeightDelta | FunctionDelta)), *others),
         config=config,
         base_name=config.get("base_model_name_or_path") or None,
         base_fingerprint=None,
         rank=max((delta.rank for delta in deltas if isinstance(delta, _RANKED)), default=None),
-        num_parameters=sum(_count(info.shape) for info in tensors.header.tensors.values()),
+        num_parameters=beside.num_parameters
+        + sum(_count(info.shape) for name, info in tensors.header.tensors.items() if name not in beside.names),
         weight_deltas=tuple(delta for delta in deltas if isinstance(delta, WeightDelta | FunctionDelta)),
         notes=reader.notes,
     )
@@ -188,8 +193,10 @@ def _names(reader: PeftReader, linear: LinearSpec) -> Mapping[str, tuple[str, Te
     return {suffix: (f"{PEFT_PREFIX}{linear.name}.{suffix}", rule) for suffix, rule in reader.layout(linear).items()}
 
 
-def _check_layout(reader: PeftReader, tensors: TensorFile, base: BaseSpec, findings: Findings) -> None:
-    """Exactly the expected tensors, in the shapes that base and config give."""
+def _check_layout(
+    reader: PeftReader, tensors: TensorFile, base: BaseSpec, findings: Findings, *, others: Collection[str]
+) -> None:
+    """Exactly the expected tensors, in the shapes that base and config give, and the ``others``."""
     expected = dict(reader.shared_layout())
     for linear in reader.linears:
         expected.update(_names(reader, linear).values())
@@ -203,7 +210,7 @@ def _check_layout(reader: PeftReader, tensors: TensorFile, base: BaseSpec, findi
         if info.shape != rule.other:
             check_shape(info, rule.shape, "by config and base", findings)
     for name in tensors.header.tensors:
-        if name in expected:
+        if name in expected or name in others:
             continue
         if _is_at_a_linear(name, base) or not name.startswith(PEFT_PREFIX):
             findings.add("unexpected_tensor", name, "a tensor the config does not account for", "only those it implies")

@@ -64,8 +64,11 @@ _TOLD = {
     "tokens": "trained tokens",
     "tokens-apart": "trained tokens of the head",
     "lora-both": "embedding and head",
+    "dora-both": "DoRA of embedding and head",
+    "bias-head": "bias of the head",
     "saved": "whole embedding and head",
     "saved-norms": "whole norms",
+    "saved-linears": "whole linears",
 }
 NUM_GROWN = VOCAB_SIZE + len(ADDED)
 _GROWN = {
