@@ -106,6 +106,10 @@ class RemoteServer:
         """Point an alias at an adapter name or version; made where it does not exist."""
         return self._send_json("PUT", f"/v1/aliases/{_quoted(alias)}", {"target": target})
 
+    def version(self) -> dict[str, Any]:
+        """``version`` of the program, ``base`` and ``base_fingerprint``."""
+        return self._get("/version")
+
     def _get(self, path: str) -> dict[str, Any]:
         return self._call("GET", path)[1]
 

@@ -33,6 +33,7 @@ from deltaserve_trainer.methods.lora import LoraMethod
 from deltaserve_trainer.scoring import read_rows
 from deltatest.base_specs import spec_of
 from deltatest.peft_adapters import make_bitfit, make_peft_ia3, make_peft_lora, make_sparse
+from deltatest.rotation_kinds import make_givens
 from deltatest.runtime_factory import open_runtime
 from deltatest.trainer_base import make_base, write_pairs
 
@@ -306,10 +307,28 @@ def test_a_server_that_holds_the_store_gets_the_files(
             sent.append((sorted(file.name for file in files), name))
             return {"created": True, "version": "ab" * 32}
 
+        def version(self) -> dict[str, Any]:
+            return {"base": "served", "base_fingerprint": fingerprint}
+
+    fingerprint = identify(place / "base")
     run("add", "lora-1", "--name", "a")
     before = sorted(path.name for path in (tmp_path / "store" / "versions").iterdir())
     monkeypatch.setattr("deltaserve.cli.workbench.find_server", lambda *_: Server())
     with AdapterStore.open(tmp_path / "store"):  # the server's lock
         assert "both: added, version abababababab" in run("merge", "a", "lora-2", "--out", "both")
+        fingerprint = "ef" * 32
+        told = run("merge", "a", "lora-2", "--out", "both", fails=True)
+        assert "serves another base: served, fingerprint efefefefefef" in told
     assert sent == [(["adapter.json", "adapter.safetensors"], "both")]
     assert sorted(path.name for path in (tmp_path / "store" / "versions").iterdir()) == before
+
+
+def test_what_has_no_part_in_a_sum_is_named(bench: Workbench, place: Path, tmp_path: Path) -> None:
+    spec = bench.runtime.base.spec
+    (turn,) = find_sources([str(make_givens(spec, tmp_path / "turn"))], place / "no-store", tmp_path)
+    adapter = bench.read(turn, accept_base=True)
+    with pytest.raises(MergeRefused, match=r"turn: RotationDelta of \S+ is no low-rank, sparse, dense or vector term"):
+        bench.update(turn, adapter)
+    prefix: Any = object()
+    with pytest.raises(MergeRefused, match="turn: the adapter has prefix"):
+        bench.update(turn, replace(adapter, prefix=prefix))

@@ -123,6 +123,20 @@ def test_on_a_relative_the_rebased_adapter_beats_the_bare_base(
     assert new["new_adapter"] == pytest.approx(measured, abs=1e-4)
 
 
+def test_a_server_of_another_base_is_told_before_anything_is_measured(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Server:
+        def version(self) -> dict[str, Any]:
+            return {"base": "old", "base_fingerprint": identify(place / "old")}
+
+    monkeypatch.setattr("deltaserve.cli.connection.find_server", lambda *_: Server())
+    monkeypatch.setattr("deltaserve.cli.rebase._before", lambda *_: pytest.fail("measured"))
+    told = rebase(place, tmp_path / "store", "next", fails=True, capsys=capsys)
+    assert f"serves another base: old, fingerprint {identify(place / 'old')[:12]}" in told
+    assert identify(place / "next")[:12] in told
+
+
 def test_what_does_not_help_is_registered_only_when_that_is_accepted(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -401,6 +401,8 @@ def test_counts_are_checked() -> None:
 def test_scales_on_both_sides_have_no_sum() -> None:
     one = adapter(VectorDelta(LAYERS[0], out_scale=drawn(OUT)))
     other = adapter(VectorDelta(LAYERS[0], in_scale=drawn(IN)))
+    with pytest.raises(MergeRefused, match="adapter 3 of the list scales its input and adapter 2 its output"):
+        merge(updates(lora(1), one, other), MergeOptions("soup"), SPEC, BASE)
     with pytest.raises(MergeRefused, match="scales its input"):
         merge(updates(one, other), MergeOptions("soup"), SPEC, BASE)
     with pytest.raises(MergeRefused, match="no natural rank"):

@@ -121,12 +121,11 @@ def merge_here(
 
     from deltaserve_trainer.merging.merge import compressed, merge
     from deltaserve_trainer.merging.options import ELEMENTWISE
-    from deltaserve_trainer.merging.update import update_of
     from deltaserve_trainer.merging.write import write_update
 
     spec = bench.runtime.base.spec
     parsed = [bench.read(source, accept_base=accept_base) for source in sources]
-    updates = [update_of(adapter, spec, bench.weights) for adapter in parsed]
+    updates = [bench.update(source, adapter) for source, adapter in zip(sources, parsed, strict=True)]
     facts: dict[str, Any] = {}
     notes: list[str] = []
     if options.method == "greedy-soup":

@@ -36,7 +36,8 @@ def rebase(
 ) -> None:
     """Carry an adapter to another base, with scores before and after, and send it through that base's door."""
     from deltaserve.cli.base_choice import base_folder
-    from deltaserve.cli.workbench import find_sources, workbench
+    from deltaserve.cli.connection import find_server
+    from deltaserve.cli.workbench import check_door, find_sources, workbench
     from deltaserve.model.identify import identify
     from deltaserve_store.names import validate_name
 
@@ -47,6 +48,8 @@ def rebase(
         raise InvalidRequest(f"--max-rows is {max_rows}; it must be at least 1.", param="max_rows")
     if identify(base_folder(model)) == identify(onto):
         raise InvalidRequest("--onto is the old base, bit for bit; there is nothing to carry over.", param="onto")
+    if (door := find_server(server, store, api_key)) is not None:
+        check_door(door, identify(onto))
     with tempfile.TemporaryDirectory(prefix="deltaserve-rebase-") as place:
         scratch = Path(place)
         (source,) = find_sources([adapter], store, scratch)
@@ -69,12 +72,11 @@ def _before(
     bench: Workbench, source: Source, parsed: ParsedAdapter, data: Path, max_rows: int
 ) -> tuple[Update, dict[str, Any]]:
     """The delta as a sum, and the losses on the old base."""
-    from deltaserve_trainer.merging.update import update_of
     from deltaserve_trainer.merging.write import write_update
     from deltaserve_trainer.scoring import read_rows
 
     base = bench.runtime.base
-    update = update_of(parsed, base.spec, bench.weights)
+    update = bench.update(source, parsed)
     written = bench.scratch / "before"
     write_update(update, written, base.spec.fingerprint, base_name=None, method="as it was")
     rows = read_rows(data, base.folder, max_rows=max_rows, max_length=bench.max_row_tokens)

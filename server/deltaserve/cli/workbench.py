@@ -33,6 +33,8 @@ from deltaserve_store.names import DEFAULT_TENANT
 from deltaserve_store.parsed import ParsedAdapter
 from deltaserve_store.store import AdapterStore
 from deltaserve_trainer.encoding import EncodedExample
+from deltaserve_trainer.errors import MergeRefused
+from deltaserve_trainer.merging.update import Update, update_of
 from deltaserve_trainer.scoring import loss_of
 
 MAX_ROW_TOKENS = 1024
@@ -104,6 +106,13 @@ class Workbench:
             )
         return adapter
 
+    def update(self, source: Source, adapter: ParsedAdapter) -> Update:
+        """What the adapter adds, as a sum of terms; raises ``MergeRefused``, which names the adapter."""
+        try:
+            return update_of(adapter, self.runtime.base.spec, self.weights)
+        except MergeRefused as error:
+            raise MergeRefused(f"{source.name}: {error}") from error
+
     def logits(self, adapter: Path | None, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         """The engine's logits of every position with the adapter in a folder (None: of the base), float32
         [num_tokens, vocab]."""
@@ -143,9 +152,23 @@ def workbench(
         runtime = Runtime.open(config)
         loop.run(runtime.start())
         try:
+            if remote is not None:
+                check_door(remote, runtime.base.spec.fingerprint)
             yield Workbench(runtime, loop, scratch, remote)
         finally:
             loop.run(runtime.close())
+
+
+def check_door(remote: RemoteServer, fingerprint: str) -> None:
+    """Raises ``InvalidRequest`` where the server would refuse what is made for this base, before anything is made."""
+    served = remote.version()
+    if served["base_fingerprint"] != fingerprint:
+        raise InvalidRequest(
+            f"The server that the result would go to serves another base: {served['base']}, fingerprint "
+            f"{served['base_fingerprint'][:12]}, where that of the result is {fingerprint[:12]}. Give a --store of its "
+            "own, or a --server of that base.",
+            param="server",
+        )
 
 
 def find_sources(names: Sequence[str], store: Path, scratch: Path) -> list[Source]:

@@ -59,15 +59,21 @@ def merge(updates: Sequence[Update], options: MergeOptions, spec: BaseSpec, base
     return Merged(weighted_sum(updates, _weights(options, len(updates), spec)))
 
 
+def _first_with(updates: Sequence[Update], linear: str, vector: str) -> int:
+    """Its place in the list, from 1, as a reader counts."""
+    return next(i for i, u in enumerate(updates, 1) if linear in u.linears and vector in u.linears[linear].vectors)
+
+
 def weighted_sum(updates: Sequence[Update], weigh: Weigh) -> Update:
     """``sum_i weigh(i, module) * update_i``; refuses scales on both sides of one linear, which have no such sum."""
     linears: dict[str, LinearUpdate] = {}
     for name in _names(updates, "linears"):
         total = add_linears([(weigh(i, name), u.linears[name]) for i, u in enumerate(updates) if name in u.linears])
         if {"out_gate", "in_gate"} <= set(total.vectors):
+            scaled = [_first_with(updates, name, vector) for vector in ("in_gate", "out_gate")]
             raise MergeRefused(
-                f"{name}: one adapter scales its input and another its output; the sum is no pair of scales. "
-                "Merge them with ties or dare, which form the matrix, or leave one out"
+                f"{name}: adapter {scaled[0]} of the list scales its input and adapter {scaled[1]} its output; the sum "
+                "is no pair of scales. Merge them with ties or dare, which form the matrix, or leave one out"
             )
         linears[name] = total
     norms = {

@@ -88,7 +88,8 @@ def update_of(adapter: ParsedAdapter, spec: BaseSpec, base: BaseWeights) -> Upda
     for delta in adapter.on_base(base.weight).deltas:
         if isinstance(delta, BottleneckDelta):
             raise MergeRefused(f"the residual module at {delta.point} is no term of a linear; only those add up")
-        _check_known(delta, _KNOWN, delta.module)
+        if isinstance(delta, (NormDelta, *_TERMS)):
+            _check_known(delta, _KNOWN, delta.module)
         if isinstance(delta, NormDelta):
             norms[delta.module] = _norm_change(delta, base)
         elif isinstance(delta, _TERMS) and delta.module in spec.linears:
