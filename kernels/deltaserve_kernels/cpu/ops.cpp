@@ -16,6 +16,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <span>
 #include <system_error>
 #include <thread>
 #include <tuple>
@@ -163,7 +164,7 @@ struct Kernels {
   void (*sparse_row)(const float*, T*, const SparsePart<T>*, int, int64_t, float*, Ahead);
   void (*sparse_rows)(const float*, T* const*, int64_t, const SparsePart<T>*, int, int64_t);
   void (*attend)(const AttendTask<T>&);
-  void (*rms_norm_row)(T*, const T*, const T*, int64_t, float, float, const Change*, int64_t);
+  void (*rms_norm_row)(T*, const T*, const T*, int64_t, float, float, const Change*, int64_t, const float*);
   void (*gated_row)(T*, const T*, const T*, int64_t, int);
   void (*rotate_head)(T*, const T*, const T*, const T*, int64_t, int64_t);
   void (*widen)(const T*, float*, int64_t);
@@ -171,7 +172,7 @@ struct Kernels {
   void (*add_uses)(const Use<T>*, int64_t, float*, int64_t, int64_t, int);
   void (*gemm_finish)(T*, int64_t, int64_t, const float*, int64_t, int64_t, const T*);
   void (*change_sums)(const Change*, int64_t, float*, int64_t, int64_t, int, const T*);
-  void (*widen_changed)(const T*, float*, int64_t, const Change*, int64_t);
+  void (*widen_changed)(const T*, float*, int64_t, const Change*, int64_t, const float*);
   void (*sign_tables)(const float*, int64_t, float*);
   void (*sign_sums)(const float*, int64_t, int64_t, const uint32_t*, int64_t, int64_t, float*, uint32_t*);
   void (*matrix_sums)(const float*, int64_t, int64_t, const T*, int64_t, int64_t, float*, int64_t);
@@ -329,6 +330,7 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
   m.def(
       "prepare_work(Tensor rows, Tensor item_rows, Tensor item_parts, Tensor part_slot, Tensor part_scale, "
       "int num_rows) -> Tensor");
+  m.def("prepare_changes(Tensor work, Tensor pointers, Tensor dims) -> Tensor");
   m.def(
       "lora_linear(Tensor(a!) y, Tensor x, Tensor work, Tensor pointers, Tensor ranks, Tensor dims, int[] members, float depth) -> ()");
   m.def(
@@ -339,8 +341,8 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
   m.def("write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor kv_index) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor");
   m.def(
-      "rms_norm_changed(Tensor x, Tensor weight, float eps, float offset, Tensor work, Tensor pointers, Tensor dims, "
-      "int norm, float depth) -> Tensor");
+      "rms_norm_changed(Tensor x, Tensor weight, float eps, float offset, Tensor changes, int norm, float depth) -> "
+      "Tensor");
   m.def("gated_product(Tensor both, int activation) -> Tensor");
   m.def(
       "rotate_and_store(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor(b!) k_cache, Tensor(c!) v_cache, "
@@ -368,9 +370,8 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
       "packed_linear_lora(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor work, "
       "Tensor pointers, Tensor ranks, Tensor dims, int[] members, float depth) -> Tensor");
   m.def(
-      "packed_linear_terms(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor work, Tensor pointers, Tensor ranks, "
-      "Tensor dims, int[] members, float depth, bool has_low_rank, Tensor? out_pointers, Tensor? out_dims, Tensor? in_work, "
-      "Tensor? in_pointers, Tensor? in_dims, Tensor[] fed, int[] fed_members) -> Tensor");
+      "packed_linear_terms(Tensor x, Tensor packed, int outputs, Tensor? bias, int[] members, float depth, Tensor? outs, "
+      "Tensor? ins, Tensor[] fed, int[] fed_members, Tensor? work, Tensor? pointers, Tensor? ranks, Tensor? dims) -> Tensor");
   m.def("level() -> int", level);
   m.def("max_level() -> int", max_level);
   m.def("set_level(int level) -> ()", set_level);
@@ -378,6 +379,7 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
 
 TORCH_LIBRARY_IMPL(deltaserve_cpu, CPU, m) {
   m.impl("prepare_work", prepare_work);
+  m.impl("prepare_changes", prepare_changes);
   m.impl("lora_linear", lora_linear);
   m.impl("sparse_linear", sparse_linear);
   m.impl("paged_attention", paged_attention);
