@@ -16,7 +16,7 @@ WARM_ROUNDS = 2
 
 
 class Samples(NamedTuple):
-    """Of two ways, by round: the n-th of both are neighbours; ``reference`` came first in the first, third, ... round."""
+    """Of two ways, by round: the n-th of both are neighbours; in the first, third, ... round ``reference`` was first."""
 
     reference: list[float]
     own: list[float]
