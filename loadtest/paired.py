@@ -16,7 +16,7 @@ WARM_ROUNDS = 2
 
 
 class Samples(NamedTuple):
-    """Of two ways, by round: the n-th of both are neighbours; in the first, third, ... round ``reference`` was first."""
+    """Of two ways, by round: neighbours in one place; ``reference`` was first in the first, third, ... round."""
 
     reference: list[float]
     own: list[float]
