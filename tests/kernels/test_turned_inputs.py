@@ -10,7 +10,6 @@ from torch import Tensor
 
 from deltaserve_kernels import (
     DtypeMismatch,
-    LoraTables,
     RotationFactor,
     RotationTables,
     VectorTables,
@@ -60,14 +59,11 @@ class Case:
             self.packed,
             WIDTH,
             None,
-            work,
-            LoraTables(3, 3),
             columns,
             DEPTH,
             None,
-            inputs,
-            work,
-            self.rotations if is_turned else None,
+            None if inputs is None else cpu.changes(inputs, work),
+            (work, self.rotations) if is_turned else None,
         )
 
     def one_by_one(self, x: Tensor, bindings: list[Parts], *, has_scales: bool, backend: str) -> Tensor:
