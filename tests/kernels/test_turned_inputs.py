@@ -12,6 +12,7 @@ from deltaserve_kernels import (
     DtypeMismatch,
     RotationFactor,
     RotationTables,
+    ShapeMismatch,
     VectorTables,
     build_work_list,
     cpu,
@@ -125,3 +126,6 @@ def test_what_does_not_fit_is_named(cpu_backend: str) -> None:
     case.rotations.set_all(1, [(1, (RotationFactor(randn(27, 4, 4)),))])
     with pytest.raises(DtypeMismatch):
         case.product(x, BINDINGS)
+    case = Case(torch.bfloat16)
+    with pytest.raises(ShapeMismatch, match="work list is of 5"):
+        case.product(x, BINDINGS[:5], has_scales=False)
