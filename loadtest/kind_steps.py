@@ -7,8 +7,7 @@ import json
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,10 @@ from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
 from deltaserve_kernels import cpu
 from loadtest.kind_adapters import BY_NAME, FIRST_TOKEN, PREFIX_TOKENS, Kind
 from loadtest.kind_work import Work, work_of
+from loadtest.paired import Pair, Run, Samples, in_pairs, seconds_of
 from loadtest.small import Shape
 
 READ_BYTES, PRODUCT_SIZE = 128 * 2**20, 1024
-WARM_ROUNDS = 2
-Run = Callable[[], object]
 
 
 def base_of(shape: Shape, dtype: torch.dtype) -> BaseModel:
@@ -112,14 +110,15 @@ def rates() -> dict[str, float]:
     """Bytes per second of reading memory, FLOPs per second of a product in fp32: the best of several passes."""
     memory = torch.ones(READ_BYTES // 4)
     a, b = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE), torch.randn(PRODUCT_SIZE, PRODUCT_SIZE)
-    read, product = (min(_seconds(run) for _ in range(12)) for run in (memory.sum, lambda: torch.mm(a, b)))
+    read, product = (min(seconds_of(run) for _ in range(12)) for run in (memory.sum, lambda: torch.mm(a, b)))
     return {"read_bytes_per_second": READ_BYTES / read, "flops_per_second": 2 * PRODUCT_SIZE**3 / product}
 
 
 def measure(
-    base: BaseModel, kinds: Sequence[Kind], *, rows: int, context: int, rounds: int, seconds: float
+    base: BaseModel, kinds: Sequence[Kind], *, rows: int, context: int, rounds: int, seconds: float, longer: int = 1
 ) -> list[dict[str, Any]]:
-    """An entry for each kind; at most ``rounds`` rounds, fewer where they would take more than ``seconds``."""
+    """An entry for each kind; at most ``rounds`` rounds, fewer where they would take more than ``seconds``; of vectors
+    ``longer`` times both."""
     blocks = -(-(context + PREFIX_TOKENS + 1) // BLOCK_SIZE)
     kv = KVCache(base.kv_layout, rows * blocks, "cpu")
     few = max(1, rows // 4)
@@ -131,15 +130,19 @@ def measure(
         work = Work(*(all_of_it - others for all_of_it, others in zip(whole, below, strict=True)))
         cases = {"distinct": list(range(rows)), "shared": [row % few for row in range(rows)]}
         adapters = {"distinct": rows, "shared": few}
-        runs: dict[str, Run] = {"base": stand.step([-1] * rows)}
-        for case, slots in cases.items():
-            if kind.on:
-                runs[f"{case} reference"] = stand.step(slots)
-            has_prefix = kind.name == "prefix"
-            runs[case] = stand.step([rows + slot for slot in slots], has_prefix=has_prefix)
+        plain = stand.step([-1] * rows)
+        has_prefix = kind.name == "prefix"
+        pairs = {
+            case: Pair(
+                stand.step(slots) if kind.on else plain,
+                stand.step([rows + slot for slot in slots], has_prefix=has_prefix),
+            )
+            for case, slots in cases.items()
+        }
         gc.collect()
         gc.freeze()  # as the server does
-        samples = _in_turns(runs, rounds, seconds)
+        times = longer if kind.is_vector else 1
+        samples = in_pairs(pairs, times * rounds, times * seconds)
         gc.unfreeze()
         entries.append(
             {
@@ -150,35 +153,16 @@ def measure(
                 "adapter_bytes": nbytes,
                 "flops_of_row": work.flops,
                 "read_bytes": {c: n * work.bytes_once + rows * work.bytes_of_row for c, n in adapters.items()},
-                "step_seconds": samples,
+                "step_seconds": {case: found._asdict() for case, found in samples.items()},
             }
         )
-        told = {name: 1e3 * statistics.median(values) for name, values in samples.items()}
-        print(f"{kind.name:<10}" + "  ".join(f"{name} {value:7.1f} ms" for name, value in told.items()), flush=True)
+        print(f"{kind.name:<10}" + "  ".join(_told(case, found) for case, found in samples.items()), flush=True)
     return entries
 
 
-def _in_turns(runs: Mapping[str, Run], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each run by round, after rounds that warm up: one at least of either sort, however long they take."""
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    began = time.perf_counter()
-    for number in range(WARM_ROUNDS + rounds):
-        is_late = time.perf_counter() - began > seconds
-        if is_late and samples["base"]:
-            break
-        is_warm = number >= WARM_ROUNDS or (is_late and number > 0)
-        names = list(runs)
-        for name in names[number % len(names) :] + names[: number % len(names)]:  # nobody always follows the same one
-            taken = _seconds(runs[name])
-            if is_warm:
-                samples[name].append(taken)
-    return samples
-
-
-def _seconds(run: Run) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+def _told(case: str, found: Samples) -> str:
+    share = statistics.median(own / other - 1 for own, other in zip(found.own, found.reference, strict=True))
+    return f"{case} {1e3 * statistics.median(found.own):7.1f} ms, {100 * share:+6.1f} %"
 
 
 def instruction_set() -> str:

@@ -41,7 +41,7 @@ from deltaserve_kernels.sources import source_digest
 from deltaserve_kernels.tables import LoraTables, SparseEntry, SparseTables
 from deltaserve_kernels.terms import block_linear, lora_vector_linear, rms_norm, rotate_and_write_kv, scale_shift
 from deltaserve_kernels.transfer import upload
-from deltaserve_kernels.vector_family import VectorEntries, VectorFamily, VectorStep, split_runs
+from deltaserve_kernels.vector_family import Prepared, VectorEntries, VectorFamily, VectorStep, split_runs
 from deltaserve_kernels.vector_rows import (
     VectorRows,
     change_norm,
@@ -91,6 +91,7 @@ __all__ = [
     "PaddedLayout",
     "PrefixEntry",
     "PrefixTables",
+    "Prepared",
     "ReadWeight",
     "RotationEntry",
     "RotationFactor",

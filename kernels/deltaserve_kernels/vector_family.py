@@ -122,6 +122,18 @@ class VectorFamily:
                     tables.clear(slot)
 
 
+class Prepared(NamedTuple):
+    """Vectors of a step's rows in the form of C++ operators, None where the tables hold nothing.
+
+    ``outputs`` are those of rows whose outputs nothing rotates.
+    """
+
+    version: int
+    outputs: Tensor | None
+    inputs: Tensor | None
+    norms: Tensor | None
+
+
 @dataclass(frozen=True)
 class VectorStep:
     """The rows of a step whose bindings have vectors, apart from the other rows with adapters.
@@ -131,6 +143,7 @@ class VectorStep:
     counts:  per item, its rows
     turned:  those of the rows whose bindings rotate some output, None when there are none
     others:  the other rows with adapters, or None
+    prepared: what C++ operators found of these rows in the tables, and the tables' version then
     rows:    int64 [R], these rows in the order of ``work``;  compact: the same items over R rows numbered in that order
     """
 
@@ -142,6 +155,11 @@ class VectorStep:
     _own_runs: tuple[Run, ...] = field(default=(), repr=False)
     _other_runs: tuple[Run, ...] = field(default=(), repr=False)
     _chosen: dict[tuple[bool, ...], Tensor] = field(default_factory=dict, repr=False)
+    prepared: Prepared | None = field(default=None, init=False, repr=False, compare=False)
+
+    def remember(self, prepared: Prepared) -> None:
+        """Keep a derived form with the step, as ``WorkList.remember``."""
+        object.__setattr__(self, "prepared", prepared)
 
     # What only some paths ask for is made when they do: a batch may change with every step.
 

@@ -56,10 +56,34 @@ class Case:
         self.packed = cpu.pack_weight(self.weight)
         self.bias = randn(WIDTH, dtype=dtype, seed=5) if has_bias else None
 
-    def product(self, x: Tensor, bindings: list[Parts], **changes: object) -> Tensor:
+    def product(
+        self,
+        x: Tensor,
+        bindings: list[Parts],
+        *,
+        outputs: VectorTables | None = None,
+        inputs: VectorTables | None = None,
+        has_inputs: bool = True,
+        has_low_rank: bool = True,
+        of: list[Parts] | None = None,
+        **given: object,
+    ) -> Tensor:
+        """``of``: bindings of which the vectors are, if not of the step's."""
         work = build_work_list(bindings)
-        given = {"out_vectors": self.outputs, "in_vectors": self.inputs, "in_work": work, **changes}
-        return cpu.packed_linear_terms(x, self.packed, WIDTH, self.bias, work, self.lora, COLUMNS, DEPTH, **given)
+        rows = work if of is None else build_work_list(of)
+        outs, ins = cpu.changes(outputs or self.outputs, rows), cpu.changes(inputs or self.inputs, rows)
+        return cpu.packed_linear_terms(
+            x,
+            self.packed,
+            WIDTH,
+            self.bias,
+            COLUMNS,
+            DEPTH,
+            outs,
+            ins if has_inputs else None,
+            low_rank=(work, self.lora) if has_low_rank else None,
+            **given,
+        )
 
     def expected(self, x: Tensor, bindings: list[Parts]) -> Tensor:
         """In float64 but for what is rounded on its way into the product."""
@@ -105,40 +129,47 @@ def test_company_is_not_felt_and_rows_without_vectors_have_the_bits_of_the_lora_
     assert torch.equal(case.product(x, lora), wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_without_low_rank_do_not_feel_whose_product_has_some(dtype, cpu_backend):
+    case, x = Case(dtype), randn(42, INPUTS, dtype=dtype, seed=1)
+    vectors = [row for row, parts in enumerate(BINDINGS) if parts == ((3, 1.0, 1.0),)]
+    alone = case.product(x, BINDINGS, has_low_rank=False)
+    assert torch.equal(case.product(x, BINDINGS)[vectors], alone[vectors])
+    assert not torch.equal(alone[vectors], cpu.packed_linear(x, case.packed, WIDTH, case.bias)[vectors])
+    base, few = cpu.packed_linear(x, case.packed, WIDTH, case.bias), build_work_list([((1, 1.0, 1.0),)] * 42)
+    outs, ins = (cpu.changes(tables, few) for tables in (case.outputs, case.inputs))  # slot 1 has no vectors
+    assert torch.equal(cpu.packed_linear_terms(x, case.packed, WIDTH, case.bias, COLUMNS, DEPTH, outs, ins), base)
+
+
 def test_what_does_not_fit_is_named(cpu_backend):
     case, x = Case(torch.bfloat16), randn(42, INPUTS, dtype=torch.bfloat16)
     narrow = VectorTables(3, 4)
     narrow.set(0, 0, torch.ones(47))
     few = VectorTables(3, 1)
     work = build_work_list(BINDINGS)
+    found = cpu.changes(case.outputs, work)
 
-    def product(columns: list[int]) -> Tensor:
-        return cpu.packed_linear_terms(
-            x,
-            case.packed,
-            WIDTH,
-            None,
-            work,
-            case.lora,
-            columns,
-            DEPTH,
-            out_vectors=None,
-            in_vectors=None,
-            in_work=work,
-        )
+    def product(columns: list[int], outs: Tensor | None = found, ins: Tensor | None = None) -> Tensor:
+        return cpu.packed_linear_terms(x, case.packed, WIDTH, None, columns, DEPTH, outs, ins)
 
     for wrong, words in (
-        (lambda: case.product(x, BINDINGS, out_vectors=narrow), "linear 0 has vectors of 47"),
-        (lambda: case.product(x, BINDINGS, in_vectors=case.outputs), "77 are needed"),
-        (lambda: case.product(x, BINDINGS, out_vectors=few), "slot 3 is not in 0..0"),
-        (lambda: case.product(x, BINDINGS, out_vectors=VectorTables(1, 4)), "linear 1 is not in 0..0"),
-        (lambda: case.product(x, BINDINGS, in_work=build_work_list(BINDINGS[:5])), "work list is of 5"),
+        (lambda: case.product(x, BINDINGS, outputs=narrow), "linear 0 has vectors of 47"),
+        (lambda: case.product(x, BINDINGS, inputs=case.outputs), "77 are needed"),
+        (lambda: case.product(x, BINDINGS, outputs=few), "slot 3 is not in 0..0"),
+        (lambda: case.product(x, BINDINGS, outputs=VectorTables(1, 4)), "linear 1 is not in 0..0"),
+        (lambda: case.product(x, BINDINGS, of=BINDINGS[:5]), "the changes are of 5"),
         (lambda: product([0, 0, 48, 1, 50, 66]), "no whole panels"),
+        (lambda: product([0, 0, 48, 1, 64, 224]), "not inside y's 208"),
+        (lambda: product([0, 0, 48, 1]), "triples"),
+        (lambda: product([-1, 0, 48]), r"linear -1 is not in"),
+        (lambda: product([0, 0, 48], torch.ones(3)), "changes must come from prepare_changes"),
+        (lambda: product([0, 0, 48], cpu.prepared(work)), "changes must come from prepare_changes"),
+        (lambda: product([0, 0, 48], None, torch.empty(0)), "changes must come from prepare_changes"),
     ):
         with pytest.raises(ValueError, match=words):
             wrong()
     with pytest.raises(DeviceMismatch):
-        case.product(x, BINDINGS, out_vectors=VectorTables(3, 4, "meta"))
+        cpu.changes(VectorTables(3, 4, "meta"), work)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
@@ -150,7 +181,8 @@ def test_norms_take_differences_of_gains(dtype, size, offset, cpu_backend):
     for slot, delta in deltas.items():
         tables.set(1, slot, delta)
     x, weight = randn(42, size, dtype=dtype, scale=3.0), randn(size, dtype=dtype, seed=9)
-    found = cpu.rms_norm_changed(x, weight, 1e-5, offset, build_work_list(BINDINGS), tables, 1, DEPTH)
+    work = build_work_list(BINDINGS)
+    found = cpu.rms_norm_changed(x, weight, 1e-5, offset, cpu.changes(tables, work), 1, DEPTH)
     plain = cpu.rms_norm(x, weight, 1e-5, offset)
     gains = []
     for parts in BINDINGS:
@@ -167,7 +199,7 @@ def test_norms_take_differences_of_gains(dtype, size, offset, cpu_backend):
         is_same = not any(slot in deltas and (first or last) for slot, first, last in parts)
         assert torch.equal(found[row], plain[row]) == is_same, row
     with pytest.raises(ValueError, match=r"linear 2 is not in 0\.\.1"):
-        cpu.rms_norm_changed(x, weight, 1e-5, offset, build_work_list(BINDINGS), tables, 2, DEPTH)
+        cpu.rms_norm_changed(x, weight, 1e-5, offset, cpu.changes(tables, work), 2, DEPTH)
     tables.set(1, 0, None, deltas[0])
     with pytest.raises(ValueError, match="norm 1: a difference of the gain alone"):
-        cpu.rms_norm_changed(x, weight, 1e-5, offset, build_work_list(BINDINGS), tables, 1, DEPTH)
+        cpu.rms_norm_changed(x, weight, 1e-5, offset, cpu.changes(tables, work), 1, DEPTH)

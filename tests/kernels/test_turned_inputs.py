@@ -10,9 +10,9 @@ from torch import Tensor
 
 from deltaserve_kernels import (
     DtypeMismatch,
-    LoraTables,
     RotationFactor,
     RotationTables,
+    ShapeMismatch,
     VectorTables,
     build_work_list,
     cpu,
@@ -60,14 +60,11 @@ class Case:
             self.packed,
             WIDTH,
             None,
-            work,
-            LoraTables(3, 3),
             columns,
             DEPTH,
             None,
-            inputs,
-            work,
-            self.rotations if is_turned else None,
+            None if inputs is None else cpu.changes(inputs, work),
+            (work, self.rotations) if is_turned else None,
         )
 
     def one_by_one(self, x: Tensor, bindings: list[Parts], *, has_scales: bool, backend: str) -> Tensor:
@@ -129,3 +126,6 @@ def test_what_does_not_fit_is_named(cpu_backend: str) -> None:
     case.rotations.set_all(1, [(1, (RotationFactor(randn(27, 4, 4)),))])
     with pytest.raises(DtypeMismatch):
         case.product(x, BINDINGS)
+    case = Case(torch.bfloat16)
+    with pytest.raises(ShapeMismatch, match="work list is of 5"):
+        case.product(x, BINDINGS[:5], has_scales=False)

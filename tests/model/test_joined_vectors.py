@@ -11,6 +11,8 @@ from torch import Tensor
 
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
 from deltaserve.model.kv_cache import KVCache
+from deltaserve.model.vectors import prepared
+from deltaserve_kernels import VectorEntries, VectorEntry, VectorFamily, cpu, split_runs
 from deltatest.fixture_of_load import TINY
 from loadtest.kind_adapters import BY_NAME
 from loadtest.kind_steps import Stand, base_of
@@ -121,3 +123,22 @@ def test_rotated_outputs_have_the_bits_of_the_operators(
     apart = logits(fresh, rows)
     assert torch.equal(joined[:4], apart[:4])
     assert all(not torch.equal(joined[row], plain[row]) for row in range(1, len(rows)))
+
+
+def test_what_was_found_in_the_tables_holds_until_they_change() -> None:
+    if not cpu.is_available():
+        pytest.skip("no C++ operators")
+    family = VectorFamily(2, 1, 3)
+    family.set_all(0, VectorEntries(outputs=((1, VectorEntry(None, torch.ones(16))),)))
+    step = split_runs([(0, 1, ((0, 1.0, 1.0),)), (1, 1, ((2, 1.0, 1.0),))], 2, family)
+    assert step is not None
+    first = prepared(step)
+    assert first.outputs is not None
+    assert first.inputs is None
+    assert first.norms is None
+    assert prepared(step) is first
+    family.clear(0)
+    family.set_all(0, VectorEntries(norms=((0, VectorEntry(torch.ones(16), None)),)))
+    second = prepared(step)
+    assert second.outputs is None
+    assert second.norms is not None

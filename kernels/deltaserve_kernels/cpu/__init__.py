@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 ACTIVATIONS = ("silu", "gelu_tanh")
+_NO_TURNS = (None, None, None)
 
 _lock = threading.Lock()
 _loaded = False
@@ -167,8 +168,7 @@ def rotate_blocks(
     y: Tensor, x: Tensor, work: WorkList, tables: RotationTables, members: Sequence[Member], depth: float
 ) -> None:
     """As ``deltaserve_kernels.rotate_blocks``; here y may be x itself."""
-    pointers, dims = _rotations(x, tables)
-    _operator("rotate_blocks")(y, x, prepared(work), pointers, dims, list(chain.from_iterable(members)), depth)
+    _operator("rotate_blocks")(y, x, *_turns(x, work, tables), list(chain.from_iterable(members)), depth)
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -213,69 +213,44 @@ def packed_linear_terms(
     packed: Tensor,
     outputs: int,
     bias: Tensor | None,
-    work: WorkList,
-    tables: LoraTables,
     columns: list[int],
     depth: float,
-    out_vectors: VectorTables | None,
-    in_vectors: VectorTables | None,
-    in_work: WorkList,
-    in_rotations: RotationTables | None = None,
+    outs: Tensor | None,
+    ins: Tensor | None,
+    turning: tuple[WorkList, RotationTables] | None = None,
+    low_rank: tuple[WorkList, LoraTables] | None = None,
 ) -> Tensor:
     """``packed_linear_lora`` with scales and biases, for members that are whole panels of 16 outputs.
 
-    Rows of ``work`` get ``out_vectors`` as by ``scale_shift``, then low rank, all in the fp32 sums that are rounded
-    once. What a member multiplies is x with the rows of ``in_work`` scaled by ``in_vectors``, to the bits of
-    ``scale_shift`` on a copy, and then turned by ``in_rotations``, to those of ``rotate_blocks`` from x to that copy;
-    low rank multiplies x as it is. A row's bits depend on that row and its binding alone. Raises ValueError.
+    ``outs`` and ``ins`` come from ``changes``: rows get those of outputs as by ``scale_shift``, then low rank, all in
+    the fp32 sums that are rounded once. What a member multiplies is x with the scales of inputs, to the bits of
+    ``scale_shift`` on a copy, and then turned, to those of ``rotate_blocks`` from x to that copy; low rank multiplies x
+    as it is. A row's bits depend on that row and its binding alone. Raises ValueError.
     """
+    operator = _operator("packed_linear_terms")
+    turns = _NO_TURNS if turning is None else _turns(x, *turning)
+    if low_rank is None:
+        return operator(x, packed, outputs, bias, columns, depth, outs, ins, *turns, None, None, None, None)
+    work, tables = low_rank
     _check(x, work, tables)
-    out_pointers = out_dims = in_rows = in_pointers = in_dims = turn_pointers = turn_dims = None
-    if out_vectors is not None:
-        out_pointers, out_dims = _on_host(out_vectors)
-    if in_vectors is not None:
-        in_rows = prepared(in_work)
-        in_pointers, in_dims = _on_host(in_vectors)
-    if in_rotations is not None:
-        in_rows = prepared(in_work)
-        turn_pointers, turn_dims = _rotations(x, in_rotations)
-    return _operator("packed_linear_terms")(
-        x,
-        packed,
-        outputs,
-        bias,
-        prepared(work),
-        tables.pointers,
-        tables.ranks,
-        tables.dims,
-        columns,
-        depth,
-        not tables.is_empty and any(map(tables.has_any, columns[::3])),
-        out_pointers,
-        out_dims,
-        in_rows,
-        in_pointers,
-        in_dims,
-        turn_pointers,
-        turn_dims,
-    )
+    lists = prepared(work), tables.pointers, tables.ranks, tables.dims
+    return operator(x, packed, outputs, bias, columns, depth, outs, ins, *turns, *lists)
+
+
+def changes(vectors: VectorTables, work: WorkList) -> Tensor:
+    """What the tables have for the rows of ``work``, of every linear or norm, as operators read it: looked through once
+    for all of them. Holds addresses, so it is good until the tables change. Raises ValueError."""
+    if not vectors.is_on_host:
+        raise DeviceMismatch(f"the tables are on {vectors.device}; they must be on the CPU")
+    return _operator("prepare_changes")(prepared(work), vectors.pointers, vectors.dims)
 
 
 def rms_norm_changed(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    offset: float,
-    work: WorkList,
-    tables: VectorTables,
-    norm: int,
-    depth: float,
+    x: Tensor, weight: Tensor, eps: float, offset: float, changes: Tensor, norm: int, depth: float
 ) -> Tensor:
-    """``rms_norm`` where rows of ``work`` have ``offset + weight + sum over parts of scale * difference`` as gain, the
-    scales of ``tables`` being the differences. Rows without one have the bits of ``rms_norm``. Raises ValueError."""
-    return _operator("rms_norm_changed")(
-        x, weight, eps, offset, prepared(work), tables.pointers, tables.dims, norm, depth
-    )
+    """``rms_norm`` where rows have ``offset + weight + sum over parts of scale * difference`` as gain: the scales that
+    ``changes`` has are the differences. Rows without one have the bits of ``rms_norm``. Raises ValueError."""
+    return _operator("rms_norm_changed")(x, weight, eps, offset, changes, norm, depth)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -314,23 +289,12 @@ def prepared(work: WorkList) -> Tensor:
     return found
 
 
-def _on_host(vectors: VectorTables) -> tuple[Tensor, Tensor]:
-    """Pointers and dims."""
-    if not vectors.is_on_host:
-        raise DeviceMismatch(f"the tables are on {vectors.device}; x is on the CPU")
-    return vectors.pointers, vectors.dims
+def _turns(x: Tensor, work: WorkList, tables: RotationTables) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, work, tables)
+    return prepared(work), tables.pointers, tables.dims
 
 
-def _rotations(x: Tensor, tables: RotationTables) -> tuple[Tensor, Tensor]:
-    """Pointers and dims."""
-    if tables.dtype is not x.dtype and tables.dtype is not None:
-        raise DtypeMismatch(f"x is {x.dtype}; the tables hold {tables.dtype}")
-    if not tables.is_on_host:
-        raise DeviceMismatch(f"the tables are on {tables.device}; x is on the CPU")
-    return tables.pointers, tables.dims
-
-
-def _check(x: Tensor, work: WorkList, tables: LoraTables | SparseTables | BlockTables) -> None:
+def _check(x: Tensor, work: WorkList, tables: LoraTables | SparseTables | BlockTables | RotationTables) -> None:
     if tables.dtype is not x.dtype and tables.dtype is not None:
         raise DtypeMismatch(f"x is {x.dtype}; the tables hold {tables.dtype}")
     if not tables.is_on_host:

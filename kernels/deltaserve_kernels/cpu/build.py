@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 SOURCE_FOLDER = Path(__file__).parent
 SOURCES = (
     "ops.cpp",
+    "elements.inc",
+    "given.inc",
+    "levels.inc",
+    "tasks.inc",
     "pool.inc",
     "work.inc",
     "linear.inc",

@@ -16,6 +16,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <span>
 #include <system_error>
 #include <thread>
 #include <tuple>
@@ -33,139 +34,8 @@
 
 namespace {
 
-// ---- Element types --------------------------------------------------------------------------------------------------
-
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
-
-DS_INLINE uint32_t float_to_bits(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  return bits;
-}
-DS_INLINE float bits_to_float(uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, 4);
-  return x;
-}
-DS_INLINE float to_float(float x) { return x; }
-DS_INLINE float to_float(bf16 x) { return bits_to_float((uint32_t)x.bits << 16); }
-DS_INLINE float to_float(f16 x) {
-  const uint32_t sign = (uint32_t)(x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
-  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-  const float magnitude = bits_to_float(rest << 13) * bits_to_float(0x77800000u);  // 2^112 moves the exponent's bias
-  return bits_to_float(sign | float_to_bits(magnitude));
-}
-template <class T>
-T from_float(float x);
-template <>
-DS_INLINE float from_float<float>(float x) {
-  return x;
-}
-template <>
-DS_INLINE bf16 from_float<bf16>(float x) {
-  const uint32_t bits = float_to_bits(x);
-  if (x != x) return {0x7fc0};
-  return {(uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
-}
-template <>
-DS_INLINE f16 from_float<f16>(float x) {
-  const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
-  if (size > 0x7f800000u) return {(uint16_t)(sign | 0x7e00u)};
-  if (size >= 0x477ff000u) return {(uint16_t)(sign | 0x7c00u)};
-  if (size < 0x38800000u)  // subnormal: adding 0.5 leaves the rounded value in the low bits
-    return {(uint16_t)(sign | (float_to_bits(bits_to_float(size) + 0.5f) - 0x3f000000u))};
-  return {(uint16_t)(sign | ((size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13))};
-}
-
-// ---- What kernels are given -----------------------------------------------------------------------------------------
-
-template <class T>
-struct ExpandPart {
-  const T* b;  // [rank, n_size]
-  int64_t rank, h_start;
-};
-template <class T>
-struct SparsePart {
-  const int32_t* indptr;
-  const int32_t* cols;
-  const T* values;
-  float scale;
-  int64_t nnz;
-};
-template <class T>
-struct AttendTask {
-  const T* q;  // first row and head of this task's sequence and kv head
-  const T* k;  // first position of this kv head in block 0
-  const T* v;
-  T* out;
-  const int32_t* blocks;
-  const float* sinks;  // of this kv head's heads, or null
-  float* scratch;
-  int64_t q_stride_row, q_stride_head, out_stride_row;
-  int64_t k_stride_block, k_stride_pos, v_stride_block, v_stride_pos;
-  int64_t q_begin, q_end, pos, group, d_size, window;  // pos: position of the sequence's first query; window 0: none
-  float scale, softcap;                                // softcap 0: none
-  const T *k_after, *v_after;  // the block that this thread will read after this task, or null: fetched early
-};
-
-// A row that uses an adapter: y[row] += h . b, b [rank, columns]
-template <class T>
-struct Use {
-  int64_t row;
-  const T* b;
-  int64_t rank, columns;
-  const float* h;
-};
-
-// A row that uses an adapter's vectors: a value v becomes v * (1 + at * (scale - 1)) + at * bias. Either may be null.
-// The scales of a norm are differences instead: v * (gain + at * scale).
-struct Change {
-  int64_t row;
-  const float *scale, *bias;
-  float at;
-};
-
-// A rotation of rows at a strength: factors one after another, as rotation_tables.py writes them for an entry.
-struct RotationFactor {
-  int64_t blocks, order;  // addresses: [count, size, size] in the type of the rows; int32 [width] or 0
-  int64_t count, size;
-  int64_t width;  // 0 where one block is shared and says nothing of it
-};
-struct RotationPart {
-  const RotationFactor* factors;
-  int64_t num_factors;
-  float scale;
-};
-
-// Some columns of a matrix [rows, ...] that will be read soon.
-constexpr int64_t kStripBytes = 128;  // of each row
-struct Strip {
-  const char* start;
-  int64_t stride, rows, element = 0;  // bytes of an element, by which a walk's offset counts
-};
-// A walk over strips that brings a few rows at a time into the caches, beside arithmetic that leaves memory idle.
-struct Ahead {
-  const Strip* strips;
-  int64_t num_strips, offset;  // elements from the strips' starts
-  int64_t num_rows;            // of all strips
-  int64_t rows_at_once = 0, row = 0;
-
-  DS_INLINE void spread(int64_t steps) { rows_at_once = (num_rows + steps - 1) / steps; }
-
-  DS_INLINE void step() {
-    for (int64_t i = 0; i < rows_at_once && num_strips > 0; ++i) {
-      const char* at = strips->start + row * strips->stride + offset * strips->element;
-      __builtin_prefetch(at, 0, 2);  // level 2: level 1 is full of what is multiplied
-      __builtin_prefetch(at + 64, 0, 2);
-      if (++row == strips->rows) row = 0, ++strips, --num_strips;
-    }
-  }
-};
+#include "elements.inc"
+#include "given.inc"
 
 template <class T>
 struct Kernels {
@@ -175,7 +45,7 @@ struct Kernels {
   void (*sparse_row)(const float*, T*, const SparsePart<T>*, int, int64_t, float*, Ahead);
   void (*sparse_rows)(const float*, T* const*, int64_t, const SparsePart<T>*, int, int64_t, Ahead);
   void (*attend)(const AttendTask<T>&);
-  void (*rms_norm_row)(T*, const T*, const T*, int64_t, float, float, const Change*, int64_t);
+  void (*rms_norm_row)(T*, const T*, const T*, int64_t, float, float, const Change*, int64_t, const float*);
   void (*gated_row)(T*, const T*, const T*, int64_t, int);
   void (*rotate_head)(T*, const T*, const T*, const T*, int64_t, int64_t);
   void (*widen)(const T*, float*, int64_t);
@@ -183,7 +53,7 @@ struct Kernels {
   void (*add_uses)(const Use<T>*, int64_t, float*, int64_t, int64_t, int);
   void (*gemm_finish)(T*, int64_t, int64_t, const float*, int64_t, int64_t, const T*);
   void (*change_sums)(const Change*, int64_t, float*, int64_t, int64_t, int, const T*);
-  void (*widen_changed)(const T*, float*, int64_t, const Change*, int64_t);
+  void (*widen_changed)(const T*, float*, int64_t, const Change*, int64_t, const float*);
   void (*sign_tables)(const float*, int64_t, float*);
   void (*sign_sums)(const float*, int64_t, int64_t, const uint32_t*, int64_t, int64_t, float*, uint32_t*);
   void (*matrix_sums)(const float*, int64_t, int64_t, const T*, int64_t, int64_t, float*, int64_t);
@@ -250,83 +120,8 @@ namespace avx512_bf16 {
 #pragma GCC pop_options
 #endif
 
-// ---- Choice of instruction set --------------------------------------------------------------------------------------
-
-int64_t machine_level() {
-#if DS_X86
-  __builtin_cpu_init();
-  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) return 0;
-  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")))
-    return 1;
-  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
-#else
-  return 0;
-#endif
-}
-const int64_t kMachineLevel = machine_level();
-std::atomic<int64_t> g_level{kMachineLevel};
-
-int64_t level() { return g_level.load(std::memory_order_relaxed); }
-int64_t max_level() { return kMachineLevel; }
-void set_level(int64_t value) {
-  TORCH_CHECK_VALUE(0 <= value && value <= kMachineLevel, "level ", value, " is not in 0..", kMachineLevel);
-  g_level.store(value, std::memory_order_relaxed);
-}
-
-#define DS_PICK(ns)                                                 \
-  if constexpr (std::is_same_v<T, float>) return ns::kFloat;        \
-  else if constexpr (std::is_same_v<T, bf16>) return ns::kBfloat16; \
-  else return ns::kHalf
-
-template <class T>
-const Kernels<T>& kernels() {
-#if DS_X86
-  switch (level()) {
-    case 3:
-      if constexpr (std::is_same_v<T, bf16>) return avx512_bf16::kBfloat16;
-      [[fallthrough]];
-    case 2: DS_PICK(avx512);
-    case 1: DS_PICK(avx2);
-  }
-#endif
-  DS_PICK(portable);
-}
-
-// ---- Parallel work --------------------------------------------------------------------------------------------------
-
-// Runs task(i, scratch) for i in [0, count), handed out in order to whichever thread is free; scratch holds
-// `scratch_floats` floats. `cost` is in multiply-adds: small work stays on the calling thread.
-constexpr int64_t kSerialCost = 200000;
-
-float* thread_scratch(int64_t floats) {
-  thread_local std::vector<float> buffer;
-  if ((int64_t)buffer.size() < floats + 16) buffer.resize(floats + 16);
-  return (float*)(((uintptr_t)buffer.data() + 63) & ~(uintptr_t)63);
-}
-
-#include "pool.inc"
-
-template <class F>
-void run_tasks(int64_t count, int64_t scratch_floats, int64_t cost, const F& task) {
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
-  const auto one = [&](int64_t i) { task(i, thread_scratch(scratch_floats)); };
-  const auto run = [](const void* context, int64_t i) { (*(const decltype(one)*)context)(i); };
-  if (threads > 1 && cost >= kSerialCost && !at::in_parallel_region() && Pool::get().run(threads, count, run, &one)) return;
-  for (int64_t i = 0; i < count; ++i) one(i);
-}
-
-template <class F>
-void with_type(const at::Tensor& tensor, const char* name, const F& f) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return f(float{});
-    case at::kBFloat16: return f(bf16{});
-    case at::kHalf: return f(f16{});
-    default:
-      TORCH_CHECK_VALUE(false, name, " is ", tensor.scalar_type(), "; allowed: float32, bfloat16, float16");
-  }
-}
-
+#include "levels.inc"
+#include "tasks.inc"
 #include "work.inc"
 #include "linear.inc"
 #include "changes_ops.inc"
@@ -347,6 +142,7 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
   m.def(
       "prepare_work(Tensor rows, Tensor item_rows, Tensor item_parts, Tensor part_slot, Tensor part_scale, "
       "int num_rows) -> Tensor");
+  m.def("prepare_changes(Tensor work, Tensor pointers, Tensor dims) -> Tensor");
   m.def(
       "lora_linear(Tensor(a!) y, Tensor x, Tensor work, Tensor pointers, Tensor ranks, Tensor dims, int[] members, float depth) -> ()");
   m.def(
@@ -357,8 +153,8 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
   m.def("write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor kv_index) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor");
   m.def(
-      "rms_norm_changed(Tensor x, Tensor weight, float eps, float offset, Tensor work, Tensor pointers, Tensor dims, "
-      "int norm, float depth) -> Tensor");
+      "rms_norm_changed(Tensor x, Tensor weight, float eps, float offset, Tensor changes, int norm, float depth) -> "
+      "Tensor");
   m.def("gated_product(Tensor both, int activation) -> Tensor");
   m.def(
       "rotate_and_store(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor(b!) k_cache, Tensor(c!) v_cache, "
@@ -387,9 +183,9 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
       "packed_linear_lora(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor work, "
       "Tensor pointers, Tensor ranks, Tensor dims, int[] members, float depth) -> Tensor");
   m.def(
-      "packed_linear_terms(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor work, Tensor pointers, Tensor ranks, "
-      "Tensor dims, int[] members, float depth, bool has_low_rank, Tensor? out_pointers, Tensor? out_dims, Tensor? in_work, "
-      "Tensor? in_pointers, Tensor? in_dims, Tensor? turn_pointers, Tensor? turn_dims) -> Tensor");
+      "packed_linear_terms(Tensor x, Tensor packed, int outputs, Tensor? bias, int[] members, float depth, Tensor? outs, "
+      "Tensor? ins, Tensor? turn_work, Tensor? turn_pointers, Tensor? turn_dims, Tensor? work, Tensor? pointers, "
+      "Tensor? ranks, Tensor? dims) -> Tensor");
   m.def("level() -> int", level);
   m.def("max_level() -> int", max_level);
   m.def("set_level(int level) -> ()", set_level);
@@ -397,6 +193,7 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
 
 TORCH_LIBRARY_IMPL(deltaserve_cpu, CPU, m) {
   m.impl("prepare_work", prepare_work);
+  m.impl("prepare_changes", prepare_changes);
   m.impl("lora_linear", lora_linear);
   m.impl("sparse_linear", sparse_linear);
   m.impl("paged_attention", paged_attention);

@@ -23,6 +23,7 @@ from deltaserve.model.attention import AttentionSpec, attend_paged, dense_attent
 from deltaserve.model.context import FoldedContext, ForwardContext, current_or_none, use
 from deltaserve.model.linear import BaseLinear
 from deltaserve.model.norms import TunableForward, TunableNorm
+from deltaserve.model.vectors import prepared
 from deltaserve_kernels import VectorRows, changed_rms_norm, cpu, pointwise
 
 logger = logging.getLogger(__name__)
@@ -165,10 +166,10 @@ class FusedNorm:
         if norm is None or step is None or not step.family.norms.has_any(norm.index):
             return self.operators.module.rms_norm(rows, self.weight, self.eps, self.offset).view(x.shape)
         if self.operators.module is cpu:
-            y = cpu.rms_norm_changed(
-                rows, self.weight, self.eps, self.offset, step.work, step.family.norms, norm.index, norm.depth
-            )
-            return y.view(x.shape)
+            found = prepared(step).norms
+            if found is not None:
+                y = cpu.rms_norm_changed(rows, self.weight, self.eps, self.offset, found, norm.index, norm.depth)
+                return y.view(x.shape)
         y = self.operators.module.rms_norm(rows, self.weight, self.eps, self.offset).view(x.shape)
         norm.adjust(y, x, step)
         return y

@@ -24,10 +24,10 @@ from torch import Tensor
 from deltaserve.model.blocks import add_blocks
 from deltaserve_kernels import (
     LoraTables,
+    Prepared,
     RotationTables,
     VectorFamily,
     VectorStep,
-    VectorTables,
     WorkList,
     cpu,
     lora_linear,
@@ -56,8 +56,7 @@ class Joining:
         self._family: VectorFamily | None = None
         self._version = -1
         self._has_any = False
-        self._outputs: VectorTables | None = None
-        self._inputs: VectorTables | None = None
+        self._has_outputs = self._has_inputs = False
         self._turning: RotationTables | None = None
         self._turns_outputs = False
 
@@ -70,31 +69,28 @@ class Joining:
 
     def _look(self, family: VectorFamily) -> None:
         members, rotations = self.members, family.in_rotations
-        self._outputs = family.outputs if family.outputs.has_any_of(members) else None
-        self._inputs = family.inputs if family.inputs.has_any_of(members) else None
+        self._has_outputs, self._has_inputs = family.outputs.has_any_of(members), family.inputs.has_any_of(members)
         self._turning = rotations if rotations.has_any_of(members) else None
         self._turns_outputs = family.out_rotations.has_any_of(members)
-        self._has_any = bool(self._outputs or self._inputs or self._turning)
+        self._has_any = self._has_outputs or self._has_inputs or bool(self._turning)
         self._family, self._version = family, family.version
 
     def apply(self, group: ProjectionGroup, rows: Tensor, work: WorkList, lora: LoraTables, step: VectorStep) -> Tensor:
         """``rows`` [T, K] -> [T, N]: base, scales and biases, low rank and rotated inputs in one product; rotations of
         outputs after it. For a step that ``concerns`` has just been asked about; ``work`` is its whole list."""
         turned, depth = step.turned, group.depth
-        joining = work if turned is None else turned.others
+        found = prepared(step)
         y = cpu.packed_linear_terms(
             rows,
             self.packed.panels,
             self.packed.outputs,
             group.bias,
-            joining,
-            lora,
             self._columns,
             depth,
-            self._outputs,
-            self._inputs,
-            work,
-            self._turning,
+            found.outputs if self._has_outputs else None,
+            found.inputs if self._has_inputs else None,
+            None if self._turning is None else (step.work, self._turning),
+            (work if turned is None else turned.others, lora) if lora.has_any_of(self.members) else None,
         )
         if turned is not None:
             self._turn_outputs(y, turned.step, depth)
@@ -104,11 +100,27 @@ class Joining:
     def _turn_outputs(self, y: Tensor, step: VectorStep, depth: float) -> None:
         """``_change_outputs``, to the bit, without a copy of the rows where rotations are all there is."""
         family, product = step.family, y
-        if self._outputs is not None:
+        if self._has_outputs:
             product = y.clone() if self._turns_outputs else y
-            scale_shift(y, step.work, self._outputs, self.members, depth)
+            scale_shift(y, step.work, family.outputs, self.members, depth)
         if self._turns_outputs:
             cpu.rotate_blocks(y, product, step.work, family.out_rotations, self.members, depth)
+
+
+def prepared(step: VectorStep) -> Prepared:
+    """Found once a step, or less: a step stays while the same adapters are in the same rows."""
+    found, family = step.prepared, step.family
+    if found is None or found.version != family.version:
+        own = step.work
+        joining = own if step.turned is None else step.turned.others
+        found = Prepared(
+            family.version,
+            None if family.outputs.is_empty else cpu.changes(family.outputs, joining),
+            None if family.inputs.is_empty else cpu.changes(family.inputs, own),
+            None if family.norms.is_empty else cpu.changes(family.norms, own),
+        )
+        step.remember(found)
+    return found
 
 
 def apply_with_vectors(group: ProjectionGroup, rows: Tensor, ctx: ForwardContext, step: VectorStep) -> Tensor:
@@ -117,7 +129,7 @@ def apply_with_vectors(group: ProjectionGroup, rows: Tensor, ctx: ForwardContext
         y = group.joining.apply(group, rows, ctx.work, ctx.lora, step)
     else:
         y = _one_by_one(group, rows, ctx, step)
-    if ctx.sparse is not None and ctx.work is not None:
+    if ctx.sparse is not None and ctx.work is not None and ctx.work.concerns(ctx.sparse, group.members):
         sparse_linear(y, rows, ctx.work, ctx.sparse, group.members, group.depth)
     if ctx.blocks is not None and ctx.work is not None:
         add_blocks(y, rows, ctx.work, ctx.blocks, group.members, group.depth)
