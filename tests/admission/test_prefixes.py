@@ -163,7 +163,7 @@ def test_requests_are_refused_at_the_door_and_by_the_engine(
 
             with pytest.raises(ContextLengthExceeded, match="virtual tokens take 37"):
                 runtime.engine.submit(make(256 - 37 - len(PROMPT) + 1))
-            with pytest.raises(InvalidRequest, match="no other strengths"):
+            with pytest.raises(InvalidRequest, match="allowed: strength 0 or 1"):
                 runtime.engine.submit(make(4, scale=0.5))
             for late, error in ((make(250, told=0), ContextLengthExceeded), (make(4, 0.5, 0), InvalidRequest)):
                 with pytest.raises(error):

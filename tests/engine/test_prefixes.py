@@ -207,10 +207,10 @@ def test_graphs_decode_behind_a_prefix(setting: Setting) -> None:
 
 @pytest.mark.parametrize("is_told", [True, False])
 def test_refused_by_type(setting: Setting, is_told: bool) -> None:
-    """At the door where the binding tells of the prefix, else by the rules of composition when the adapter is there;
-    nothing is left behind."""
+    """By the same words at the door, where the binding tells of the prefix, and when the adapter is there; nothing is
+    left behind."""
     length = num_tokens("cartridge") if is_told else 0
-    strengths = "no other strengths than 0 and 1" if is_told else "allowed: strength 0 or 1"
+    strengths = "allowed: strength 0 or 1"
 
     def part(first: float = 1.0, last: float = 1.0, start: int = 0) -> BindingPart:
         return BindingPart("cartridge", first, last, start, num_prefix_tokens=length)
