@@ -15,6 +15,7 @@ from deltatest.adapter_corpus import TENSORS, BadAdapter, corpus_base, edit_tens
 from deltatest.vocabulary_corpus import (
     ALONE,
     ALONE_HEAD,
+    BIASES_AGAIN,
     COPY,
     IDS,
     ROWS,
@@ -31,10 +32,10 @@ def test_good_ones_get_in(kind: str, tmp_path: Path) -> None:
     parsed = read_adapter(VOCABULARY_GOOD[kind](tmp_path / "adapter"), vocabulary_base())
     assert parsed.kind == {"alone": "rows", "beside": "vector"}.get(kind, "lora")
     numbers = {"rows": 6, "apart": 6, "alone": 2, "low-rank": 7, "saved": 8}
-    numbers |= {"dora": 8, "whole": 8, "beside": 8, "biases": 5}
+    numbers |= {"dora": 8, "whole": 8, "beside": 8, "biases": 5, "again": 10}
     assert len(parsed.deltas) == numbers[kind]
     held = load_file(tmp_path / "adapter" / TENSORS)
-    copies = sum(held[name].numel() for name in held if name in (COPY, ALONE_HEAD))
+    copies = sum(held[name].numel() for name in held if name in (COPY, ALONE_HEAD, *BIASES_AGAIN))
     assert parsed.num_parameters == sum(tensor.numel() for tensor in held.values()) - copies
 
 

@@ -18,7 +18,7 @@ from deltaserve.model.base import BaseModel, load_base
 from deltaserve_kernels import LoraTables, SparseTables
 from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.formats import read_adapter
-from deltaserve_store.formats.peft_kinds import positions, vera
+from deltaserve_store.formats.peft_kinds import positions, randlora, vera
 from deltaserve_store.formats.peft_kinds.products import split
 from deltaserve_store.formats.peft_kinds.table import READERS
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter
@@ -149,6 +149,47 @@ def test_a_seed_is_refused_where_the_generator_draws_other_numbers(
         ("seed_not_usable", "adapter_config.json:projection_prng_key")
     ]
     read(shelf["vera"], base)
+
+
+@pytest.mark.parametrize(("name", "options"), [("seed", {}), ("sparse", {}), ("thin", {}), ("thin", {"r": 64})])
+def test_bases_of_a_seed_are_those_of_peft_to_the_bit(name: str, options: dict, model: Any, base: BaseModel) -> None:
+    import copy
+
+    import peft
+
+    case = CASES[f"randlora-{name}"]
+    config = peft.RandLoraConfig(target_modules=["v_proj", "up_proj"], **{**case.options, **options})
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+    linears = tuple(x for n, x in base.spec.linears.items() if n.endswith(("v_proj", "up_proj")))
+    a, b = randlora.RandLora(config.to_dict(), linears, "adapter_config.json")._drawn()
+    for found, wanted in ((a, wrapped.base_model.randlora_A), (b, wrapped.base_model.randlora_B)):
+        assert torch.equal(found.float(), wanted["default"])  # PEFT widens what it has drawn
+
+
+def test_bases_of_a_seed_are_refused_where_the_generator_draws_others(
+    base: BaseModel, shelf: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 and in float32 each for itself; where it draws as it did, the upload is told what that rests on."""
+    told = read(shelf["randlora-seed"], base).notes
+    assert ["bfloat16" in note for note in told] == [True]
+    assert not read(shelf["randlora"], base).notes + read(shelf["randlora-thin"], base).notes
+    for module, broken, whole in ((randlora, "seed", "sparse"), (vera, "thin", "seed")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_KNOWN_DRAW", (0.0, 0.0, 0.0))
+            with pytest.raises(AdapterInvalid) as raised:
+                read(shelf[f"randlora-{broken}"], base)
+            assert [(reason.code, reason.where) for reason in raised.value.reasons] == [
+                ("seed_not_usable", "adapter_config.json:projection_prng_key")
+            ]
+            read(shelf[f"randlora-{whole}"], base)
+            read(shelf["randlora"], base)
+
+
+def test_a_draw_of_zeros_is_no_basis(base: BaseModel, shelf: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(randlora, "sparse_bases", lambda shape, sparsity, generator: torch.zeros(shape))
+    with pytest.raises(AdapterInvalid) as raised:
+        read(shelf["randlora-thin"], base)
+    assert {(reason.code, reason.found) for reason in raised.value.reasons} == {("seed_not_usable", "bases of zeros")}
 
 
 @pytest.mark.parametrize("name", ["fourierft", "waveft"])

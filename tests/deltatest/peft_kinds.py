@@ -62,6 +62,7 @@ def _around_base(wrapped: Any) -> None:
 
 
 _PSOFT = {"r": 5, "num_cayley_neumann_terms": 6, "use_cayley_neumann": True, "cayley_neumann_eps": 0.5}
+_RANDLORA = {"r": 5, "randlora_alpha": 10, "save_projection": False}
 # Tests take a case's seed from its place: new ones go to the end.
 CASES: dict[str, KindCase] = {
     "adalora": KindCase("AdaLoraConfig", {"init_r": 4, "lora_alpha": 16, "total_step": 10}, 0.3),
@@ -123,6 +124,9 @@ CASES: dict[str, KindCase] = {
     "psoft-free": KindCase("PsoftConfig", {"r": 4, "psoft_orth": False, "psoft_mag_b": False}, 0.4),
     "glora": KindCase("GloraConfig", {"r": 3}, 0.3),
     "frod": KindCase("FrodConfig", {"sparse_rate": 0.02, "progressbar": False}, 0.25, _around_base),
+    "randlora-seed": KindCase("RandLoraConfig", {**_RANDLORA, "projection_prng_key": 7}, 0.17),
+    "randlora-sparse": KindCase("RandLoraConfig", {**_RANDLORA, "sparse": True}, 0.17),
+    "randlora-thin": KindCase("RandLoraConfig", {**_RANDLORA, "very_sparse": True, "sparse": True}, 0.17),
 }
 
 

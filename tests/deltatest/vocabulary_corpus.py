@@ -121,6 +121,22 @@ def _write_with_biases(folder: Path) -> Path:
     return folder
 
 
+AGAIN, ORIGINAL = (
+    f"{PREFIX}model.layers.1.mlp.{part}.down_proj.bias" for part in ("modules_to_save.default", "original_module")
+)
+HEAD_AGAIN, HEAD_ORIGINAL = f"{PREFIX}{H}.modules_to_save.bias", f"{PREFIX}{H}.original_module.bias"
+BIASES_AGAIN = (AGAIN, ORIGINAL, HEAD_AGAIN, HEAD_ORIGINAL)
+_AGAIN = {
+    **_WHOLE,
+    HEAD: _randn(100, 16),
+    f"{PREFIX}{H}.bias": _randn(100),
+    AGAIN: _randn(16),
+    ORIGINAL: _randn(16) + 1,
+    HEAD_AGAIN: _randn(100),
+    HEAD_ORIGINAL: _randn(100) + 1,
+}
+"""Of the other layer nothing is there again, as nothing needs to be."""
+
 VOCABULARY_GOOD: dict[str, Callable[[Path], Path]] = {
     "rows": _lora_with({ROWS: _randn(3, 16)}, trainable_token_indices=IDS),
     "apart": _lora_with(
@@ -139,6 +155,7 @@ VOCABULARY_GOOD: dict[str, Callable[[Path], Path]] = {
         bias="lora_only",
     ),
     "whole": _lora_with(_WHOLE, modules_to_save=["down_proj"]),
+    "again": _lora_with(_AGAIN, modules_to_save=["mlp", "lm_head"], bias="all"),
     "beside": _write_beside,
     "biases": _write_with_biases,
 }
@@ -279,6 +296,20 @@ VOCABULARY_CORPUS: tuple[BadAdapter, ...] = (
         "targets that end as what is saved",
         edit_config(modules_to_save=["_proj"]),
         ("invalid_value", f"{CONFIG}:modules_to_save"),
+        is_exact=False,
+    ),
+    _tensor("again", "another bias there again", "invalid_value", AGAIN, torch.ones(16)),
+    _tensor("again", "another bias of the head again", "invalid_value", HEAD_AGAIN, set_value(1)),
+    _tensor("again", "a bias again of another size", "shape_mismatch", AGAIN, torch.ones(8)),
+    _tensor("again", "the base's bias of another size", "shape_mismatch", ORIGINAL, torch.ones(24)),
+    _tensor("again", "NaN in the base's bias of the head", "non_finite", HEAD_ORIGINAL, set_value(NAN)),
+    _tensor("again", "the bias itself missing", "missing_tensor", f"{DOWN[1]}.bias", None),
+    _tensor("again", "the base's weight too", "unknown_module", ORIGINAL.replace("bias", "weight"), torch.ones(16, 24)),
+    _case(
+        "again",
+        "biases again of another option",
+        edit_config(bias="lora_only"),
+        *(("unsupported_feature" if "to_save" in name else "unknown_module", name) for name in BIASES_AGAIN),
         is_exact=False,
     ),
     _tensor("beside", "a saved matrix missing", "missing_tensor", EMBEDDING, None),

@@ -46,13 +46,17 @@ BIASED = {
 SAVED = ("loha", "hra", "hira", "supertuning", "glora", "road", "oft", "ia3")
 """One for each way of reading and each form of term."""
 WHOLE = ["dense_4h_to_h", "embed_in", "lm_head", "final_layer_norm"]
+BOTH = ("lora", "vera", "boft", "deft")
+"""With both: beside modules saved whole, ``all`` writes biases again."""
+HOLDERS = ["mlp", "attention.dense", "final_layer_norm", "embed_in"]
 _OTHERS = {
+    "lora": KindCase("LoraConfig", {"r": 3}, 0.3),
     "oft": rotation_kinds.CASES["oft"],
     "boft": rotation_kinds.CASES["boft"],
     "road": rotation_kinds.CASES["road-1"],
     "ia3": KindCase("IA3Config", {"feedforward_modules": []}, 0.5),
 }
-IDS = prompts(tuple(5 + i % 9 for i in range(len(BIASED) + len(SAVED) + 1)), VOCAB_SIZE)
+IDS = prompts(tuple(5 + i % 9 for i in range(len(BIASED) + len(SAVED) + len(BOTH) + 1)), VOCAB_SIZE)
 
 
 @dataclass
@@ -73,8 +77,9 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     folders = {}
     wanted: list[tuple[str, dict[str, Any]]] = [(kind, {"bias": bias}) for kind, bias in BIASED.items()]
     wanted += [(kind, {"modules_to_save": WHOLE}) for kind in SAVED]
+    wanted += [(kind, {"bias": "all", "modules_to_save": HOLDERS}) for kind in BOTH]
     for seed, (kind, options) in enumerate(wanted):
-        name = f"{kind}-{next(iter(options))}"
+        name = f"{kind}-{'-'.join(options)}"
         case = near_the_base(CASES.get(kind) or _OTHERS[kind], model)
         # A block of the others' targets must not be what a kind divides by.
         targets = ("dense_h_to_4h",) if kind in ("miss", "gralora") else ("query_key_value", "attention.dense")

@@ -12,7 +12,7 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
-from deltaserve_store.dense_deltas import DenseDelta, SignDelta
+from deltaserve_store.dense_deltas import DenseDelta, SignDelta, WholeDelta
 from deltaserve_store.formats import read_adapter
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter, SparseDelta
 from deltaserve_store.spec import BaseSpec, LinearSpec, NormSpec
@@ -61,7 +61,9 @@ class Numbers:
 BASE = Numbers()
 
 
-def adapter(*deltas: LoraDelta | SparseDelta | DenseDelta | SignDelta | VectorDelta | NormDelta) -> ParsedAdapter:
+def adapter(
+    *deltas: LoraDelta | SparseDelta | DenseDelta | WholeDelta | SignDelta | VectorDelta | NormDelta,
+) -> ParsedAdapter:
     return ParsedAdapter("lora", "test", deltas, {}, None, None, None, 1)
 
 
@@ -257,6 +259,30 @@ def test_whole_matrices_and_signs_add_up_with_others() -> None:
     signs = torch.tensor([[1.0 if int(word) >> column & 1 else -1.0 for column in range(IN)] for word in words])
     same(matrix(merged.update, LAYERS[1]), matrix(one, LAYERS[1]) + 2 * signs * scale[:, None])
     same(matrix(merged.update, LAYERS[2]), matrix(one, LAYERS[2]))
+
+
+def test_modules_saved_whole_add_up_by_their_difference(tmp_path: Path) -> None:
+    """Weight and bias of one linear in place of the base's, beside a LoRA elsewhere; at weight 1 it is what it was."""
+    whole, bias = drawn(OUT, IN, seed=41), drawn(OUT, seed=42)
+    saved = adapter(
+        WholeDelta(LAYERS[1], whole.half()), VectorDelta(LAYERS[1], new_bias=bias), *lora(3, layers=LAYERS[:1]).deltas
+    )
+    both = merge(updates(saved, lora(5)), MergeOptions("linear", weights=(0.25, 2.0)), SPEC, BASE).update
+    other = updates(lora(5))[0]
+    change = whole.half().float() - BASE.weight(LAYERS[1])
+    same(matrix(both, LAYERS[1]), 0.25 * change + 2 * matrix(other, LAYERS[1]))
+    same(vector(both, LAYERS[1], "bias", OUT), 0.25 * (bias - BASE.bias(LAYERS[1])))
+    write_update(
+        merge(updates(saved), MergeOptions("linear", weights=(1.0,)), SPEC, BASE).update,
+        tmp_path,
+        "ab" * 32,
+        base_name=None,
+        method="test",
+    )
+    again = updates(read_adapter(tmp_path, SPEC))[0]
+    same(BASE.weight(LAYERS[1]) + matrix(again, LAYERS[1]), whole.half().float())
+    nothing = update_of(adapter(WholeDelta(LAYERS[1], BASE.weight(LAYERS[1]))), SPEC, BASE)
+    assert not nothing.linears[LAYERS[1]].entries.values.any()
 
 
 def test_an_adapter_that_leaves_a_layer_alone_counts_as_zero_there() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from deltaserve_store.block_deltas import RowsDelta
 from deltaserve_store.findings import Findings
+from deltaserve_store.formats.bias_repeats import BiasRepeats
 from deltaserve_store.formats.saved_modules import SavedDelta, SavedModules
 from deltaserve_store.formats.tensor_checks import check_values
 from deltaserve_store.formats.tensor_file import TensorFile
@@ -34,13 +35,15 @@ class Beside:
         self._base = base
         self.saved = SavedModules(config.get("modules_to_save"), base, where, findings)
         self.targets = self.saved.not_saved(targets, findings)
-        self._biases = TrainedBiases(config.get("bias", "none"), self.targets, base)
+        option = config.get("bias", "none")
+        self._biases = TrainedBiases(option, self.targets, base, self.saved.modules)
+        self._repeats = BiasRepeats(option, self.saved, tensors)
         self._copies = copies_in(tensors, base, self.saved.names)
 
     @property
     def names(self) -> set[str]:
         """Tensors that are accounted for."""
-        return {*self.saved.names, *self._biases.sizes, *self._copies}
+        return {*self.saved.names, *self._biases.sizes, *self._repeats.names, *self._copies}
 
     @property
     def num_parameters(self) -> int:
@@ -51,12 +54,14 @@ class Beside:
         """Every tensor is there, of the base's sizes."""
         self.saved.check_layout(tensors, findings)
         check_vectors(self._biases.sizes, "bias", tensors, findings)
+        self._repeats.check_layout(tensors, findings)
         for name, module in self._copies.items():
             check_rows(tensors.header.tensors[name], module, self._base, findings)
 
     def read(self, tensors: TensorFile, findings: Findings) -> list[SavedDelta]:
         """The deltas, checked for their values."""
         deltas = self.saved.read(tensors, findings)
+        self._repeats.check_values(tensors, findings)
         found = read_vectors(self._biases.sizes, tensors, findings)
         deltas += [VectorDelta(module, new_bias=found[name]) for module, name in self._biases.of_linears.items()]
         deltas += self._biases.norm_deltas(found)

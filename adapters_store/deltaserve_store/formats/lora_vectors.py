@@ -17,9 +17,11 @@ from torch import Tensor
 
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats import activated_lora
+from deltaserve_store.formats.bias_repeats import BiasRepeats
 from deltaserve_store.formats.lora_variants import FIELDS as VARIANT_FIELDS
 from deltaserve_store.formats.lora_vocabulary import FIELDS as VOCABULARY_FIELDS
 from deltaserve_store.formats.peft_fields import LORA_FIELDS, FieldRule, check_fields
+from deltaserve_store.formats.saved_modules import SavedModules
 from deltaserve_store.formats.tensor_checks import PEFT_PREFIX
 from deltaserve_store.formats.tensor_file import TensorFile
 from deltaserve_store.formats.trained_biases import TrainedBiases, check_vectors, read_vectors
@@ -69,28 +71,44 @@ class LoraVectors:
     """The vectors that a file with these targets must hold: of linears, and of embedding and head (``matrices``)."""
 
     def __init__(
-        self, options: Mapping[str, Any], modules: tuple[str, ...], matrices: Sequence[str], base: BaseSpec
+        self,
+        options: Mapping[str, Any],
+        modules: tuple[str, ...],
+        matrices: Sequence[str],
+        base: BaseSpec,
+        saved: SavedModules,
+        tensors: TensorFile,
     ) -> None:
         linears = {**base.linears, **base.vocabulary}
         own = (*modules, *matrices)
         self._magnitudes = {m: f"{PEFT_PREFIX}{m}.lora_magnitude_vector" for m in own if options["use_dora"]}
         self._own_biases = {m: f"{PEFT_PREFIX}{m}.lora_B.bias" for m in own if options["lora_bias"]}
-        self._biases = TrainedBiases(options["bias"], own, base)
+        self._biases = TrainedBiases(options["bias"], own, base, saved.modules)
+        self._repeats_of_biases = BiasRepeats(options["bias"], saved, tensors)
         # Written once more where PEFT saves the matrix of an embedding that is called other than it expects.
-        self.repeats = {f"{self._magnitudes[m]}.weight": self._magnitudes[m] for m in matrices if m in self._magnitudes}
+        self._repeats = {
+            f"{self._magnitudes[m]}.weight": self._magnitudes[m] for m in matrices if m in self._magnitudes
+        }
         self.sizes: dict[str, int] = {}
         for names in (self._magnitudes, self._own_biases):
             self.sizes |= {tensor: linears[module].out_features for module, tensor in names.items()}
         self.sizes |= self._biases.sizes
 
+    @property
+    def names(self) -> set[str]:
+        """Tensors that are accounted for."""
+        return {*self.sizes, *self._repeats, *self._repeats_of_biases.names}
+
     def check_layout(self, tensors: TensorFile, findings: Findings) -> None:
         """Every vector is there, of the base's size."""
         check_vectors(self.sizes, "bias, lora_bias or use_dora", tensors, findings)
+        self._repeats_of_biases.check_layout(tensors, findings)
 
     def read(self, tensors: TensorFile, findings: Findings) -> dict[str, Tensor]:
         """All vectors by tensor name, checked for their values."""
         found = read_vectors(self.sizes, tensors, findings)
-        for name, own in self.repeats.items():
+        self._repeats_of_biases.check_values(tensors, findings)
+        for name, own in self._repeats.items():
             if name in tensors.header.tensors and not torch.equal(tensors.read(name), found[own]):
                 findings.add("shape_mismatch", name, "other magnitudes", f"those of {own}")
         return found

@@ -66,7 +66,7 @@ def parse_peft_lora(
     if method is not None:
         check_ranks(method, {m: lora.rank_of(m) for m in modules}, base, f"{config_name}:r", findings)
     is_beside_part = method is not None or initial is not None or not variants.is_plain
-    vectors = LoraVectors(options, modules, vocabulary.low_rank, base)
+    vectors = LoraVectors(options, modules, vocabulary.low_rank, base, vocabulary.whole, tensors)
     vectors.check_layout(tensors, findings)
     vocabulary.check_layout(tensors, findings)
     if vocabulary.low_rank and is_beside_part:
@@ -83,7 +83,7 @@ def parse_peft_lora(
             modules_saved_whole=bool(vocabulary.whole.linears or vocabulary.whole.norms),
             an_initial_part_of_the_base=is_beside_part,
         )
-    others = {*vectors.sizes, *vectors.repeats, *vocabulary.names, *variants.names_in(tensors)}
+    others = {*vectors.names, *vocabulary.names, *variants.names_in(tensors)}
     _check_layout(variants, modules, tensors, base, findings, others=others)
     if initial is not None:
         of_initial = Findings()

@@ -72,6 +72,21 @@ class SavedModules:
         return shapes
 
     @property
+    def bias_sizes(self) -> dict[str, int]:
+        """Sizes of the biases, by tensor name."""
+        return {name: shape[0] for name, shape in self._shapes.items() if name.endswith(".bias")}
+
+    @property
+    def modules(self) -> set[str]:
+        return {*self.matrices, *self.norms, *self.linears}
+
+    def holder_of(self, module: str) -> str | None:
+        """The module itself, or that above it, which PEFT put its wrapper around."""
+        parts = module.split(".")
+        paths = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        return next((path for path in paths if path.endswith(self._names)), None)
+
+    @property
     def _rows(self) -> dict[str, str]:
         """Tensors that are a matrix with a row for every token, by name: the matrix."""
         return {f"{PEFT_PREFIX}{name}.weight": name for name in self.matrices}

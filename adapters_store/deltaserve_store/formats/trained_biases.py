@@ -19,19 +19,21 @@ from deltaserve_store.vector_deltas import NormDelta
 
 
 class TrainedBiases:
-    """The biases that a file with this ``option`` must hold. ``modules``: the targets, linears and the head."""
+    """The biases that a file with this ``option`` must hold. ``modules``: the targets, linears and the head; ``saved``:
+    modules that are saved whole, with their bias."""
 
-    def __init__(self, option: str, modules: Collection[str], base: BaseSpec) -> None:
+    def __init__(self, option: str, modules: Collection[str], base: BaseSpec, saved: Collection[str] = ()) -> None:
         self.of_linears: dict[str, str] = {}
         self._of_norms: dict[str, str] = {}
         linears = {**base.linears, **({} if base.head is None else {base.head.name: base.head})}
         for name, linear in linears.items() if option != "none" else ():
             if name in modules and linear.has_bias:
                 self.of_linears[name] = f"{PEFT_PREFIX}{name}.base_layer.bias"
-            elif linear.has_bias and option == "all":
+            elif linear.has_bias and option == "all" and name not in saved:
                 self.of_linears[name] = f"{PEFT_PREFIX}{name}.bias"
         if option == "all":
-            self._of_norms = {n: f"{PEFT_PREFIX}{n}.bias" for n, norm in base.norms.items() if norm.has_bias}
+            norms = [n for n, norm in base.norms.items() if norm.has_bias and n not in saved]
+            self._of_norms = {n: f"{PEFT_PREFIX}{n}.bias" for n in norms}
         self.sizes = {tensor: linears[name].out_features for name, tensor in self.of_linears.items()}
         self.sizes |= {tensor: base.norms[name].size for name, tensor in self._of_norms.items()}
 

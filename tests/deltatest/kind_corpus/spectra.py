@@ -44,7 +44,15 @@ SPECTRA = (
     config_case("c3a", "fan_in_fan_out", False, "unknown_field"),
     among("c3a", "a block of 3", edit_config(block_size=3), ("invalid_value", f"{CONFIG}:block_size")),
     among("c3a", "another block", edit_config(block_size=4), ("shape_mismatch", _KERNEL)),
-    config_case("randlora", "save_projection", False, "seed_not_usable"),
+    BadAdapter(
+        "bases that the seed was to make up for",
+        "randlora",
+        edit_config(save_projection=False),
+        (("unexpected_tensor", "base_model.randlora_A"), ("unexpected_tensor", f"{V0_TENSOR}.randlora_A")),
+        is_exact=False,
+    ),
+    config_case("randlora", "projection_prng_key", 1 << 63, "invalid_value"),
+    config_case("randlora", "very_sparse", 1, "invalid_value"),
     config_case("randlora", "randlora_alpha", ..., "missing_field"),
     among("randlora", "another r", edit_config(r=4), ("shape_mismatch", _LAMBDA)),
     BadAdapter(

@@ -3,7 +3,7 @@
     dW = b @ a + S + diag(out_gate) W + W diag(in_gate),   bias += bias,   weight += gain,   norm's bias += shift
 
 A gate is a scale minus 1. Everything is linear: at weight w each part counts w times. A method that puts numbers in the
-base's place (trained biases, norms, DoRA's magnitudes) becomes its difference from the base.
+base's place (weights and biases saved whole, norms, DoRA's magnitudes) becomes its difference from the base.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deltaserve_store.bottleneck_deltas import BottleneckDelta
-from deltaserve_store.dense_deltas import DenseDelta, SignDelta
+from deltaserve_store.dense_deltas import DenseDelta, SignDelta, WholeDelta
 from deltaserve_store.parsed import LoraDelta, ParsedAdapter, SparseDelta
 from deltaserve_store.spec import BaseSpec
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
@@ -106,7 +106,7 @@ def update_of(adapter: ParsedAdapter, spec: BaseSpec, base: BaseWeights) -> Upda
     return Update(linears, norms)
 
 
-_TERMS = (LoraDelta, SparseDelta, DenseDelta, SignDelta, VectorDelta)
+_TERMS = (LoraDelta, SparseDelta, DenseDelta, WholeDelta, SignDelta, VectorDelta)
 _KNOWN_OF_ADAPTER = frozenset(
     {
         *("kind", "more_kinds", "file_format", "deltas", "weight_deltas", "config", "base_name", "base_fingerprint"),
@@ -116,7 +116,7 @@ _KNOWN_OF_ADAPTER = frozenset(
 _KNOWN = frozenset(
     {
         *("module", "a", "b", "scaling", "magnitude", "dense", "rows", "cols", "values", "gain", "shift", "replaces"),
-        *("out_scale", "in_scale", "bias", "new_bias", "scales_bias", "delta", "signs", "scale"),
+        *("out_scale", "in_scale", "bias", "new_bias", "scales_bias", "delta", "signs", "scale", "weight"),
     }
 )
 
@@ -163,8 +163,12 @@ def _add_entries(parts: Sequence[tuple[float, Entries]]) -> Entries:
 
 
 def _linear_change(
-    delta: LoraDelta | SparseDelta | DenseDelta | SignDelta | VectorDelta, shape: tuple[int, int], base: BaseWeights
+    delta: LoraDelta | SparseDelta | DenseDelta | WholeDelta | SignDelta | VectorDelta,
+    shape: tuple[int, int],
+    base: BaseWeights,
 ) -> LinearUpdate:
+    if isinstance(delta, WholeDelta):
+        return LinearUpdate(shape, entries=entries_of(delta.weight.float() - base.weight(delta.module)))
     if isinstance(delta, DenseDelta | SignDelta):  # a matrix is as many entries as it has numbers
         matrix = delta.delta.float() if isinstance(delta, DenseDelta) else delta.dense(shape[1])
         return LinearUpdate(shape, entries=entries_of(matrix))

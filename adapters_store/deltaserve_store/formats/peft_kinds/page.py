@@ -144,7 +144,9 @@ LoRA, SHiRA, IA3, LN tuning and every converted kind may have, where PEFT's conf
   holds several (`mlp`) saves all of them. A target that is saved is no target. What no causal model has (`score`,
   `classifier`) is refused by name (`unknown_module`).
 - `bias`: `<kind>_only` or `all`, trained biases in place of the base's, of linears, of a head that has one and, with
-  `all`, of norms. GLoRA says by terms of its own what becomes of a bias, so it has `none` alone.
+  `all`, of norms. What `all` writes once more of modules saved whole (`modules_to_save`, `original_module` in the name)
+  must equal the trained bias, and of the base's need only fit: no pass uses it. GLoRA says by terms of its own what
+  becomes of a bias, so it has `none` alone.
 
 LoRA may also target embedding and head (`lora_embedding_A`, `_B`; `lora_A`, `lora_B`), with DoRA too: the head's
 magnitudes [vocabulary] scale its logits, the embedding's [width] the numbers of a row, both beside their low rank.

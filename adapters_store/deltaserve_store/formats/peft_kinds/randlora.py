@@ -5,13 +5,18 @@ linears, cut to each; a linear trains ``randlora_lambda [r, n]`` and ``randlora_
 ceil(min(in, out) / r)`` products. A is scaled to ``lambda[r, n] A[r] gamma[n]`` and stands on the narrower side of the
 linear. PEFT lays the directions of A out by r, then n, and those of B by n, then r, and pairs them in these orders.
 Scaling is ``randlora_alpha / r``. The ranks of the products add up to min(in, out) or more, so the delta has full rank.
-PEFT saves the bases once more beside every linear; such copies must be equal. Bases that are not saved are drawn in a
-narrow dtype that hangs on the machine: they are not drawn again here. Source: peft 0.21,
-``tuners/randlora/{layer,model}.py``.
+PEFT saves the bases once more beside every linear; such copies must be equal.
+
+With ``save_projection: false`` they are drawn from ``projection_prng_key``, A and then B, by one CPU generator, and
+divided by their deviation. By default the draw is uniform, in bfloat16 (in float16 on the few machines without it,
+which no file tells), and B one product after the other; with ``sparse`` and ``very_sparse`` it is -1, 0 and 1, from
+numbers of float32. That is repeated only where this build's generator gives the numbers that it gave when this was
+written. Source: peft 0.21, ``tuners/randlora/{layer,model}.py``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -25,39 +30,66 @@ from deltaserve_store.formats.peft_fields import (
     COMMON_FIELDS,
     FLAG,
     FRACTION,
-    INTEGER,
     LAYER_FIELDS,
     RANK,
+    SWITCH,
     FieldRule,
-    one_of,
 )
 from deltaserve_store.formats.peft_kinds.low_rank import converted
 from deltaserve_store.formats.peft_kinds.reader import PeftReader, TensorRule
+from deltaserve_store.formats.peft_kinds.vera import PROJECTION_KEY, is_known_generator
 from deltaserve_store.formats.tensor_checks import PEFT_PREFIX
 from deltaserve_store.parsed import LoraDelta
 from deltaserve_store.spec import LinearSpec
 
 SHARED_A, SHARED_B = "base_model.randlora_A", "base_model.randlora_B"
+_KNOWN_DRAW = (0.06982421875, -0.6015625, -0.51953125)
+"""As that of VeRA, in bfloat16."""
+
+
+def is_known_narrow_draw() -> bool:
+    """Whether seeds mean in bfloat16 what they meant where the reader was written, to the bit."""
+    draw = torch.empty(5000, dtype=torch.bfloat16).uniform_(-1, 1, generator=torch.Generator().manual_seed(7))
+    return (float(draw[0]), float(draw[1]), float(draw[4099])) == _KNOWN_DRAW
+
+
+def uniform_bases(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """bfloat16, PEFT's Kaiming draw of one product: the last axis counts its inputs."""
+    bound = math.sqrt(3.0) * (math.sqrt(2.0 / 6.0) / math.sqrt(shape[-1]))
+    return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
+
+
+def sparse_bases(shape: tuple[int, ...], sparsity: float, generator: torch.Generator) -> Tensor:
+    """float32 -1, 0 and 1: one in ``sparsity`` is not 0."""
+    draw = torch.rand(shape, generator=generator)
+    return (draw > 1 - 1 / (2 * sparsity)).float() - (draw < 1 / (2 * sparsity)).float()
+
+
+_NOTE = (
+    "Bases that the file leaves out were drawn in bfloat16, as PEFT draws them where that dtype is there. An adapter "
+    "that was trained on a machine without it has others and needs save_projection=True."
+)
 
 
 class RandLora(PeftReader):
     peft_type = "RANDLORA"
     title = "RandLoRA"
-    source = "`randlora_lambda`, `randlora_gamma`; shared `randlora_A`, `randlora_B`"
+    source = "`randlora_lambda`, `randlora_gamma`; shared `randlora_A`, `randlora_B`, or their seed"
     delta = "`alpha / r · Σ B_n diag(λ_n) A diag(γ_n)`"
     term = "low rank, rank min(in, out)"
-    limits = "bases left out (`save_projection: false`); an error above the limit, where the rank exceeds the bound"
+    limits = (
+        "a seed that is not usable, as of VeRA; bases of zeros (`very_sparse`, drawn for a small linear); an error "
+        "above the limit, where the rank exceeds the bound"
+    )
     fields: ClassVar[Mapping[str, FieldRule]] = {
         **COMMON_FIELDS,
         **LAYER_FIELDS,
         "r": RANK,
         "randlora_alpha": ALPHA,
-        "save_projection": FieldRule(
-            "understood", one_of(True), "true (the machine decides the dtype of the draw)", "seed_not_usable"
-        ),
-        "projection_prng_key": INTEGER,
-        "sparse": FLAG,
-        "very_sparse": FLAG,
+        "save_projection": SWITCH,
+        "projection_prng_key": PROJECTION_KEY,
+        "sparse": SWITCH,
+        "very_sparse": SWITCH,
         "randlora_dropout": FRACTION,
         "bias": BIAS,
         "init_weights": FLAG,
@@ -69,30 +101,66 @@ class RandLora(PeftReader):
     def rank(self, linear: LinearSpec) -> int:
         return self.conversion.rank_of(linear, min(linear.out_features, linear.in_features))
 
-    def shared_layout(self) -> Mapping[str, TensorRule]:
+    def _is_saved(self) -> bool:
+        return bool(self.config.get("save_projection", True))
+
+    def _sparsity(self) -> float | None:
+        if self.config.get("very_sparse"):
+            return math.sqrt(self._shapes()[0][2])
+        return 3 if self.config.get("sparse") else None
+
+    def told(self) -> tuple[str, ...]:
+        return () if self._is_saved() or self._sparsity() is not None else (_NOTE,)
+
+    def check(self, findings: Findings) -> None:
+        if self._is_saved() or (is_known_generator() if self._sparsity() is not None else is_known_narrow_draw()):
+            return
+        allowed = "bases in the file (save_projection=True): this build draws other numbers from a seed"
+        findings.add("seed_not_usable", f"{self.where}:projection_prng_key", "a seed", allowed)
+
+    def _shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         rank = int(self.config["r"])
         sides = [
             max(linear.out_features for linear in self.linears),
             max(linear.in_features for linear in self.linears),
         ]
-        return {
-            SHARED_A: TensorRule((rank, 1, min(sides))),
-            SHARED_B: TensorRule((max(sides), self._num_bases(min(sides)), rank)),
-        }
+        return (rank, 1, min(sides)), (max(sides), self._num_bases(min(sides)), rank)
+
+    def shared_layout(self) -> Mapping[str, TensorRule]:
+        if not self._is_saved():
+            return {}
+        return {name: TensorRule(shape) for name, shape in zip((SHARED_A, SHARED_B), self._shapes(), strict=True)}
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
         narrow = min(linear.out_features, linear.in_features)
         bases = self._num_bases(narrow)
-        shared = self.shared_layout()
-        return {
+        rules = {
             "randlora_lambda": TensorRule((int(self.config["r"]), bases)),
             "randlora_gamma": TensorRule((bases, narrow)),
-            "randlora_A": TensorRule(shared[SHARED_A].shape, optional=True),
-            "randlora_B": TensorRule(shared[SHARED_B].shape, optional=True),
         }
+        if self._is_saved():
+            for name, shape in zip(("randlora_A", "randlora_B"), self._shapes(), strict=True):
+                rules[name] = TensorRule(shape, optional=True)
+        return rules
 
     def begin(self, shared: Mapping[str, Tensor], findings: Findings) -> None:
-        self._bases = {"randlora_A": shared[SHARED_A].float(), "randlora_B": shared[SHARED_B].float()}
+        a, b = (shared[SHARED_A], shared[SHARED_B]) if self._is_saved() else self._drawn()
+        if not self._is_saved() and not (a.isfinite().all() and b.isfinite().all()):
+            allowed = "a draw with numbers other than 0 in it"
+            findings.add("seed_not_usable", f"{self.where}:projection_prng_key", "bases of zeros", allowed)
+        self._bases = {"randlora_A": a.float(), "randlora_B": b.float()}
+
+    def _drawn(self) -> tuple[Tensor, Tensor]:
+        """The bases that PEFT would draw, in its dtype."""
+        shape_a, shape_b = self._shapes()
+        generator = torch.Generator(device="cpu").manual_seed(self.config.get("projection_prng_key", 0))
+        sparsity = self._sparsity()
+        if sparsity is not None:
+            a, b = (sparse_bases(shape, sparsity, generator) for shape in (shape_a, shape_b))
+        else:
+            a, one = uniform_bases(shape_a, generator), (shape_b[0], 1, shape_b[2])
+            b = torch.cat([uniform_bases(one, generator) for _ in range(shape_b[1])], dim=1)
+        return a / a.std(), b / b.std()
 
     def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> LoraDelta:
         scales, gains = parts["randlora_lambda"].float(), parts["randlora_gamma"].float()

@@ -98,6 +98,10 @@ class PeftReader(ABC):
         """Constraints between config and base that no single field shows (divisibility, ...)."""
         del findings
 
+    def told(self) -> tuple[str, ...]:
+        """``notes``, as far as they are true of this file."""
+        return self.notes
+
     def rank(self, linear: LinearSpec) -> int | None:
         """The rank of the term that this linear gets; None where the term has none."""
         del linear
@@ -176,7 +180,7 @@ def read_kind(
         num_parameters=beside.num_parameters
         + sum(_count(info.shape) for name, info in tensors.header.tensors.items() if name not in beside.names),
         weight_deltas=tuple(delta for delta in deltas if isinstance(delta, WeightDelta | FunctionDelta)),
-        notes=reader.notes,
+        notes=reader.told(),
     )
 
 

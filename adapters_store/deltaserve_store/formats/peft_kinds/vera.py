@@ -37,6 +37,10 @@ from deltaserve_store.spec import LinearSpec
 _KNOWN_DRAW = (0.06984508037567139, -0.602393627166748, -0.5212045907974243)
 """``uniform_(-1, 1)`` of a generator with seed 7, values 0, 1 and 4099 of 5000: from a short and a long stretch."""
 
+PROJECTION_KEY = FieldRule(
+    "understood", lambda value: is_int(value) and -(1 << 63) <= value < 1 << 63, "an integer of 64 bits"
+)
+
 
 def uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     """PEFT's Kaiming draw: uniform within ``sqrt(3) * sqrt(2 / columns)``."""
@@ -67,9 +71,7 @@ class Vera(PeftReader):
         "r": RANK,
         "bias": BIAS,
         "save_projection": SWITCH,
-        "projection_prng_key": FieldRule(
-            "understood", lambda value: is_int(value) and -(1 << 63) <= value < 1 << 63, "an integer of 64 bits"
-        ),
+        "projection_prng_key": PROJECTION_KEY,
         "d_initial": NUMBER,
         "vera_dropout": FRACTION,
         "init_weights": FLAG,
