@@ -32,6 +32,10 @@ MAX_ROWS = 64
 MAX_WEIGHT = 1000.0
 """Of a member: sums of logits stay far below what float32 holds."""
 
+MIN_WEIGHT = 1e-6
+"""Of a member of a mix of logits, above or below 0: with 1e-300 float32 has zeros, and no token is likelier than the
+first one. Shares of probabilities may be as small as they like."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
@@ -130,11 +134,15 @@ class EngineLimits:
                 param="n",
             )
         for index, member in enumerate(members):
-            low = 0.0 if ensemble.mix is Mix.PROBABILITIES else -MAX_WEIGHT
-            if not low <= member.weight <= MAX_WEIGHT or member.weight == 0:
+            if ensemble.mix is Mix.PROBABILITIES:
+                is_taken, allowed = 0 < member.weight <= MAX_WEIGHT, f"above 0 and at most {MAX_WEIGHT:g}"
+            else:
+                is_taken = MIN_WEIGHT <= abs(member.weight) <= MAX_WEIGHT
+                allowed = f"from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, above or below 0"
+            if not is_taken:
                 raise InvalidRequest(
                     f"The weight of member {index} is {member.weight}; in a mix of {ensemble.mix.value} it must be "
-                    f"between {low:g} and {MAX_WEIGHT:g}, and not 0.",
+                    f"{allowed}.",
                     param=f"{field_of(index)}.weight",
                 )
             with told_of_member(index):
