@@ -18,8 +18,8 @@ from deltaserve.admission.evidence import Comparison
 
 NOISE_FACTOR = 8.0
 """Served logits are a base product and an adapter's, each rounded, in sum; the folded ones one product. Over a hundred
-random LoRA and GLoRA adapters of the embedded base they were 0.4 to 3.8 times as far apart as the two passes in float32,
-0.4 to 4.6 times in float16, 0.5 to 5.9 times in bfloat16."""
+random LoRA and GLoRA adapters of the embedded base they were 0.4 to 3.8 times as far apart as the two passes in
+float32, 0.4 to 4.6 times in float16, 0.5 to 5.9 times in bfloat16."""
 NOISE_SHARE = 0.1
 
 
