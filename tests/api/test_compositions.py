@@ -165,6 +165,8 @@ def test_the_limit_is_stated(http: TestClient, engine: FakeEngine) -> None:
     error = error_of(ask(http, [{"id": f"a{i}"} for i in range(9)]), 400)
     assert error["param"] == "adapters"
     assert "composes 9 adapters; at most 8 are allowed" in error["message"]
+    error = error_of(ask(http, [{"id": "nobody"}] * 9), 400)
+    assert "composes 9 adapters; at most 8 are allowed" in error["message"], "before names that there are not"
 
 
 @pytest.mark.parametrize("stream", [False, True])

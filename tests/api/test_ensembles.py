@@ -213,6 +213,19 @@ def test_the_limit_is_stated(http: TestClient) -> None:
     error = error_of(ask(http, of(*[{"model": "code"}] * 9)), 400)
     assert (error["code"], error["param"]) == ("ensemble_refused", "ensemble.members")
     assert "9 members; 1 to 8 are allowed" in error["message"]
+    error = error_of(ask(http, of(*[{"model": "nobody"}] * 9)), 400)
+    assert "9 members; 1 to 8 are allowed" in error["message"], "before names that there are not"
+    error = error_of(ask(http, of({"model": "code"}, {"adapters": [{"id": "nobody"}] * 9})), 400)
+    assert error["param"] == "ensemble.members[1].adapters"
+    assert "composes 9 adapters; at most 8 are allowed" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("count", "told"), [(0, "at least 1 entry is needed, found 0"), (257, "at most 256 entries are allowed, found 257")]
+)
+def test_lengths_are_told_in_our_words(http: TestClient, count: int, told: str) -> None:
+    error = error_of(ask(http, of(*[{"model": "code"}] * count)), 400)
+    assert error["message"] == f"ensemble.members: {told}"
 
 
 @pytest.mark.parametrize("stream", [False, True])

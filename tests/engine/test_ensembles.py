@@ -500,7 +500,13 @@ def test_logits_that_are_not_numbers_fail_their_own_request_only() -> None:
     [
         (Ensemble(()), {}, EnsembleRefused, "ensemble.members", "0 members"),
         (ensemble(*[(BASE_BINDING, 0.1)] * 5), {}, EnsembleRefused, "ensemble.members", "1 to 4 are allowed"),
-        (ensemble((BASE_BINDING, 1.0), (bound("v1"), 0.0)), {}, InvalidRequest, "ensemble.members[1].weight", "1e-06"),
+        (
+            ensemble((BASE_BINDING, 1.0), (bound("v1"), 0.0)),
+            {},
+            InvalidRequest,
+            "ensemble.members[1].weight",
+            "from 1e-06",
+        ),
         (ensemble((bound("v1"), 1e-300)), {}, InvalidRequest, "ensemble.members[0].weight", "1e-06 to 1000, above or"),
         (ensemble((bound("v1"), float("nan"))), {}, InvalidRequest, "ensemble.members[0].weight", "nan"),
         (ensemble((bound("v1"), float("inf"))), {}, InvalidRequest, "ensemble.members[0].weight", "inf"),

@@ -17,8 +17,9 @@ import torch
 from deltaserve.admission.evidence import Comparison
 
 NOISE_FACTOR = 8.0
-"""Served logits are a base product and an adapter's, each rounded, in sum; the folded ones one product. Over random
-adapters 0.1 to 20 times as large as the weights they were 0.3 to 3.7 times as far apart as the two passes."""
+"""Served logits are a base product and an adapter's, each rounded, in sum; the folded ones one product. Over a hundred
+random LoRA and GLoRA adapters of the embedded base they were 0.4 to 3.8 times as far apart as the two passes in
+float32, 0.4 to 4.6 times in float16, 0.5 to 5.9 times in bfloat16."""
 NOISE_SHARE = 0.1
 
 

@@ -81,6 +81,7 @@ def _resolve_ensemble(
         )
     if fields.adapters:
         raise InvalidRequest("adapters stand beside ensemble; each member lists its own adapters", param="adapters")
+    engine.limits.check_num_members(len(choice.members))
     members = []
     for index, member in enumerate(choice.members):
         with _told_of(f"ensemble.members[{index}]"):

@@ -60,7 +60,7 @@ def internal_error() -> DeltaserveError:
 
 def invalid_field(error: ValidationError) -> InvalidRequest:
     """The first problem of a schema as an error naming its parameter. Never quotes the value."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     param = field_path(first)
     kind = first["type"]
     if kind == "extra_forbidden":
@@ -72,8 +72,20 @@ def invalid_field(error: ValidationError) -> InvalidRequest:
     message = first["msg"].removeprefix("Value error, ")
     if kind == "model_type":  # would name a class of ours
         message = "Input should be an object"
+    elif kind in ("too_short", "too_long"):
+        message = _told_length(first)
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     return InvalidRequest(f"{param}: {message}" if param else message, param=param, code=code)
+
+
+def _told_length(details: ErrorDetails) -> str:
+    """Of a list or an object; the library's words speak of a validation, which is none of the client's."""
+    context = details["ctx"]
+    found = context["actual_length"]  # None: not counted to the end
+    bound = f"at most {context['max_length']}" if details["type"] == "too_long" else f"at least {context['min_length']}"
+    entries = "entry is" if bound.endswith(" 1") else "entries are"
+    wanted = "needed" if details["type"] == "too_short" else "allowed"
+    return f"{bound} {entries} {wanted}" + ("" if found is None else f", found {found}")
 
 
 def field_path(details: ErrorDetails) -> str | None:

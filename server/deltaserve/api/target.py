@@ -119,6 +119,7 @@ def resolve_target(
             "those that are composed",
             param="model",
         )
+    engine.limits.check_num_parts(len(adapters))  # before the names: who lists too many hears of that, not of one
     found = [_resolve(engine, caller, index, choice) for index, choice in enumerate(adapters)]
     parts = tuple(_part(each, choice.scale) for each, choice in zip(found, adapters, strict=True))
     _refuse_repeats(parts, adapters)

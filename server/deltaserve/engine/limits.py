@@ -110,6 +110,19 @@ class EngineLimits:
                 param="ensemble.members",
             )
 
+    def check_num_members(self, count: int) -> None:
+        if not 1 <= count <= self.max_members:
+            raise EnsembleRefused(
+                f"The ensemble has {count} members; 1 to {self.max_members} are allowed, each a row of its own.",
+                param="ensemble.members",
+            )
+
+    def check_num_parts(self, count: int) -> None:
+        if count > self.max_parts:
+            raise InvalidRequest(
+                f"The request composes {count} adapters; at most {self.max_parts} are allowed.", param="adapters"
+            )
+
     def check_rows(self, lengths: Iterable[int], num_blocks: int, block_size: int) -> None:
         """Rows of an ensemble, of ``lengths`` positions at their longest, must fit the KV cache together."""
         needed = sum(-(-length // block_size) for length in lengths)
@@ -122,11 +135,7 @@ class EngineLimits:
 
     def _check_ensemble(self, ensemble: Ensemble, num_choices: int) -> None:
         members = ensemble.members
-        if not 1 <= len(members) <= self.max_members:
-            raise EnsembleRefused(
-                f"The ensemble has {len(members)} members; 1 to {self.max_members} are allowed, each a row of its own.",
-                param="ensemble.members",
-            )
+        self.check_num_members(len(members))
         if num_choices * len(members) > MAX_ROWS:
             raise EnsembleRefused(
                 f"{num_choices} choices of {len(members)} members are {num_choices * len(members)} rows; at most "
@@ -160,11 +169,7 @@ class EngineLimits:
         self.check_ids(prompt_ids, "prompt", num_token_ids)
 
     def check_binding(self, binding: Binding) -> None:
-        if len(binding.parts) > self.max_parts:
-            raise InvalidRequest(
-                f"The request composes {len(binding.parts)} adapters; at most {self.max_parts} are allowed.",
-                param="adapters",
-            )
+        self.check_num_parts(len(binding.parts))
         if len(set(binding.versions)) < len(binding.parts):
             twice = next(v for v in binding.versions if binding.versions.count(v) > 1)
             raise InvalidRequest(
