@@ -41,4 +41,4 @@ def draw_kinds(record: Record, path: Path) -> None:
         axes.set_xscale("log")
         axes.set_xlim(left=LEAST)
         axes.set(xlabel="added to the step (%)", title=f"What each kind adds to a decode step of {rows} rows")
-        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.4, -0.06), ncols=5)
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.3, -0.06), ncols=3)
