@@ -240,7 +240,7 @@ def test_no_step_looks_into_a_tensor_and_sampling_does_once(
     base = loaded(architecture, torch.float32, tmp_path)
     rig = GraphRig(base, capture_now=False, **EVERY_FAMILY)
     rig.sparse.keep_jagged()  # as a server's tables on a GPU
-    runner = ModelRunner(base, rig.kv, rig.lora, rig.sparse, **rig.tables)
+    runner = ModelRunner(base, rig.kv, rig.tables)
     rig.fill(0, ("lora", "sparse", "vectors", "fed", "rotations", "factors"), share=1.0)
     rig.fill(0, ("modules",))
     rig.fill(1, ("blocks", "dense", "vocabulary", "added"))
