@@ -28,7 +28,9 @@ def in_panels(view: WeightView) -> WeightView:
     return WeightView(cpu.pack_weight(view.data), view.outputs)
 
 
-def filled(widths: Sequence[int], inputs: int, first: int = 0, dtype: torch.dtype = torch.float32):  # type: ignore[no-untyped-def]
+def filled(
+    widths: Sequence[int], inputs: int, first: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[ApartFamily, Members]:
     """Slots 0 and 1 with masks of every linear; 2: a matrix, signs, a mask by turns; 3: nothing. (family, members)."""
     family, members, start = ApartFamily(len(widths), 0, 4), [], first
     for linear, width in enumerate(widths):

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from deltaserve_kernels import (
     ApartEntries,
+    ApartFamily,
+    ApartStep,
     DenseEntry,
     DtypeMismatch,
     ShapeMismatch,
@@ -31,7 +33,7 @@ PARTS: list[Parts] = [
 UNTOUCHED = (3, 4, 5)
 
 
-def steps_of(bindings: list[Parts], family):  # type: ignore[no-untyped-def]
+def steps_of(bindings: list[Parts], family: ApartFamily) -> ApartStep:
     runs: list[Run] = [(row, 1, parts) for row, parts in enumerate(bindings)]
     step = split_apart(runs, family)
     assert step is not None

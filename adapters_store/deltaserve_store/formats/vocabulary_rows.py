@@ -5,6 +5,7 @@ The embedding of the base reads a row for each token, the head multiplies one; w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -55,8 +56,7 @@ def check_ids(ids: Sequence[int], base: BaseSpec, where: str, findings: Findings
         more = "" if base.num_added_tokens else "; tokenizer.json beside the adapter names those that it adds"
         findings.add("index_out_of_range", where, outside[0], f"tokens of the base, 0..{limit - 1}{more}")
     if len(set(ids)) != len(ids):
-        seen: set[int] = set()
-        twice = next(token for token in ids if token in seen or seen.add(token))  # type: ignore[func-returns-value]
+        twice = next(token for token, count in Counter(ids).items() if count > 1)
         findings.add("duplicate_index", where, f"token {twice} twice", "each token once")
 
 
