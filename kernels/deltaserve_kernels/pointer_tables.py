@@ -48,6 +48,8 @@ class PointerTables:
         self.device = torch.device(device)
         self.is_on_host = self.device.type == "cpu"
         self.dtype: torch.dtype | None = None
+        self.version = 0
+        """Rises with every change: what was found out about the table holds while it stays."""
         self._tensors: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self._filled = [0] * num_linears
         self._num_linears_of: Counter[int] = Counter()
@@ -99,10 +101,12 @@ class PointerTables:
             if array is not None:
                 setattr(self, name, torch.nn.functional.pad(array, (0, num_slots - self.num_slots)))
         self.num_slots = num_slots
+        self.version += 1
 
     def clear(self, slot: int) -> None:
         """Empty a slot in every linear and let go of its tensors. Emptying an empty slot is fine."""
         self._check_slot(slot)
+        self.version += 1
         for linear in range(self.num_linears):
             if self._tensors.pop((linear, slot), None) is not None:
                 self._filled[linear] -= 1
@@ -130,6 +134,7 @@ class PointerTables:
     ) -> None:
         """Write entries that are checked: what ``get`` answers, (in, out) features (0: says nothing), and the numbers
         of each array named. As few tensor operations for many linears as for one."""
+        self.version += 1
         for linear, of_entry in zip(linears, tensors, strict=True):
             if (linear, slot) not in self._tensors:
                 self._filled[linear] += 1

@@ -16,6 +16,7 @@ from deltaserve_kernels import (
     lora_linear,
     scale_shift,
 )
+from deltaserve_kernels.cpu.packed_terms import group_terms, packed_linear_terms
 from deltatest.block_cases import afloat
 from deltatest.kernel_cases import LinearCase, Parts, randn
 
@@ -37,7 +38,7 @@ BINDINGS: list[Parts] = [
 
 class Case:
     """Slot 0 has low rank and all vectors, slot 1 low rank, slot 2 low rank and an input scale of the last member, slot
-    3 a bias of the second; seas of NaN around."""
+    3 a bias of the second and both of the last; seas of NaN around."""
 
     def __init__(self, dtype: torch.dtype, *, has_bias: bool = True) -> None:
         lora = LinearCase(INPUTS, MEMBERS, 4, dtype)
@@ -51,6 +52,8 @@ class Case:
             if linear != 1:
                 self.inputs.set(linear, 0, afloat(1 + randn(INPUTS, seed=linear + 20, scale=0.3), NAN))
         self.outputs.set(1, 3, None, afloat(randn(16, seed=30), NAN))
+        last = afloat(1 + randn(112, seed=32, scale=0.3), NAN), afloat(randn(112, seed=33), NAN)
+        self.outputs.set(2, 3, *last)
         self.inputs.set(2, 2, afloat(1 + randn(INPUTS, seed=31, scale=0.3), NAN))
         self.weight = randn(WIDTH, INPUTS, dtype=dtype, seed=4)
         self.packed = cpu.pack_weight(self.weight)
@@ -66,24 +69,22 @@ class Case:
         has_inputs: bool = True,
         has_low_rank: bool = True,
         of: list[Parts] | None = None,
-        **given: object,
     ) -> Tensor:
         """``of``: bindings of which the vectors are, if not of the step's."""
         work = build_work_list(bindings)
         rows = work if of is None else build_work_list(of)
         outs, ins = cpu.changes(outputs or self.outputs, rows), cpu.changes(inputs or self.inputs, rows)
-        return cpu.packed_linear_terms(
-            x,
+        terms = group_terms(
             self.packed,
             WIDTH,
-            self.bias,
+            len(x),
             COLUMNS,
             DEPTH,
-            outs,
-            ins if has_inputs else None,
+            outs=outs,
+            ins=ins if has_inputs else None,
             low_rank=(work, self.lora) if has_low_rank else None,
-            **given,
         )
+        return packed_linear_terms(x, self.packed, self.bias, terms)
 
     def expected(self, x: Tensor, bindings: list[Parts]) -> Tensor:
         """In float64 but for what is rounded on its way into the product."""
@@ -138,7 +139,8 @@ def test_rows_without_low_rank_do_not_feel_whose_product_has_some(dtype, cpu_bac
     assert not torch.equal(alone[vectors], cpu.packed_linear(x, case.packed, WIDTH, case.bias)[vectors])
     base, few = cpu.packed_linear(x, case.packed, WIDTH, case.bias), build_work_list([((1, 1.0, 1.0),)] * 42)
     outs, ins = (cpu.changes(tables, few) for tables in (case.outputs, case.inputs))  # slot 1 has no vectors
-    assert torch.equal(cpu.packed_linear_terms(x, case.packed, WIDTH, case.bias, COLUMNS, DEPTH, outs, ins), base)
+    terms = group_terms(case.packed, WIDTH, 42, COLUMNS, DEPTH, outs=outs, ins=ins)
+    assert torch.equal(packed_linear_terms(x, case.packed, case.bias, terms), base)
 
 
 def test_what_does_not_fit_is_named(cpu_backend):
@@ -150,7 +152,13 @@ def test_what_does_not_fit_is_named(cpu_backend):
     found = cpu.changes(case.outputs, work)
 
     def product(columns: list[int], outs: Tensor | None = found, ins: Tensor | None = None) -> Tensor:
-        return cpu.packed_linear_terms(x, case.packed, WIDTH, None, columns, DEPTH, outs, ins)
+        terms = group_terms(case.packed, WIDTH, 42, columns, DEPTH, outs=outs, ins=ins)
+        return packed_linear_terms(x, case.packed, None, terms)
+
+    def used(rows: Tensor, packed: Tensor = case.packed, terms: Tensor | None = None) -> Tensor:
+        if terms is None:
+            terms = group_terms(case.packed, WIDTH, 42, COLUMNS, DEPTH, outs=found)
+        return packed_linear_terms(rows, packed, None, terms)
 
     for wrong, words in (
         (lambda: case.product(x, BINDINGS, outputs=narrow), "linear 0 has vectors of 47"),
@@ -165,6 +173,11 @@ def test_what_does_not_fit_is_named(cpu_backend):
         (lambda: product([0, 0, 48], torch.ones(3)), "changes must come from prepare_changes"),
         (lambda: product([0, 0, 48], cpu.prepared(work)), "changes must come from prepare_changes"),
         (lambda: product([0, 0, 48], None, torch.empty(0)), "changes must come from prepare_changes"),
+        (lambda: used(x[:41]), "x has 41 rows and the terms are of 42"),
+        (lambda: used(x, cpu.pack_weight(case.weight[:128])), "is not what pack_weight makes of 208 outputs"),
+        (lambda: used(x[:, :64], cpu.pack_weight(case.weight[:, :64])), "x has 64 inputs and the terms are of 77"),
+        (lambda: used(x, terms=torch.empty(0)), "terms must come from group_terms"),
+        (lambda: used(x, terms=found), "terms must come from group_terms"),
     ):
         with pytest.raises(ValueError, match=words):
             wrong()

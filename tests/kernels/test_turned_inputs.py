@@ -19,6 +19,7 @@ from deltaserve_kernels import (
     rotate_blocks,
     scale_shift,
 )
+from deltaserve_kernels.cpu.packed_terms import group_terms, packed_linear_terms
 from deltatest.kernel_cases import Parts, randn
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -55,17 +56,16 @@ class Case:
     def product(self, x: Tensor, bindings: list[Parts], *, has_scales: bool = True, is_turned: bool = True) -> Tensor:
         work = build_work_list(bindings)
         columns, inputs = list(chain.from_iterable(MEMBERS)), self.inputs if has_scales else None
-        return cpu.packed_linear_terms(
-            x,
+        terms = group_terms(
             self.packed,
             WIDTH,
-            None,
+            len(x),
             columns,
             DEPTH,
-            None,
-            None if inputs is None else cpu.changes(inputs, work),
-            (work, self.rotations) if is_turned else None,
+            ins=None if inputs is None else cpu.changes(inputs, work),
+            turning=(work, self.rotations) if is_turned else None,
         )
+        return packed_linear_terms(x, self.packed, None, terms)
 
     def one_by_one(self, x: Tensor, bindings: list[Parts], *, has_scales: bool, backend: str) -> Tensor:
         work, y = build_work_list(bindings), cpu.packed_linear(x, self.packed, WIDTH, None)

@@ -99,13 +99,13 @@ def test_a_slot_that_holds_another_adapter_is_met_anew(base: BaseModel, monkeypa
         rig.fill(1, ("dense",), share=1.0)
         batch = [ScheduledSequence(0, [7], 3, [1], (ScheduledPart(0), ScheduledPart(1)))]
         first = rig.eager.execute(batch)
-        assert isinstance(rig.eager._apart_step, ApartRows)
+        assert isinstance(rig.eager.row_lists.last.apart, ApartRows)
         rig.clear(1)
         rig.fill(1, ("modules",), share=1.0)
         found = rig.eager.execute(batch)
         fresh = rig.new_runner()
         assert torch.equal(found, fresh.execute(batch))
-        assert isinstance(rig.eager._apart_step, ApartStep)
+        assert isinstance(rig.eager.row_lists.last.apart, ApartStep)
         assert not torch.equal(found, first)
     finally:
         use_backend(before)

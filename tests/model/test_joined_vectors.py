@@ -125,6 +125,27 @@ def test_rotated_outputs_have_the_bits_of_the_operators(
     assert all(not torch.equal(joined[row], plain[row]) for row in range(1, len(rows)))
 
 
+def test_what_groups_found_holds_until_tables_change(stand: Stand) -> None:
+    """Equal steps one after another, while a slot of their rows gets one kind after another, or none."""
+    fresh = Stand(stand.base, stand.kv, 2, 0)
+    fresh.fill(BY_NAME["bias"], [0])
+    rows: list[Parts] = [(), (ScheduledPart(0),), (ScheduledPart(0), ScheduledPart(1)), (ScheduledPart(1),)]
+    logits(fresh, rows)  # the prompts, whose K and V stay as they are
+    steps = [ScheduledSequence(i, (5,), 7, (i,), parts) for i, parts in enumerate(rows)]
+    before = None
+    for name in ("", "lora", "", "sparse", "blocks", "road", "", "ia3", "signs", ""):
+        fresh.tables.clear(1)
+        if name:
+            fresh.fill(BY_NAME[name], [1])
+        found = fresh.runner.execute(steps).clone()
+        assert torch.equal(found, fresh.new_runner().execute(steps)), name
+        if before is not None:
+            assert torch.equal(found[:2], before[:2]), name
+            assert not torch.equal(found[2], before[2]), name
+            assert not torch.equal(found[3], before[3]), name
+        before = found
+
+
 def test_what_was_found_in_the_tables_holds_until_they_change() -> None:
     if not cpu.is_available():
         pytest.skip("no C++ operators")

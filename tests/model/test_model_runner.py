@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deltaserve.adapters.delta_tables import DeltaTables
-from deltaserve.engine import model_runner
+from deltaserve.engine import row_lists
 from deltaserve.engine.batch import ScheduledPart, ScheduledSequence
 from deltaserve.engine.model_runner import ModelRunner
 from deltaserve.model import context
@@ -70,9 +70,9 @@ def test_the_work_list_is_kept_while_rows_keep_their_bindings(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[Any] = []
-    build = model_runner.build_work_list_runs
+    build = row_lists.build_work_list_runs
     monkeypatch.setattr(
-        model_runner, "build_work_list_runs", lambda *arguments: built.append(arguments) or build(*arguments)
+        row_lists, "build_work_list_runs", lambda *arguments: built.append(arguments) or build(*arguments)
     )
     for position in range(3):
         runner.execute(
@@ -87,6 +87,18 @@ def test_the_work_list_is_kept_while_rows_keep_their_bindings(
         [(0, 1, ((1, 1.0, 1.0),))],
         [(0, 1, ((1, 1.0, 1.0),))],
     ]
+
+
+def test_a_part_that_joins_later_is_in_the_rows_from_there_on_and_not_before(runner: ModelRunner) -> None:
+    parts = (ScheduledPart(0), ScheduledPart(1, 0.5, 0.5, 2))
+    seen = []
+    for position in (1, 2, 3, 1):
+        runner.execute([ScheduledSequence(1, [4], position, [0], parts)])
+        seen.append(runner.row_lists.last.runs)
+    alone, both = [(0, 1, ((0, 1.0, 1.0),))], [(0, 1, ((0, 1.0, 1.0), (1, 0.5, 0.5)))]
+    assert seen == [alone, both, both, alone]
+    runner.execute([ScheduledSequence(1, IDS[:3], 0, [0], parts)])
+    assert runner.row_lists.last.runs == [(0, 2, ((0, 1.0, 1.0),)), (2, 1, both[0][2])]
 
 
 def test_warm_up_leaves_a_clean_cache(base: BaseModel) -> None:

@@ -19,6 +19,7 @@ from deltaserve_kernels.block_tables import BlockTables
 from deltaserve_kernels.checks import Member
 from deltaserve_kernels.cpu import build
 from deltaserve_kernels.errors import DeviceMismatch, DtypeMismatch, OutOfRange, ShapeMismatch
+from deltaserve_kernels.pointer_tables import PointerTables
 from deltaserve_kernels.rotation_tables import RotationTables
 from deltaserve_kernels.tables import LoraTables, SparseTables
 from deltaserve_kernels.vector_tables import VectorTables
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 ACTIVATIONS = ("silu", "gelu_tanh")
-_NO_TURNS = (None, None, None)
 
 _lock = threading.Lock()
 _loaded = False
@@ -161,14 +161,14 @@ def scale_shift(
     if not tables.is_on_host:
         raise DeviceMismatch(f"the tables are on {tables.device}; y is on the CPU")
     columns = list(chain.from_iterable(members))
-    _operator("scale_shift")(y, prepared(work), tables.pointers, tables.dims, columns, gain, shift, unit, depth)
+    operator("scale_shift")(y, prepared(work), tables.pointers, tables.dims, columns, gain, shift, unit, depth)
 
 
 def rotate_blocks(
     y: Tensor, x: Tensor, work: WorkList, tables: RotationTables, members: Sequence[Member], depth: float
 ) -> None:
     """As ``deltaserve_kernels.rotate_blocks``; here y may be x itself."""
-    _operator("rotate_blocks")(y, x, *_turns(x, work, tables), list(chain.from_iterable(members)), depth)
+    operator("rotate_blocks")(y, x, *_turns(x, work, tables), list(chain.from_iterable(members)), depth)
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -203,38 +203,9 @@ def packed_linear_lora(
     binding alone. Raises ValueError.
     """
     _check(x, work, tables)
-    return _operator("packed_linear_lora")(
+    return operator("packed_linear_lora")(
         x, packed, outputs, bias, prepared(work), tables.pointers, tables.ranks, tables.dims, columns, depth
     )
-
-
-def packed_linear_terms(
-    x: Tensor,
-    packed: Tensor,
-    outputs: int,
-    bias: Tensor | None,
-    columns: list[int],
-    depth: float,
-    outs: Tensor | None,
-    ins: Tensor | None,
-    turning: tuple[WorkList, RotationTables] | None = None,
-    low_rank: tuple[WorkList, LoraTables] | None = None,
-) -> Tensor:
-    """``packed_linear_lora`` with scales and biases, for members that are whole panels of 16 outputs.
-
-    ``outs`` and ``ins`` come from ``changes``: rows get those of outputs as by ``scale_shift``, then low rank, all in
-    the fp32 sums that are rounded once. What a member multiplies is x with the scales of inputs, to the bits of
-    ``scale_shift`` on a copy, and then turned, to those of ``rotate_blocks`` from x to that copy; low rank multiplies x
-    as it is. A row's bits depend on that row and its binding alone. Raises ValueError.
-    """
-    operator = _operator("packed_linear_terms")
-    turns = _NO_TURNS if turning is None else _turns(x, *turning)
-    if low_rank is None:
-        return operator(x, packed, outputs, bias, columns, depth, outs, ins, *turns, None, None, None, None)
-    work, tables = low_rank
-    _check(x, work, tables)
-    lists = prepared(work), tables.pointers, tables.ranks, tables.dims
-    return operator(x, packed, outputs, bias, columns, depth, outs, ins, *turns, *lists)
 
 
 def changes(vectors: VectorTables, work: WorkList) -> Tensor:
@@ -242,7 +213,7 @@ def changes(vectors: VectorTables, work: WorkList) -> Tensor:
     for all of them. Holds addresses, so it is good until the tables change. Raises ValueError."""
     if not vectors.is_on_host:
         raise DeviceMismatch(f"the tables are on {vectors.device}; they must be on the CPU")
-    return _operator("prepare_changes")(prepared(work), vectors.pointers, vectors.dims)
+    return operator("prepare_changes")(prepared(work), vectors.pointers, vectors.dims)
 
 
 def rms_norm_changed(
@@ -250,7 +221,7 @@ def rms_norm_changed(
 ) -> Tensor:
     """``rms_norm`` where rows have ``offset + weight + sum over parts of scale * difference`` as gain: the scales that
     ``changes`` has are the differences. Rows without one have the bits of ``rms_norm``. Raises ValueError."""
-    return _operator("rms_norm_changed")(x, weight, eps, offset, changes, norm, depth)
+    return operator("rms_norm_changed")(x, weight, eps, offset, changes, norm, depth)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -273,7 +244,7 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_c
 
 
 @cache
-def _operator(name: str) -> Callable[..., Any]:
+def operator(name: str) -> Callable[..., Any]:
     """The operator itself: looking it up costs as much as a small product."""
     return getattr(torch.ops.deltaserve_cpu, name).default
 
@@ -295,9 +266,17 @@ def _turns(x: Tensor, work: WorkList, tables: RotationTables) -> tuple[Tensor, T
 
 
 def _check(x: Tensor, work: WorkList, tables: LoraTables | SparseTables | BlockTables | RotationTables) -> None:
-    if tables.dtype is not x.dtype and tables.dtype is not None:
-        raise DtypeMismatch(f"x is {x.dtype}; the tables hold {tables.dtype}")
+    check_dtype(x.dtype, tables)
+    check_rows(x.shape[0], work, tables)
+
+
+def check_dtype(dtype: torch.dtype, tables: PointerTables) -> None:
+    if tables.dtype is not dtype and tables.dtype is not None:
+        raise DtypeMismatch(f"x is {dtype}; the tables hold {tables.dtype}")
+
+
+def check_rows(rows: int, work: WorkList, tables: PointerTables) -> None:
     if not tables.is_on_host:
         raise DeviceMismatch(f"the tables are on {tables.device}; x is on the CPU")
-    if x.shape[0] != work.num_rows:
-        raise ShapeMismatch(f"x has {x.shape[0]} rows and the work list is of {work.num_rows}")
+    if rows != work.num_rows:
+        raise ShapeMismatch(f"x has {rows} rows and the work list is of {work.num_rows}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from deltaserve_kernels.apart_family import ApartStep
 from deltaserve_kernels.base_weight import ReadWeight
 from deltaserve_kernels.checks import Member
-from deltaserve_kernels.cpu import prepared
+from deltaserve_kernels.cpu import operator, prepared
 from deltaserve_kernels.errors import DeviceMismatch, DtypeMismatch
 
 
@@ -29,7 +28,7 @@ def dense_linear(
     work = prepared(step.work(x.shape[0]))
     base = step.weight_of(members, weight)
     columns = list(chain.from_iterable(members))
-    _operator("dense_linear")(
+    operator("dense_linear")(
         y, x, work, tables.pointers, tables.dims, columns, depth, None if base is None else base.data
     )
 
@@ -38,7 +37,7 @@ def add_modules(y: Tensor, step: ApartStep, point: int, depth: float, read: Mapp
     tables = step.family.modules
     _check(y, tables.dtype, is_on_host=tables.is_on_host)
     points = [other for other in tables.reads(point) if other in read]
-    _operator("add_modules")(
+    operator("add_modules")(
         y,
         prepared(step.work(y.shape[0])),
         tables.pointers,
@@ -49,13 +48,6 @@ def add_modules(y: Tensor, step: ApartStep, point: int, depth: float, read: Mapp
         [read[other] for other in points],
         points,
     )
-
-
-@cache
-def _operator(name: str) -> Callable[..., None]:
-    """The operator itself: looking it up costs as much as a small product."""
-    found: Callable[..., None] = getattr(torch.ops.deltaserve_cpu, name).default
-    return found
 
 
 def _check(x: Tensor, dtype: torch.dtype | None, *, is_on_host: bool) -> None:

@@ -53,6 +53,7 @@ struct Kernels {
   void (*add_uses)(const Use<T>*, int64_t, float*, int64_t, int64_t, int);
   void (*gemm_finish)(T*, int64_t, int64_t, const float*, int64_t, int64_t, const T*);
   void (*change_sums)(const Change*, int64_t, float*, int64_t, int64_t, int, const T*);
+  void (*finish_changed)(T*, int64_t, int64_t, const float*, const Change*, int64_t, int64_t, int64_t, int, const T*);
   void (*widen_changed)(const T*, float*, int64_t, const Change*, int64_t, const float*);
   void (*sign_tables)(const float*, int64_t, float*);
   void (*sign_sums)(const float*, int64_t, int64_t, const uint32_t*, int64_t, int64_t, float*, uint32_t*);
@@ -130,8 +131,8 @@ namespace avx512_bf16 {
 #include "rotation_ops.inc"
 #include "packed_inputs.inc"
 #include "packed_linear.inc"
-#include "packed_terms.inc"
 #include "vector_ops.inc"
+#include "packed_terms.inc"
 #include "block_ops.inc"
 #include "apart_ops.inc"
 #include "vocabulary_ops.inc"
@@ -183,9 +184,10 @@ TORCH_LIBRARY(deltaserve_cpu, m) {
       "packed_linear_lora(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor work, "
       "Tensor pointers, Tensor ranks, Tensor dims, int[] members, float depth) -> Tensor");
   m.def(
-      "packed_linear_terms(Tensor x, Tensor packed, int outputs, Tensor? bias, int[] members, float depth, Tensor? outs, "
-      "Tensor? ins, Tensor? turn_work, Tensor? turn_pointers, Tensor? turn_dims, Tensor? work, Tensor? pointers, "
-      "Tensor? ranks, Tensor? dims) -> Tensor");
+      "group_terms(Tensor packed, int outputs, int rows, int[] members, float depth, Tensor? outs, Tensor? ins, "
+      "Tensor[] turning, Tensor[] low_rank, Tensor? turned, Tensor[] turned_scales, Tensor[] turned_rotations, "
+      "Tensor[] turned_low_rank) -> Tensor");
+  m.def("packed_linear_terms(Tensor x, Tensor packed, Tensor? bias, Tensor terms) -> Tensor");
   m.def("level() -> int", level);
   m.def("max_level() -> int", max_level);
   m.def("set_level(int level) -> ()", set_level);
@@ -213,5 +215,6 @@ TORCH_LIBRARY_IMPL(deltaserve_cpu, CPU, m) {
   m.impl("unpack_weight", unpack_weight);
   m.impl("packed_linear", packed_linear);
   m.impl("packed_linear_lora", packed_linear_lora);
+  m.impl("group_terms", group_terms);
   m.impl("packed_linear_terms", packed_linear_terms);
 }

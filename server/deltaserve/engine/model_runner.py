@@ -1,15 +1,14 @@
 """Turns the sequences of one step into tensors, runs the base over all of them at once, returns logits.
 
-Everything the device needs for a step (ids, positions, block tables, row ranges) travels in one copy; the work list of
-adapters is kept while the same bindings stay in the same rows, as they do from one decode step to the next. Decode
-steps that ``DecodeGraphs`` has a graph for are replayed; everything else is launched operator by operator.
+Everything the device needs for a step (ids, positions, block tables, row ranges) travels in one copy; what adapters
+ask of the rows is ``row_lists``. Decode steps that ``DecodeGraphs`` has a graph for are replayed; everything else is
+launched operator by operator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,25 +19,17 @@ from deltaserve.adapters.delta_tables import DeltaTables
 from deltaserve.engine.batch import ScheduledSequence, check_batch
 from deltaserve.engine.decode_graphs import DecodeGraphs
 from deltaserve.engine.prefix_fill import copy_prefixes, passes
+from deltaserve.engine.row_lists import RowListMaker, Run
 from deltaserve.model.base import BaseModel
 from deltaserve.model.context import ForwardContext
 from deltaserve.model.kv_cache import BLOCK_SIZE, KVCache
 from deltaserve_kernels import (
-    ApartFamily,
     ApartRows,
-    ApartStep,
-    BlockTables,
     PaddedLayout,
     PrefixTables,
-    VectorFamily,
     VectorRows,
-    VectorStep,
     VocabularyStep,
-    WorkList,
-    build_work_list_runs,
     select,
-    split_apart_rows,
-    split_vectors,
     split_vocabulary,
     upload,
 )
@@ -46,10 +37,6 @@ from deltaserve_kernels import (
 # Rows of a rehearsal that enters products several times: what compiles for few rows has compiled for many.
 MOST_ROWS_FANNED_OUT = 64
 NO_TABLES = DeltaTables()
-
-# (first row, number of rows, active parts as (slot, scale_first, scale_last))
-Run = tuple[int, int, tuple[tuple[int, float, float], ...]]
-Held = tuple[frozenset[int], int] | None
 
 
 class ModelRunner:
@@ -75,13 +62,7 @@ class ModelRunner:
         self.graphs = graphs
         self._is_host = base.device.type == "cpu"
         self._staging = np.empty(0, dtype=np.int64)
-        self._runs: list[Run] = []
-        self._num_rows = -1
-        self._work: WorkList | None = None
-        self._vector_slots: Held = None
-        self._vector_step: VectorStep | VectorRows | None = None
-        self._apart_slots: Held = None
-        self._apart_step: ApartStep | ApartRows | None = None
+        self.row_lists = RowListMaker(tables, base.device)
 
     @torch.inference_mode()
     def execute(self, batch: Sequence[ScheduledSequence]) -> Tensor:
@@ -191,7 +172,8 @@ class ModelRunner:
 
         device_copy = upload(torch.from_numpy(staging), self.base.device)
         wide, thin = device_copy[: 3 * num_rows].view(3, num_rows), device_copy[3 * num_rows :].view(torch.int32)
-        work = self._work_list(batch, bounds)  # also sets the steps of rows with other terms
+        lists = self.row_lists.of(batch, starts, bounds)
+        asked = None if num_logit_rows == num_rows else narrow[rows_at : rows_at + num_logit_rows].tolist()
         ctx = ForwardContext(
             positions=wide[1],
             cu_seqlens_q=thin[: num_sequences + 1],
@@ -199,17 +181,14 @@ class ModelRunner:
             block_tables=thin[2 * num_sequences + 1 : rows_at].view(num_sequences, width),
             kv_index=wide[2],
             kv=self.kv,
-            work=work,
+            work=lists.work,
             lora=self.lora,
             sparse=self.sparse,
-            vectors=self._vector_step,
-            apart=self._apart_step,
-            vocabulary=self._vocabulary_step(
-                num_rows, None if num_logit_rows == num_rows else narrow[rows_at : rows_at + num_logit_rows].tolist()
-            )
-            if work is not None
-            else None,
-            blocks=self._blocks_of(self._runs) if work is not None else None,
+            vectors=lists.vectors,
+            apart=lists.apart,
+            vocabulary=self._vocabulary_step(lists.runs, num_rows, asked),
+            blocks=lists.blocks,
+            found=lists.found,
             kv_regimes=self._regimes(batch, owner),
             is_decode=num_rows == num_sequences,
         )
@@ -247,56 +226,15 @@ class ModelRunner:
                 raise ValueError(f"logits {seq.logits!r} is unknown; allowed: none, last, all")
         return count
 
-    def _work_list(self, batch: Sequence[ScheduledSequence], bounds: Any) -> WorkList | None:
-        """Rows by binding. A part joins at its start position, so a sequence may fall into several runs."""
-        runs: list[Run] = []
-        for i, seq in enumerate(batch):
-            if not seq.parts:
-                continue
-            row = int(bounds[i]) - seq.start
-            joins = [part[3] for part in seq.parts if part[3] > seq.start]
-            edges = (
-                sorted({seq.start, seq.stop, *(j for j in joins if j < seq.stop)}) if joins else (seq.start, seq.stop)
-            )
-            for begin, end in pairwise(edges):
-                active = tuple((slot, first, last) for slot, first, last, since in seq.parts if since <= begin)
-                if active:
-                    runs.append((row + begin, end - begin, active))
-        if not runs:
-            self._vector_step = self._apart_step = None
-            return None
-        slots, apart = _slots_in(self.vectors, runs), _slots_in(self.apart, runs)
-        num_rows = int(bounds[-1])
-        is_same = runs == self._runs and num_rows == self._num_rows
-        if not is_same or self._work is None:
-            self._work = build_work_list_runs(runs, num_rows, self.base.device)
-            self._runs, self._num_rows = runs, num_rows
-        if slots is None or self.vectors is None:
-            self._vector_step = None
-        elif not is_same or slots != self._vector_slots or self._vector_step is None:
-            self._vector_step = split_vectors(runs, num_rows, self.vectors, self.base.device)
-            self._vector_slots = slots
-        if apart is None or self.apart is None:
-            self._apart_step = None
-        elif not is_same or apart != self._apart_slots or self._apart_step is None:
-            self._apart_step = split_apart_rows(runs, num_rows, self.apart, self.base.device)
-            self._apart_slots = apart
-        return self._work
-
-    def _vocabulary_step(self, num_rows: int, logit_rows: list[int] | None) -> VocabularyStep | None:
-        """The rows of ``self._runs`` that change the embedding or the head."""
+    def _vocabulary_step(
+        self, of_step: Sequence[Run], num_rows: int, logit_rows: list[int] | None
+    ) -> VocabularyStep | None:
+        """The rows that change the embedding or the head."""
         family = self.vocabulary
         if family is None or family.is_empty:
             return None
-        runs = [run for run in self._runs if any(family.has_slot(slot) for slot, _, _ in run[2])]
+        runs = [run for run in of_step if any(family.has_slot(slot) for slot, _, _ in run[2])]
         return split_vocabulary(runs, num_rows, logit_rows, family, self.base.device) if runs else None
-
-    def _blocks_of(self, runs: Iterable[Run]) -> BlockTables | None:
-        """The tables of blocks, where a row of the step has one."""
-        blocks = self.blocks
-        if blocks is None or blocks.is_empty:
-            return None
-        return blocks if any(blocks.has_slot(slot) for _, _, parts in runs for slot, _, _ in parts) else None
 
     def _is_eager(self, batch: Sequence[ScheduledSequence]) -> bool:
         """Whether some row has terms that captured graphs do not know."""
@@ -312,15 +250,6 @@ class ModelRunner:
         if not per_sequence.any():
             return None
         return upload(torch.from_numpy(per_sequence[owner]), self.base.device)
-
-
-def _slots_in(family: VectorFamily | ApartFamily | None, runs: Iterable[Run]) -> Held:
-    """Slots with terms of a family, None for none, and the version of its tables: a slot may hold another adapter than
-    it did in an equal step before, of which a step is made in another form."""
-    if family is None or family.is_empty:
-        return None
-    slots = frozenset(slot for _, _, parts in runs for slot, _, _ in parts if family.has_slot(slot))
-    return (slots, family.version) if slots else None
 
 
 def rehearsals(table: Sequence[int], longest: int) -> list[list[ScheduledSequence]]:

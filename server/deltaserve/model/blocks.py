@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def add_blocks(
     y: Tensor, rows: Tensor, work: WorkList, blocks: BlockTables, members: Sequence[Member], depth: float
-) -> None:
-    """Add the blocks of ``members`` to ``y`` [T, N] in place; ``rows`` [T, K]."""
-    if work.concerns(blocks, members):
-        block_linear(y, rows, work, blocks, members, depth)
+) -> bool:
+    """Add the blocks of ``members`` to ``y`` [T, N] in place; ``rows`` [T, K]. Whether tables have any of them."""
+    if not work.concerns(blocks, members):
+        return False
+    block_linear(y, rows, work, blocks, members, depth)
+    return True

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
         VocabularyStep,
         WorkList,
     )
+
+
+GroupsFound = dict[object, "Tensor | Literal[False]"]
+"""Of groups of linears, by themselves: what their product takes with it, False where no row changes anything of it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,6 +79,8 @@ class ForwardContext(PassContext):
     stream: Tensor | None = None
     # What sublayers were fed, by attach point: what parallel modules of ``ApartRows`` read.
     inputs: dict[int, Tensor] = field(default_factory=dict)
+    # What groups of linears found for the rows of ``work``; kept from step to step while rows and tables stay.
+    found: GroupsFound = field(default_factory=dict)
     # Results of a projection group waiting for its other members: linear index -> (input rows, output slice).
     pending: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 

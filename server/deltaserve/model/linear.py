@@ -18,9 +18,9 @@ from deltaserve.model.attach import Ends, apply_apart, folded_input, folded_outp
 from deltaserve.model.blocks import add_blocks
 from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, current
 from deltaserve.model.vector_rows import apply_rows
-from deltaserve.model.vectors import Joining, apply_with_vectors
+from deltaserve.model.vectors import Joining, apply_one_by_one
 from deltaserve.model.weight import BaseWeight
-from deltaserve_kernels import VectorRows, WorkList, change_head, sparse_linear, widened
+from deltaserve_kernels import VectorRows, VectorStep, WorkList, change_head, sparse_linear, widened
 
 # Folded mode widens weights piece by piece; a piece holds at most this many elements (64 MiB in fp32).
 MAX_FOLDED_ELEMENTS = 16 * 1024 * 1024
@@ -44,7 +44,7 @@ class ProjectionGroup:
         self.depth = depth
         self.ends = Ends()
         packed = weight.joins_vectors(members)
-        self.joining = None if packed is None else Joining(packed, members)
+        self.joining = None if packed is None else Joining(packed, bias, members, depth)
 
     def apply(self, rows: Tensor, ctx: ForwardContext, residual: Tensor | None = None) -> Tensor:
         """``rows`` [T, K] -> [T, N]: base product plus the adapter terms of the step's work list.
@@ -52,7 +52,7 @@ class ProjectionGroup:
         With ``residual`` [T, N] all of that is added to it in place, and it is returned.
         """
         work = ctx.work
-        if work is None or work.is_empty:
+        if work is None or ctx.found.get(self) is False or work.is_empty:
             return self.weight.matmul(rows, self.bias, residual)
         if ctx.apart is not None:
             return apply_apart(self, rows, work, ctx, ctx.apart, residual)
@@ -62,23 +62,27 @@ class ProjectionGroup:
         """``apply`` of the base product and every term that is one operator for the whole step."""
         if isinstance(ctx.vectors, VectorRows):
             return apply_rows(self, rows, work, ctx, ctx.vectors, residual)
-        vectors, joining = ctx.vectors, self.joining
-        if vectors is not None and (joining is None or ctx.lora is None or joining.concerns(vectors)):
-            y = apply_with_vectors(self, rows, ctx, vectors)
+        vectors = ctx.vectors
+        with_vectors = None if vectors is None else self._with_vectors(rows, work, ctx, vectors)
+        if vectors is not None and with_vectors is not None:
+            self._add_terms(with_vectors, rows, work, ctx)
             if residual is None:
-                return y
+                return with_vectors
             # All other rows take the product that adds onto the stream: it rounds once, and so do they in any step.
             changed = vectors.rows
-            own = residual[changed] + y[changed]
-            total = self.apply_terms(rows, work, replace(ctx, vectors=None), residual)
+            own = residual[changed] + with_vectors[changed]
+            total = self.apply_terms(rows, work, replace(ctx, vectors=None, found={}), residual)
             total[changed] = own
             return total
         lora = ctx.lora
-        if lora is not None and work.concerns(lora, self.members):
+        has_low_rank = lora is not None and work.concerns(lora, self.members)
+        if lora is not None and has_low_rank:
             y = self.weight.matmul_lora(rows, self.bias, work, lora, self.members, self.depth, residual)
         else:
             y = self.weight.matmul(rows, self.bias, residual)
-        self._add_terms(y, rows, work, ctx)
+        has_more = self._add_terms(y, rows, work, ctx)
+        if not has_low_rank and not has_more and ctx.apart is None:
+            ctx.found[self] = False
         return y
 
     def apply_both(self, rows: Tensor, work: WorkList, ctx: ForwardContext, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,12 +95,27 @@ class ProjectionGroup:
             self._add_terms(y, rows, work, ctx)
         return both
 
-    def _add_terms(self, y: Tensor, rows: Tensor, work: WorkList, ctx: ForwardContext) -> None:
-        """What comes after low rank, in place."""
-        if ctx.sparse is not None and work.concerns(ctx.sparse, self.members):
-            sparse_linear(y, rows, work, ctx.sparse, self.members, self.depth)
-        if ctx.blocks is not None:
-            add_blocks(y, rows, work, ctx.blocks, self.members, self.depth)
+    def _with_vectors(self, rows: Tensor, work: WorkList, ctx: ForwardContext, step: VectorStep) -> Tensor | None:
+        """Base product, vectors and low rank [T, N]; None where the product is that of a step without vectors."""
+        if self.joining is None:
+            return apply_one_by_one(self, rows, ctx, step)
+        terms = ctx.found.get(self)
+        if terms is None or terms is False:
+            terms = self.joining.terms(work, ctx.lora, step)
+            if terms is None:
+                return None
+            ctx.found[self] = terms
+        return self.joining.product(rows, terms)
+
+    def _add_terms(self, y: Tensor, rows: Tensor, work: WorkList, ctx: ForwardContext) -> bool:
+        """What comes after low rank, in place; whether there is any."""
+        sparse = ctx.sparse
+        has_sparse = sparse is not None and work.concerns(sparse, self.members)
+        if sparse is not None and has_sparse:
+            sparse_linear(y, rows, work, sparse, self.members, self.depth)
+        if ctx.blocks is None:
+            return has_sparse
+        return add_blocks(y, rows, work, ctx.blocks, self.members, self.depth) or has_sparse
 
 
 class BaseLinear(nn.Module):

@@ -21,20 +21,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from deltaserve.model.blocks import add_blocks
 from deltaserve_kernels import (
     LoraTables,
     Prepared,
-    RotationTables,
-    VectorFamily,
     VectorStep,
     WorkList,
     cpu,
     lora_linear,
     rotate_blocks,
     scale_shift,
-    sparse_linear,
 )
+from deltaserve_kernels.cpu.packed_terms import TurnedOutputs, group_terms, packed_linear_terms
 
 if TYPE_CHECKING:
     from deltaserve.model.context import ForwardContext
@@ -43,68 +40,50 @@ if TYPE_CHECKING:
 
 
 class Joining:
-    """A group whose product takes vectors into its sums, and what the tables hold for its linears.
+    """A group whose product takes vectors into its sums.
 
-    Asked at every group of every step, where each look into Python's objects counts: so the tables are looked through
-    once for every change of them.
+    Its linears are looked up in the tables once for all steps with the same rows: a look costs what a product of a few
+    rows does.
     """
 
-    def __init__(self, packed: PanelPacked, members: tuple[Member, ...]) -> None:
-        self.packed = packed
-        self.members = members
-        self._columns = list(chain.from_iterable(members))
-        self._family: VectorFamily | None = None
-        self._version = -1
-        self._has_any = False
-        self._has_outputs = self._has_inputs = False
-        self._turning: RotationTables | None = None
-        self._turns_outputs = False
+    def __init__(self, packed: PanelPacked, bias: Tensor | None, members: tuple[Member, ...], depth: float) -> None:
+        self.packed, self.bias = packed, bias
+        self.members, self.depth = members, depth
 
-    def concerns(self, step: VectorStep) -> bool:
-        """Whether the group differs at all from one in a step without vectors."""
-        family = step.family
-        if family.version != self._version or family is not self._family:
-            self._look(family)
-        return self._has_any or step.turned is not None
-
-    def _look(self, family: VectorFamily) -> None:
-        members, rotations = self.members, family.in_rotations
-        self._has_outputs, self._has_inputs = family.outputs.has_any_of(members), family.inputs.has_any_of(members)
-        self._turning = rotations if rotations.has_any_of(members) else None
-        self._turns_outputs = family.out_rotations.has_any_of(members)
-        self._has_any = self._has_outputs or self._has_inputs or bool(self._turning)
-        self._family, self._version = family, family.version
-
-    def apply(self, group: ProjectionGroup, rows: Tensor, work: WorkList, lora: LoraTables, step: VectorStep) -> Tensor:
-        """``rows`` [T, K] -> [T, N]: base, scales and biases, low rank and rotated inputs in one product; rotations of
-        outputs after it. For a step that ``concerns`` has just been asked about; ``work`` is its whole list."""
-        turned, depth = step.turned, group.depth
-        found = prepared(step)
-        y = cpu.packed_linear_terms(
-            rows,
+    def terms(self, work: WorkList, lora: LoraTables | None, step: VectorStep) -> Tensor | None:
+        """For ``product``; None where the group differs in nothing from one in a step without vectors. ``work``: the
+        step's whole list. Good while its rows and the tables stay."""
+        family, turned, members, found = step.family, step.turned, self.members, prepared(step)
+        has_outputs, has_low_rank = family.outputs.has_any_of(members), lora is not None and lora.has_any_of(members)
+        has_inputs, turns_inputs = family.inputs.has_any_of(members), family.in_rotations.has_any_of(members)
+        turns_outputs = turned is not None and family.out_rotations.has_any_of(members)
+        # Low rank of rows with turned outputs is rounded apart in every group: their bits are their binding's alone.
+        rounds_apart = turned is not None and has_low_rank
+        if not (has_outputs or has_inputs or turns_inputs or turns_outputs or rounds_apart):
+            return None
+        return group_terms(
             self.packed.panels,
             self.packed.outputs,
-            group.bias,
-            self._columns,
-            depth,
-            found.outputs if self._has_outputs else None,
-            found.inputs if self._has_inputs else None,
-            None if self._turning is None else (step.work, self._turning),
-            (work if turned is None else turned.others, lora) if lora.has_any_of(self.members) else None,
+            work.num_rows,
+            list(chain.from_iterable(members)),
+            self.depth,
+            outs=found.outputs if has_outputs else None,
+            ins=found.inputs if has_inputs else None,
+            turning=(step.work, family.in_rotations) if turns_inputs else None,
+            low_rank=(work if turned is None else turned.others, lora) if lora is not None and has_low_rank else None,
+            turned=None
+            if turned is None
+            else TurnedOutputs(
+                turned.step.work,
+                family.outputs if has_outputs else None,
+                family.out_rotations if turns_outputs else None,
+                lora if has_low_rank else None,
+            ),
         )
-        if turned is not None:
-            self._turn_outputs(y, turned.step, depth)
-            lora_linear(y, rows, turned.step.work, lora, self.members, depth)
-        return y
 
-    def _turn_outputs(self, y: Tensor, step: VectorStep, depth: float) -> None:
-        """``_change_outputs``, to the bit, without a copy of the rows where rotations are all there is."""
-        family, product = step.family, y
-        if self._has_outputs:
-            product = y.clone() if self._turns_outputs else y
-            scale_shift(y, step.work, family.outputs, self.members, depth)
-        if self._turns_outputs:
-            cpu.rotate_blocks(y, product, step.work, family.out_rotations, self.members, depth)
+    def product(self, rows: Tensor, terms: Tensor) -> Tensor:
+        """``rows`` [T, K] -> [T, N]: base, scales, biases, rotations and low rank."""
+        return packed_linear_terms(rows, self.packed.panels, self.bias, terms)
 
 
 def prepared(step: VectorStep) -> Prepared:
@@ -123,21 +102,8 @@ def prepared(step: VectorStep) -> Prepared:
     return found
 
 
-def apply_with_vectors(group: ProjectionGroup, rows: Tensor, ctx: ForwardContext, step: VectorStep) -> Tensor:
-    """``rows`` [T, K] -> [T, N], as ``ProjectionGroup.apply``; ``ctx.work`` is the step's whole list."""
-    if group.joining is not None and ctx.lora is not None and ctx.work is not None:
-        y = group.joining.apply(group, rows, ctx.work, ctx.lora, step)
-    else:
-        y = _one_by_one(group, rows, ctx, step)
-    if ctx.sparse is not None and ctx.work is not None and ctx.work.concerns(ctx.sparse, group.members):
-        sparse_linear(y, rows, ctx.work, ctx.sparse, group.members, group.depth)
-    if ctx.blocks is not None and ctx.work is not None:
-        add_blocks(y, rows, ctx.work, ctx.blocks, group.members, group.depth)
-    return y
-
-
-def _one_by_one(group: ProjectionGroup, rows: Tensor, ctx: ForwardContext, step: VectorStep) -> Tensor:
-    """The same by operators that each round."""
+def apply_one_by_one(group: ProjectionGroup, rows: Tensor, ctx: ForwardContext, step: VectorStep) -> Tensor:
+    """``rows`` [T, K] -> [T, N] by operators that each round: base, scales, biases, rotations and low rank."""
     members, depth = group.members, group.depth
     fed, moves = _feed(group, rows, step)
     others = step.others
