@@ -29,7 +29,7 @@ def use_backend(name: str) -> str:
 def select(device: torch.device | str, backend: str | None = None) -> str:
     """``reference``, ``cpu`` or ``triton``: what an operator on this device will run, given its ``backend`` argument.
 
-    May build the C++ library (tens of seconds, once per machine). ``auto`` takes the C++ operators on a CPU, those in
+    May build the C++ library (minutes, once per machine). ``auto`` takes the C++ operators on a CPU, those in
     Triton on CUDA, and falls back to the PyTorch definition where they do not run, on a CPU with one logged notice;
     ``cpu`` and ``triton`` by name raise BackendUnavailable instead.
     """

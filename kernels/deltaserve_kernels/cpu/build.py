@@ -155,7 +155,7 @@ def _build(path: Path) -> None:
         )
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    logger.info("building the CPU operators with %s (once per machine, about half a minute)", compiler)
+    logger.info("building the CPU operators with %s (once per machine, some minutes of one core)", compiler)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
         built = Path(folder) / path.name
