@@ -51,7 +51,8 @@ class RowListMaker:
     def __init__(self, tables: DeltaTables, device: torch.device) -> None:
         self.tables = tables
         self.device = device
-        self._versioned = [t for t in (tables.lora, tables.sparse, tables.vectors, tables.apart, tables.blocks) if t]
+        families = (tables.lora, tables.sparse, tables.vectors, tables.apart, tables.blocks)
+        self._versioned = [family for family in families if family is not None]
         self._versions: list[int] = []
         self._bindings: list[tuple[ScheduledPart, ...]] | None = None  # of a decode step in which all parts had joined
         self._last_join = 0
