@@ -4,10 +4,10 @@ decode step to the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,7 +30,11 @@ from deltaserve_kernels import (
 
 # (first row, number of rows, active parts as (slot, scale_first, scale_last))
 Run = tuple[int, int, tuple[tuple[int, float, float], ...]]
+# Slots with terms of a family, and the version of its tables: a slot may hold another adapter than it did in an equal
+# step before, of which a step is made in another form.
 Held = tuple[frozenset[int], int] | None
+Family = TypeVar("Family", VectorFamily, ApartFamily)
+Step = TypeVar("Step")
 
 
 @dataclass(slots=True)
@@ -89,20 +93,19 @@ class RowListMaker:
         is_same = runs == last.runs and num_rows == self._num_rows
         kept = last.work if is_same else None
         lists = RowLists(runs, build_work_list_runs(runs, num_rows, self.device) if kept is None else kept)
-        slots = _slots_in(tables.vectors, runs)
-        if slots is not None and tables.vectors is not None:
-            if is_same and slots == self._vector_slots:
-                lists.vectors = last.vectors
-            if lists.vectors is None:
-                lists.vectors = split_vectors(runs, num_rows, tables.vectors, self.device)
-        self._vector_slots = slots
-        slots = _slots_in(tables.apart, runs)
-        if slots is not None and tables.apart is not None:
-            if is_same and slots == self._apart_slots:
-                lists.apart = last.apart
-            if lists.apart is None:
-                lists.apart = split_apart_rows(runs, num_rows, tables.apart, self.device)
-        self._apart_slots = slots
+        vectors, apart = (last.vectors, self._vector_slots), (last.apart, self._apart_slots)
+        lists.vectors, self._vector_slots = _step_of(
+            tables.vectors,
+            runs,
+            vectors if is_same else (None, None),
+            lambda family: split_vectors(runs, num_rows, family, self.device),
+        )
+        lists.apart, self._apart_slots = _step_of(
+            tables.apart,
+            runs,
+            apart if is_same else (None, None),
+            lambda family: split_apart_rows(runs, num_rows, family, self.device),
+        )
         lists.blocks = _blocks_of(tables.blocks, runs)
         return lists
 
@@ -123,13 +126,18 @@ def _runs(batch: Sequence[ScheduledSequence], bounds: Any) -> list[Run]:
     return runs
 
 
-def _slots_in(family: VectorFamily | ApartFamily | None, runs: Iterable[Run]) -> Held:
-    """Slots with terms of a family, None for none, and the version of its tables: a slot may hold another adapter than
-    it did in an equal step before, of which a step is made in another form."""
+def _step_of(
+    family: Family | None, runs: Iterable[Run], last: tuple[Step | None, Held], make: Callable[[Family], Step | None]
+) -> tuple[Step | None, Held]:
+    """The rows with terms of a family, as in the ``last`` equal step if that still holds; and what it was made of."""
     if family is None or family.is_empty:
-        return None
+        return None, None
     slots = frozenset(slot for _, _, parts in runs for slot, _, _ in parts if family.has_slot(slot))
-    return (slots, family.version) if slots else None
+    if not slots:
+        return None, None
+    step, held = last
+    now = (slots, family.version)
+    return (make(family) if step is None or held != now else step), now
 
 
 def _blocks_of(blocks: BlockTables | None, runs: Iterable[Run]) -> BlockTables | None:
