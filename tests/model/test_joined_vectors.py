@@ -148,7 +148,7 @@ def test_what_groups_found_holds_until_tables_change(stand: Stand) -> None:
 
 def test_what_was_found_in_the_tables_holds_until_they_change() -> None:
     if not cpu.is_available():
-        pytest.skip("no C++ operators")
+        pytest.skip(f"no C++ operators here: {cpu.unavailable_reason()}")
     family = VectorFamily(2, 1, 3)
     family.set_all(0, VectorEntries(outputs=((1, VectorEntry(None, torch.ones(16))),)))
     step = split_runs([(0, 1, ((0, 1.0, 1.0),)), (1, 1, ((2, 1.0, 1.0),))], 2, family)
