@@ -20,6 +20,7 @@ from deltaserve.model.context import FoldedContext, ForwardContext, PassContext,
 from deltaserve.model.vector_rows import apply_rows
 from deltaserve.model.vectors import Joining, apply_one_by_one
 from deltaserve.model.weight import BaseWeight
+from deltaserve_kernels.cpu.packed_terms import packed_linear_terms
 from deltaserve_kernels import VectorRows, VectorStep, WorkList, change_head, sparse_linear, widened
 
 # Folded mode widens weights piece by piece; a piece holds at most this many elements (64 MiB in fp32).
@@ -52,8 +53,14 @@ class ProjectionGroup:
         With ``residual`` [T, N] all of that is added to it in place, and it is returned.
         """
         work = ctx.work
-        if work is None or ctx.found.get(self) is False or work.is_empty:
+        if work is None or work.is_empty:
             return self.weight.matmul(rows, self.bias, residual)
+        found = ctx.found.get(self)
+        if found is not None:
+            if found is False:
+                return self.weight.matmul(rows, self.bias, residual)
+            if residual is None:
+                return packed_linear_terms(rows, self.joining.packed.panels, self.bias, found)
         if ctx.apart is not None:
             return apply_apart(self, rows, work, ctx, ctx.apart, residual)
         return self.apply_terms(rows, work, ctx, residual)
