@@ -1,6 +1,7 @@
 """Building, caching and doing without the C++ library.
 
-A stand-in compiler, alone on PATH, notes each call and copies the library that this machine has already built.
+A stand-in compiler, alone on PATH, notes each call and, asked to link, copies the library that this machine has already
+built.
 """
 
 from __future__ import annotations
@@ -52,24 +53,29 @@ def real_library() -> Path:
 def install_compiler(tmp_path: Path, body: str) -> None:
     folder = tmp_path / "bin"
     folder.mkdir()
-    script = f"#!{sys.executable} -I\nimport shutil, sys, time\n{body}\n"
+    script = f"#!{sys.executable} -I\nimport os, shutil, sys, time\nfrom pathlib import Path\n{body}\n"
     (folder / "g++").write_text(script, encoding="utf-8")
     (folder / "g++").chmod(0o755)
 
 
 def install_copying_compiler(tmp_path: Path, library: Path) -> None:
-    """A ``g++`` that copies ``library`` to its ``-o`` and adds a line to the file ``calls``."""
+    """A ``g++`` that adds each call's source, or ``library``, to the file ``calls``; links by copying ``library``."""
     install_compiler(
         tmp_path,
-        f"open({str(tmp_path / 'calls')!r}, 'a').write('call')\n"
-        f"time.sleep(0.3)\n"
-        f"shutil.copy({str(library)!r}, sys.argv[sys.argv.index('-o') + 1])",
+        f"built = sys.argv[sys.argv.index('-o') + 1]\n"
+        f"source = sys.argv[sys.argv.index('-c') + 1] if '-c' in sys.argv else 'library'\n"
+        f"open({str(tmp_path / 'calls')!r}, 'a').write(Path(source).name + '\\n')\n"
+        f"time.sleep(0.1)\n"
+        f"if '-c' in sys.argv: Path(built).write_text(source)\n"
+        f"elif any(not Path(given).exists() for given in sys.argv if given.endswith('.o')): sys.exit('no object')\n"
+        f"else: shutil.copy({str(library)!r}, built)",
     )
 
 
-def calls(tmp_path: Path) -> int:
+def calls(tmp_path: Path) -> list[str]:
+    """What the compiler was asked for, one entry a call."""
     file = tmp_path / "calls"
-    return file.read_text().count("call") if file.exists() else 0
+    return file.read_text().splitlines() if file.exists() else []
 
 
 def copy_library(library: Path, cache: Path) -> Path:
@@ -109,6 +115,51 @@ def test_a_failing_compiler_is_quoted(tmp_path, cache):
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
+@pytest.mark.parametrize("failing", [*build.UNITS, "library"])
+def test_any_unit_that_fails_is_quoted_and_leaves_nothing(tmp_path, cache, failing):
+    install_compiler(
+        tmp_path,
+        f"source = sys.argv[sys.argv.index('-c') + 1] if '-c' in sys.argv else 'library'\n"
+        f"if Path(source).name == {failing!r}: sys.exit('fatal error in ' + Path(source).name)\n"
+        f"Path(sys.argv[sys.argv.index('-o') + 1]).touch()",
+    )
+    with pytest.raises(build.BuildFailed, match=f"failed with code 1:\nfatal error in {failing}"):
+        build.ensure_built()
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("cores", [1, 2, 64])
+def test_compilers_run_side_by_side_and_no_more_than_cores(real_library, tmp_path, cache, monkeypatch, cores):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    expected = min(cores, len(build.UNITS))
+    (tmp_path / "running").mkdir()
+    install_compiler(
+        tmp_path,
+        f"mine, reached = Path({str(tmp_path / 'running')!r}) / str(os.getpid()), Path({str(tmp_path / 'reached')!r})\n"
+        f"mine.touch()\n"
+        f"for _ in range(2000):\n"
+        f"    if len(list(mine.parent.iterdir())) >= {expected} or reached.exists(): break\n"
+        f"    time.sleep(0.01)\n"
+        f"reached.touch()\n"
+        f"time.sleep(0.3)\n"
+        f"open({str(tmp_path / 'calls')!r}, 'a').write(f'{{len(list(mine.parent.iterdir()))}}\\n')\n"
+        f"time.sleep(0.1)\n"
+        f"mine.unlink()\n"
+        f"shutil.copy({str(real_library)!r}, sys.argv[sys.argv.index('-o') + 1])",
+    )
+    build.ensure_built()
+    assert len(calls(tmp_path)) == len(build.UNITS) + 1
+    assert max(map(int, calls(tmp_path))) == expected
+
+
+def test_after_a_failure_no_other_unit_is_begun(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    install_compiler(tmp_path, f"open({str(tmp_path / 'calls')!r}, 'a').write('call\\n')\nsys.exit('no')")
+    with pytest.raises(build.BuildFailed):
+        build.ensure_built()
+    assert len(calls(tmp_path)) == 1
+
+
 def test_a_cache_folder_that_cannot_be_written_is_named(real_library, tmp_path, cache):
     install_copying_compiler(tmp_path, real_library)
     cache.parent.write_text("a file where the folder should be")
@@ -138,7 +189,8 @@ def test_those_who_start_together_build_once(real_library, tmp_path, cache):
     with ThreadPoolExecutor(4) as pool:
         paths = set(pool.map(lambda _: build.ensure_built(), range(4)))
     assert paths == {cache / real_library.name}
-    assert calls(tmp_path) == 1
+    assert sorted(calls(tmp_path)) == sorted([*build.UNITS, "library"])
+    assert calls(tmp_path)[-1] == "library"
     assert sorted(path.suffix for path in cache.iterdir()) == [".lock", ".sha256", ".so"]
 
 
@@ -148,7 +200,7 @@ def test_a_damaged_library_is_built_again(real_library, tmp_path, cache, damage)
     target = copy_library(real_library, cache)
     good = target.read_bytes()
     build.ensure_built()
-    assert calls(tmp_path) == 0
+    assert calls(tmp_path) == []
     if damage == "truncated":
         target.write_bytes(good[:1000])
     elif damage == "bit flipped":
@@ -156,7 +208,7 @@ def test_a_damaged_library_is_built_again(real_library, tmp_path, cache, damage)
     else:
         target.with_suffix(".sha256").unlink()
     assert build.ensure_built() == target
-    assert calls(tmp_path) == 1
+    assert calls(tmp_path).count("library") == 1
     assert target.read_bytes() == good
 
 
@@ -166,8 +218,17 @@ def test_another_source_means_another_file(monkeypatch, tmp_path):
         shutil.copy(build.SOURCE_FOLDER / name, tmp_path / name)
     monkeypatch.setattr(build, "SOURCE_FOLDER", tmp_path)
     assert build.library_path() == before
-    with (tmp_path / "vec.inc").open("a") as file:
-        file.write("// changed\n")
+    for name in ("vec.inc", build.UNITS[-1]):
+        with (tmp_path / name).open("a") as file:
+            file.write("// changed\n")
+        assert build.library_path() != before
+        before = build.library_path()
+
+
+@pytest.mark.parametrize("flags", ["FLAGS", "LINK_FLAGS"])
+def test_another_flag_means_another_file(monkeypatch, flags):
+    before = build.library_path()
+    monkeypatch.setattr(build, flags, (*getattr(build, flags), "-g"))
     assert build.library_path() != before
 
 
@@ -175,6 +236,10 @@ def test_every_source_is_in_the_key():
     assert set(build.SOURCES) == {
         path.name for path in build.SOURCE_FOLDER.iterdir() if path.suffix in (".cpp", ".inc")
     }
+
+
+def test_every_unit_is_compiled():
+    assert set(build.UNITS) == {path.name for path in build.SOURCE_FOLDER.glob("*.cpp")}
 
 
 def test_backend_names():

@@ -1,4 +1,6 @@
-"""Builds the C++ library with one direct compiler call and keeps it in the user's cache folder.
+"""Builds the C++ library with direct compiler calls and keeps it in the user's cache folder.
+
+One call for each unit, as many side by side as there are cores, and one that links them.
 
 The file name carries a hash of the sources, the flags, torch's version and the architecture. Instruction sets are
 chosen at run time, so that a library built in an image works on every machine of that architecture. Several processes
@@ -18,8 +20,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,8 +32,17 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE_FOLDER = Path(__file__).parent
-SOURCES = (
+# Translation units, those that take longest first, so that none of them is left over at the end.
+UNITS = (
+    "kernels_portable.cpp",
     "ops.cpp",
+    "kernels_avx512.cpp",
+    "kernels_avx2.cpp",
+    "kernels_avx512_bf16.cpp",
+)
+SOURCES = (
+    *UNITS,
+    "tables.inc",
     "elements.inc",
     "given.inc",
     "levels.inc",
@@ -69,7 +82,6 @@ COMPILERS = ("g++", "c++", "clang++")
 FLAGS = (
     "-O3",
     "-std=c++20",
-    "-shared",
     "-fPIC",
     "-fopenmp",
     "-ffp-contract=off",
@@ -78,7 +90,8 @@ FLAGS = (
     "-fvisibility=hidden",
     "-Wno-psabi",
 )
-TIMEOUT_SECONDS = 600
+LINK_FLAGS = ("-shared", "-fopenmp", "-ltorch_cpu", "-lc10")
+TIMEOUT_SECONDS = 600  # of each compiler
 
 
 class BuildFailed(RuntimeError):
@@ -94,7 +107,7 @@ def cache_folder() -> Path:
 def library_path() -> Path:
     """Where the library of these sources lies once built."""
     key = hashlib.sha256()
-    for part in (*FLAGS, torch.__version__, platform.machine(), sys.platform):
+    for part in (*FLAGS, *LINK_FLAGS, torch.__version__, platform.machine(), sys.platform):
         key.update(part.encode() + b"\0")
     for name in SOURCES:
         key.update((SOURCE_FOLDER / name).read_bytes())
@@ -155,23 +168,55 @@ def _build(path: Path) -> None:
         )
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    logger.info("building the CPU operators with %s (once per machine, some minutes of one core)", compiler)
+    jobs = min(_cores(), len(UNITS))
+    logger.info(
+        "building the CPU operators with %s, %d at once (once per machine, some minutes of one core in all)",
+        compiler,
+        jobs,
+    )
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
+        compile_unit = [compiler, *FLAGS, *(f"-I{headers}" for headers in include_paths()), "-c"]
+        objects = {unit: f"{folder}/{Path(unit).stem}.o" for unit in UNITS}
+        _run_all([[*compile_unit, str(SOURCE_FOLDER / unit), "-o", objects[unit]] for unit in UNITS], jobs)
         built = Path(folder) / path.name
-        command = [compiler, *FLAGS, str(SOURCE_FOLDER / SOURCES[0]), "-o", str(built)]
-        command += [f"-I{folder}" for folder in include_paths()]
-        command += [f"-L{folder}" for folder in library_paths()]
-        command += ["-ltorch_cpu", "-lc10"]
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise BuildFailed(f"{compiler} did not finish: {error}") from error
-        if result.returncode:
-            raise BuildFailed(f"{compiler} failed with code {result.returncode}:\n{result.stderr[-4000:]}")
+        libraries = [f"-L{libraries}" for libraries in library_paths()]
+        _run([compiler, *objects.values(), "-o", str(built), *libraries, *LINK_FLAGS])
         # The digest goes first: a library without its digest counts as broken and is built again, never loaded.
         digest = Path(folder) / "digest"
         digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest(), encoding="ascii")
         digest.replace(_digest_path(path))
         built.replace(path)
     logger.info("built %s in %.0f s", path, time.monotonic() - started)
+
+
+def _cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run_all(commands: Sequence[Sequence[str]], jobs: int) -> None:
+    """Run compilers, ``jobs`` at once. Raises BuildFailed if one fails; after that none is begun."""
+    failed = threading.Event()
+
+    def run(command: Sequence[str]) -> None:
+        if failed.is_set():
+            return
+        try:
+            _run(command)
+        except BuildFailed:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, commands))
+
+
+def _run(command: Sequence[str]) -> None:
+    """Run a compiler. Raises BuildFailed with what it said."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildFailed(f"{command[0]} did not finish: {error}") from error
+    if result.returncode:
+        raise BuildFailed(f"{command[0]} failed with code {result.returncode}:\n{result.stderr[-4000:]}")

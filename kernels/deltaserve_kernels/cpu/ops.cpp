@@ -1,7 +1,9 @@
-// Multi-adapter operators for CPUs: argument checks, work split, and the kernels of each instruction set.
+// Multi-adapter operators for CPUs: argument checks, work split, and which kernels do it.
 //
-// One translation unit, built by build.py with a direct compiler call. kernels.inc is compiled once per instruction
-// set; the best one the machine has is chosen when the library is loaded. PyTorch releases the GIL around these calls.
+// build.py compiles this unit and one for each instruction set (kernels_*.cpp, all of kernels.inc) and links them; the
+// best one the machine has is chosen when the library is loaded. PyTorch releases the GIL around these calls.
+
+#include "tables.inc"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -12,7 +14,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -20,106 +21,10 @@
 #include <system_error>
 #include <thread>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define DS_X86 1
-#else
-#define DS_X86 0
-#endif
-
-#define DS_INLINE inline __attribute__((always_inline))
-
+namespace deltaserve {
 namespace {
-
-#include "elements.inc"
-#include "given.inc"
-
-template <class T>
-struct Kernels {
-  void (*shrink)(const T* const*, int64_t, const T*, int64_t, int64_t, float*, int64_t, const T*);
-  void (*expand)(T* const*, int64_t, const ExpandPart<T>*, int, int64_t, int64_t, int64_t, const float*, int64_t);
-  void (*sparse_stage)(const T* const*, int64_t, int64_t, float*);
-  void (*sparse_row)(const float*, T*, const SparsePart<T>*, int, int64_t, float*, Ahead);
-  void (*sparse_rows)(const float*, T* const*, int64_t, const SparsePart<T>*, int, int64_t, Ahead);
-  void (*attend)(const AttendTask<T>&);
-  void (*rms_norm_row)(T*, const T*, const T*, int64_t, float, float, const Change*, int64_t, const float*);
-  void (*gated_row)(T*, const T*, const T*, int64_t, int);
-  void (*rotate_head)(T*, const T*, const T*, const T*, int64_t, int64_t);
-  void (*widen)(const T*, float*, int64_t);
-  void (*gemm_group)(const float*, int64_t, int64_t, const T*, int, float*, float*, Ahead*);
-  void (*add_uses)(const Use<T>*, int64_t, float*, int64_t, int64_t, int);
-  void (*gemm_finish)(T*, int64_t, int64_t, const float*, int64_t, int64_t, const T*);
-  void (*change_sums)(const Change*, int64_t, float*, int64_t, int64_t, int, const T*);
-  void (*finish_changed)(T*, int64_t, int64_t, const float*, const Change*, int64_t, int64_t, int64_t, int, const T*);
-  void (*widen_changed)(const T*, float*, int64_t, const Change*, int64_t, const float*);
-  void (*sign_tables)(const float*, int64_t, float*);
-  void (*sign_sums)(const float*, int64_t, int64_t, const uint32_t*, int64_t, int64_t, float*, uint32_t*);
-  void (*matrix_sums)(const float*, int64_t, int64_t, const T*, int64_t, int64_t, float*, int64_t);
-  void (*stage_row)(const T*, float*, int64_t);
-  void (*shrink_wide)(const float*, int64_t, int64_t, const T*, int64_t, int64_t, float*, int64_t);
-  void (*expand_wide)(float*, int64_t, int64_t, const T*, int64_t, int64_t, const float*, int64_t, const float*, float);
-  void (*activate_row)(float*, const float*, int64_t, int);
-  void (*narrow)(const float*, T*, int64_t);
-  void (*rotate_part)(float*, const float*, int64_t, int64_t, const RotationPart&, float*, bool);
-  void (*add_row)(T*, const float*, int64_t);
-  void (*add_rounded)(float*, const float*, int64_t);
-  void (*masked_sums)(const float*, int64_t, int64_t, const T*, const uint32_t*, int64_t, int64_t, int64_t, float*, int64_t);
-  void (*masked_panels)(const float*, int64_t, int64_t, const T*, int64_t, int64_t, const uint32_t*, int64_t, int64_t, float*,
-                        uint32_t*, float*);
-};
-
-// Blocking of gemm.inc: k of one widened block of a panel (16 KiB, half of a level 1 cache), and the rows whose fp32
-// copies stay in half of a level 2 cache.
-constexpr int64_t kGemmDepth = 256;
-constexpr int kGroupPanels = 4;  // panels whose sums are held together: 64 outputs, two cache lines of an adapter's row
-constexpr int64_t kSignBlock = 32;  // outputs whose signs are looked up at once, apart.inc's
-constexpr int64_t kMaskLanes = 48;  // of the panels that so many outputs lie in, mask.inc's
-constexpr int64_t gemm_block_rows(int64_t k_size) {
-  const int64_t rows = 64 * 1024 / k_size / 12 * 12;
-  return rows < 48 ? 48 : rows > 192 ? 192 : rows;
-}
-
-namespace portable {
-#define DS_ISA 0
-#include "vec.inc"
-#include "kernels.inc"
-#undef DS_ISA
-}  // namespace portable
-
-#if DS_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-namespace avx2 {
-#define DS_ISA 1
-#include "vec.inc"
-#include "kernels.inc"
-#undef DS_ISA
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
-namespace avx512 {
-#define DS_ISA 2
-#include "vec.inc"
-#include "kernels.inc"
-#undef DS_ISA
-}  // namespace avx512
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
-namespace avx512_bf16 {
-#define DS_ISA 3
-#include "vec.inc"
-#include "kernels.inc"
-#undef DS_ISA
-}  // namespace avx512_bf16
-#pragma GCC pop_options
-#endif
 
 #include "levels.inc"
 #include "tasks.inc"
@@ -218,3 +123,5 @@ TORCH_LIBRARY_IMPL(deltaserve_cpu, CPU, m) {
   m.impl("group_terms", group_terms);
   m.impl("packed_linear_terms", packed_linear_terms);
 }
+
+}  // namespace deltaserve
