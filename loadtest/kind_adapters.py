@@ -91,7 +91,7 @@ def sparse(base: BaseModel, density: float) -> FoldedAdapter:
 
 
 def vectors(base: BaseModel, make: Callable[[LinearSpec], VectorTerm], *only: str) -> FoldedAdapter:
-    return _folded(base, {name: (make(spec),) for name, spec in _linears(base, *only)})
+    return _folded(base, {name: (make(spec).narrowed(),) for name, spec in _linears(base, *only)})
 
 
 def ia3(base: BaseModel) -> FoldedAdapter:
@@ -107,6 +107,11 @@ def _out_scale(spec: LinearSpec) -> VectorTerm:
 
 def _bias(spec: LinearSpec) -> VectorTerm:
     return VectorTerm(bias=0.05 * torch.randn(spec.out_features))
+
+
+def _gates(spec: LinearSpec) -> VectorTerm:
+    outputs, inputs = ((torch.rand(size) < 0.9).float() for size in (spec.out_features, spec.in_features))
+    return VectorTerm(scale=outputs, in_scale=inputs)
 
 
 def _both_sides(spec: LinearSpec) -> VectorTerm:
@@ -226,7 +231,8 @@ KINDS = (
     Kind("beft", "BEFT: biases of v", lambda base: vectors(base, _bias, "v_proj"), is_vector=True),
     Kind("norms", "LN tuning: gains of all norms", norms, is_vector=True),
     Kind("lofit", "LoFiT: offsets of heads", lambda base: vectors(base, _bias, "o_proj"), is_vector=True),
-    Kind("gates", "scales of all outputs and inputs", lambda base: vectors(base, _both_sides), is_vector=True),
+    Kind("gates", "FineGates: gates of all outputs and inputs", lambda base: vectors(base, _gates), is_vector=True),
+    Kind("scales", "scales of all outputs and inputs", lambda base: vectors(base, _both_sides), is_vector=True),
     Kind("oft", f"OFT, blocks of {BLOCK}", oft),
     Kind("boft", "BOFT, 2 factors of blocks of 8", boft),
     Kind("road", "RoAd, pairs of outputs", road),

@@ -27,9 +27,9 @@ Rotations = tuple[tuple[int, RotationEntry], ...]
 
 
 class VectorEntries(NamedTuple):
-    """The vectors of one adapter, fp32, and its rotations. ``outputs`` and ``inputs`` by linear, ``norms`` by norm.
+    """The vectors of one adapter, as tables take them, and its rotations.
 
-    Of ``outputs`` a scale and a bias [out], of ``inputs`` a scale [in]; of ``norms`` differences of gain and shift;
+    ``outputs`` and ``inputs`` by linear, ``norms`` by norm. Of ``outputs`` a scale and a bias [out], of ``inputs`` a scale [in]; of ``norms`` differences of gain and shift;
     ``in_rotations`` and ``out_rotations`` by linear, in the serving dtype.
     """
 

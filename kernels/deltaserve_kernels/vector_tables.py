@@ -1,5 +1,7 @@
-"""Tables of vector terms: output scales and biases of linears, gains of norms. fp32 always: they are small, and a scale
-near one would lose in 16 bits what the base's own rounding loses.
+"""Tables of vector terms: output scales and biases of linears, gains of norms.
+
+fp32, since a scale near one would lose in 16 bits what the base's own rounding loses. On a CPU vectors of linears may be
+bfloat16 instead, for those that lose nothing by it (zeros and ones, or trained in it): half the bytes to read.
 """
 
 from __future__ import annotations
@@ -10,29 +12,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltaserve_kernels.errors import ShapeMismatch
+from deltaserve_kernels.errors import DtypeMismatch, ShapeMismatch
 from deltaserve_kernels.pointer_tables import PointerTables
 
 
 class VectorEntry(NamedTuple):
-    """fp32 [N] each, or None where the adapter has no such term."""
+    """[N] each and of one dtype, or None where the adapter has no such term."""
 
     scale: Tensor | None = None
     bias: Tensor | None = None
 
 
 class VectorTables(PointerTables):
-    """Output scale s and bias b of linears: ``y = (y + D) * s + b``. ``get`` answers (s, b), empty where there is none.
+    """Output scale s and bias b of linears: ``y = (y + D) * s + b``. ``get`` answers (s, b) in fp32, empty where there is
+    none.
 
-    pointers: int64 [num_linears, 2, num_slots]  addresses of s and b, fp32 [N]; 0 where there is none
+    pointers: int64 [num_linears, 2, num_slots]  addresses of s and b [N], fp32, or bfloat16 where the number is odd: one
+    more than the address; 0 where there is none
     """
 
     def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_linears, num_slots, device)
         self.pointers = self._array(2)
+        self._dtypes = (torch.float32, torch.bfloat16) if self.is_on_host else (torch.float32,)
+
+    def get(self, linear: int, slot: int) -> tuple[Tensor, ...] | None:
+        held = super().get(linear, slot)
+        return None if held is None else tuple(tensor.float() for tensor in held)
 
     def set(self, linear: int, slot: int, scale: Tensor | None = None, bias: Tensor | None = None) -> None:
-        """Point (linear, slot) at fp32 vectors [N], replacing what was there; at least one of the two.
+        """Point (linear, slot) at vectors [N], replacing what was there; at least one of the two, of one dtype: fp32,
+        on a CPU also bfloat16.
 
         Contiguous, 16-byte aligned; the caller must not change them while the entry stands. Raises a KernelError and
         leaves the table as it was.
@@ -48,17 +58,26 @@ class VectorTables(PointerTables):
             given = [tensor for tensor in entry if tensor is not None]
             for name, tensor in zip(entry._fields, entry, strict=True):
                 if tensor is not None:
-                    self._check_tensor(name, tensor, 1, (torch.float32,))
+                    self._check_tensor(name, tensor, 1, self._dtypes)
             if not given or len({tensor.numel() for tensor in given}) != 1 or not given[0].numel():
                 raise ShapeMismatch(f"linear {linear}: a scale, a bias or both are needed, of one size")
+            if given[0].dtype != given[-1].dtype:
+                raise DtypeMismatch(
+                    f"linear {linear}: scale is {given[0].dtype}, bias {given[1].dtype}; one is allowed"
+                )
             self._check_dim(linear, 1, given[0].numel())
             widths.append(given[0].numel())
         if not entries:
             return
         none = torch.empty(0, device=self.device)
         kept = [tuple(none if tensor is None else tensor for tensor in entry) for _, entry in entries]
-        addresses = [[tensor.data_ptr() if tensor.numel() else 0 for tensor in tensors] for tensors in kept]
+        addresses = [[_told(tensor) for tensor in tensors] for tensors in kept]
         self._put(slot, linears, kept, [(0, width) for width in widths], pointers=addresses)
+
+
+def _told(vector: Tensor) -> int:
+    """How ``pointers`` tell a vector."""
+    return vector.data_ptr() + (vector.dtype == torch.bfloat16) if vector.numel() else 0
 
 
 class NormTables(PointerTables):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltaserve.adapters.vector_entries import vector_entries
 from deltaserve.deltas.fold import fold
 from deltaserve.deltas.folded import FoldedAdapter, FoldedFileInvalid, LowRankTerm, Term
 from deltaserve.deltas.vector_terms import NormTerm, VectorTerm
@@ -183,12 +184,43 @@ def test_a_file_of_vectors_comes_back_as_it_was(tmp_path: Path) -> None:
             assert after.tensors()[role].data_ptr() % 64 == 0
 
 
+def test_what_bfloat16_holds_is_kept_in_it_and_widened_for_a_gpu(tmp_path: Path) -> None:
+    gates, half, wide = (torch.arange(7) % 2).float(), randn(5, seed=1).bfloat16(), randn(5, seed=2)
+    cases = (
+        (VectorDelta("a.up", out_scale=half, in_scale=gates), VectorTerm(half, None, gates.bfloat16())),
+        (VectorDelta("a.up", out_scale=half, bias=half), VectorTerm(half, half)),
+        # Scale and bias are read together, and so have one dtype.
+        (
+            VectorDelta("a.up", out_scale=half, bias=wide, in_scale=gates),
+            VectorTerm(half.float(), wide, gates.bfloat16()),
+        ),
+        (VectorDelta("a.up", out_scale=half, in_scale=randn(7)), VectorTerm(half, None, randn(7))),
+    )
+    for index, (delta, wanted) in enumerate(cases):
+        adapter = folded(delta)
+        adapter.save(tmp_path / str(index))
+        for found in (adapter, FoldedAdapter.load(tmp_path / str(index), SPEC, torch.float32)):
+            kept, expected = vector_of(found.terms["a.up"]).tensors(), wanted.tensors()
+            assert kept.keys() == expected.keys()
+            for role, tensor in expected.items():
+                assert kept[role].dtype == tensor.dtype
+                assert torch.equal(kept[role], tensor)
+        entries = vector_entries(adapter, {"a.up": 0}, {}, is_wide=True)
+        ours = vector_entries(adapter, {"a.up": 0}, {})
+        assert ours.nbytes == wanted.nbytes
+        for told, own in zip((*entries.outputs, *entries.inputs), (*ours.outputs, *ours.inputs), strict=True):
+            for vector, narrow in zip(told[1], own[1], strict=True):
+                assert (vector is None) == (narrow is None)
+                assert vector is None or (vector.dtype == torch.float32 and torch.equal(vector, narrow.float()))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
         (lambda a: replace(a, terms={**a.terms, "a.up": (VectorTerm(randn(7)),)}), "scale"),
         (lambda a: replace(a, terms={**a.terms, "a.up": (VectorTerm(in_scale=randn(5)),)}), "in_scale"),
-        (lambda a: replace(a, terms={**a.terms, "a.up": (VectorTerm(bias=randn(5).bfloat16()),)}), "bfloat16"),
+        (lambda a: replace(a, terms={**a.terms, "a.up": (VectorTerm(bias=randn(5).half()),)}), "float16"),
+        (lambda a: replace(a, terms={**a.terms, "a.up": (VectorTerm(randn(5), randn(5).bfloat16()),)}), "a bias"),
         (lambda a: replace(a, norms={"a.norm": NormTerm(randn(5))}), "gain"),
         (lambda a: replace(a, norms={"a.norm": NormTerm(None, randn(7))}), "shift"),
         (lambda a: replace(a, norms={"b.norm": NormTerm(randn(7))}), "no linear"),

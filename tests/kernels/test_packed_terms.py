@@ -130,6 +130,31 @@ def test_company_is_not_felt_and_rows_without_vectors_have_the_bits_of_the_lora_
     assert torch.equal(case.product(x, lora), wanted)
 
 
+def held_in(tables: VectorTables, narrow: set[int]) -> VectorTables:
+    """The table with all numbers rounded to bfloat16, of the slots in ``narrow`` kept in it."""
+    made = VectorTables(tables.num_linears, tables.num_slots)
+    for linear in range(tables.num_linears):
+        for slot in range(tables.num_slots):
+            rounded = [None if not t.numel() else t.bfloat16() for t in tables.get(linear, slot) or ()]
+            if rounded:
+                kept = (t if t is None or slot in narrow else t.float() for t in rounded)
+                made.set(linear, slot, *(None if t is None else afloat(t, NAN) for t in kept))
+    return made
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("narrow", [{0, 1, 2, 3}, {0, 2}])
+def test_vectors_in_bfloat16_give_the_bits_of_the_same_numbers_in_fp32(dtype, has_bias, narrow, cpu_backend):
+    case, x = Case(dtype, has_bias=has_bias), randn(42, INPUTS, dtype=dtype, seed=1)
+    wide, half = ([held_in(tables, slots) for tables in (case.outputs, case.inputs)] for slots in (set(), narrow))
+    for has_low_rank in (True, False):
+        wanted = case.product(x, BINDINGS, outputs=wide[0], inputs=wide[1], has_low_rank=has_low_rank)
+        found = case.product(x, BINDINGS, outputs=half[0], inputs=half[1], has_low_rank=has_low_rank)
+        assert torch.equal(found, wanted)
+    assert not torch.equal(wanted, case.product(x, BINDINGS, has_low_rank=False)), "no number was rounded"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_without_low_rank_do_not_feel_whose_product_has_some(dtype, cpu_backend):
     case, x = Case(dtype), randn(42, INPUTS, dtype=dtype, seed=1)

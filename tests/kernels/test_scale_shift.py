@@ -66,6 +66,22 @@ def expected(y: Tensor, given: Given, depth: float, gain: Tensor | None = None, 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_vectors_in_bfloat16_give_the_bits_of_the_same_numbers_in_fp32(dtype: torch.dtype, backend: str) -> None:
+    wide, narrow = VectorTables(3, 4), VectorTables(3, 4)
+    for (linear, slot), vectors in filled()[1].items():
+        rounded = [None if vector is None else vector.bfloat16() for vector in vectors]
+        narrow.set(linear, slot, *(None if vector is None else afloat(vector, NAN) for vector in rounded))
+        wide.set(linear, slot, *(None if vector is None else vector.float() for vector in rounded))
+    y = randn(len(BINDINGS), 37, dtype=dtype, seed=1)
+    found, wanted = y.clone(), y.clone()
+    scale_shift(found, build_work_list(BINDINGS), narrow, MEMBERS, 0.25, backend=backend)
+    scale_shift(wanted, build_work_list(BINDINGS), wide, MEMBERS, 0.25, backend="reference")
+    assert torch.equal(found, wanted)
+    assert not torch.equal(found, y)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_scales_and_biases_against_float64(dtype: torch.dtype, backend: str) -> None:
     tables, given = filled()
     wide = randn(len(BINDINGS), 45, dtype=dtype, seed=1)

@@ -64,8 +64,12 @@ def test_vector_tables_refuse_what_does_not_fit() -> None:
         tables.set(0, 0)
     with pytest.raises(ShapeMismatch, match="of one size"):
         tables.set(0, 0, torch.ones(8), torch.ones(7))
-    with pytest.raises(DtypeMismatch, match="bfloat16"):
-        tables.set(0, 0, torch.ones(8).bfloat16())
+    with pytest.raises(DtypeMismatch, match="float16"):
+        tables.set(0, 0, torch.ones(8).half())
+    with pytest.raises(DtypeMismatch, match=r"scale is torch\.float32, bias torch\.bfloat16"):
+        tables.set(0, 0, torch.ones(8), torch.ones(8).bfloat16())
+    with pytest.raises(DtypeMismatch, match=r"allowed: torch\.float32$"):
+        VectorTables(2, 2, "meta").set(0, 0, torch.ones(8).bfloat16())
     with pytest.raises(NotContiguous, match="strides"):
         tables.set(0, 0, torch.ones(16)[::2])
     with pytest.raises(OutOfRange, match="slot 2"):

@@ -132,7 +132,14 @@ class DevicePool:
                 elif isinstance(term, BlockTerm):
                     blocks.append((index, self._scan_block(term, is_apart)))
         matrices = self._matrix_index
-        vectors = vector_entries(folded, self._linear_index, self._norm_index, others=matrices, is_apart=is_apart)
+        vectors = vector_entries(
+            folded,
+            self._linear_index,
+            self._norm_index,
+            others=matrices,
+            is_apart=is_apart,
+            is_wide=not self.shares_host_memory,  # a GPU's tables hold fp32
+        )
         if vectors.nbytes:
             _served(tables.vectors, "vector terms")
         terms_apart = apart_entries(folded, self._linear_index, self._point_index, is_apart=is_apart)

@@ -19,15 +19,19 @@ def vector_entries(
     *,
     others: Collection[str] = (),
     is_apart: bool = False,
+    is_wide: bool = False,
 ) -> VectorEntries:
-    """By index; ``is_apart``: copies that keep nothing else of the adapter's file in memory. ``others``: names whose
-    terms belong to another table (embedding and head).
+    """By index; ``is_apart``: copies that keep nothing else of the adapter's file in memory; ``is_wide``: all vectors in
+    fp32. ``others``: names whose terms belong to another table (embedding and head).
 
     Raises ``ValueError`` for a linear or norm that the base does not have.
     """
 
     def keep(tensor: Tensor | None) -> Tensor | None:
-        return tensor.clone() if is_apart and tensor is not None else tensor
+        if tensor is None:
+            return None
+        wide = tensor.float() if is_wide else tensor
+        return wide.clone() if is_apart and wide is tensor else wide
 
     def turn(factors: RotationEntry) -> RotationEntry:
         if not is_apart:

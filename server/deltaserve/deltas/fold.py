@@ -93,7 +93,7 @@ def fold(parsed: ParsedAdapter, spec: BaseSpec, dtype: torch.dtype, base: BaseWe
     if base is not None:
         vectors, norms = fold_vectors(parsed, spec, base, scales, reasons)
         for name, vector in vectors.items():
-            terms[name] = (*terms.get(name, ()), vector)
+            terms[name] = (*terms.get(name, ()), vector.narrowed() if name in spec.linears else vector)
         rows = [delta for delta in parsed.deltas if isinstance(delta, RowsDelta)]
         for name, trained in fold_rows(rows, spec, dtype, base, reasons, parsed.num_token_ids).items():
             terms[name] = (*terms.get(name, ()), trained)

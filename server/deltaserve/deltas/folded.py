@@ -230,7 +230,7 @@ def _linear_terms(
     dense = take_dense(linear, roles, known, dtype) if linear in spec.linears else None
     if dense is not None:
         terms.append(dense)
-    vectors = take_vectors(linear, roles, known)
+    vectors = take_vectors(linear, roles, known, is_wide=linear in matrices)
     if vectors is not None:
         if linear in matrices and not _suits_matrix(vectors, linear, spec):
             raise FileDamaged(f"{linear!r} has vectors that no embedding or head takes")

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,15 @@ if TYPE_CHECKING:
     )
 
 
-GroupsFound = dict[object, "Tensor | Literal[False]"]
-"""Of groups of linears, by themselves: what their product takes with it, False where no row changes anything of it."""
+class Found(NamedTuple):
+    """``terms``: what a group's product takes with it; ``is_all``: no operator comes after it."""
+
+    terms: Tensor
+    is_all: bool
+
+
+GroupsFound = dict[object, Found | Literal[False]]
+"""Of groups of linears, by themselves; False where no row changes anything of their product."""
 
 
 @dataclass(slots=True, kw_only=True)

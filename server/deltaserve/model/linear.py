@@ -16,11 +16,10 @@ from torch.nn import functional as F
 
 from deltaserve.model.attach import Ends, apply_apart, folded_input, folded_output
 from deltaserve.model.blocks import add_blocks
-from deltaserve.model.context import FoldedContext, ForwardContext, PassContext, current
+from deltaserve.model.context import FoldedContext, ForwardContext, Found, PassContext, current
 from deltaserve.model.vector_rows import apply_rows
 from deltaserve.model.vectors import Joining, apply_one_by_one
 from deltaserve.model.weight import BaseWeight
-from deltaserve_kernels.cpu.packed_terms import packed_linear_terms
 from deltaserve_kernels import VectorRows, VectorStep, WorkList, change_head, sparse_linear, widened
 
 # Folded mode widens weights piece by piece; a piece holds at most this many elements (64 MiB in fp32).
@@ -52,15 +51,11 @@ class ProjectionGroup:
 
         With ``residual`` [T, N] all of that is added to it in place, and it is returned.
         """
-        work = ctx.work
-        if work is None or work.is_empty:
+        work, found = ctx.work, ctx.found.get(self)
+        if work is None or found is False or work.is_empty:
             return self.weight.matmul(rows, self.bias, residual)
-        found = ctx.found.get(self)
-        if found is not None:
-            if found is False:
-                return self.weight.matmul(rows, self.bias, residual)
-            if residual is None:
-                return packed_linear_terms(rows, self.joining.packed.panels, self.bias, found)
+        if found is not None and found.is_all and residual is None and self.joining is not None:
+            return self.joining.product(rows, found.terms)
         if ctx.apart is not None:
             return apply_apart(self, rows, work, ctx, ctx.apart, residual)
         return self.apply_terms(rows, work, ctx, residual)
@@ -72,7 +67,10 @@ class ProjectionGroup:
         vectors = ctx.vectors
         with_vectors = None if vectors is None else self._with_vectors(rows, work, ctx, vectors)
         if vectors is not None and with_vectors is not None:
-            self._add_terms(with_vectors, rows, work, ctx)
+            has_more = self._add_terms(with_vectors, rows, work, ctx)
+            found = ctx.found.get(self)
+            if found and not has_more and ctx.apart is None:
+                ctx.found[self] = Found(found.terms, is_all=True)
             if residual is None:
                 return with_vectors
             # All other rows take the product that adds onto the stream: it rounds once, and so do they in any step.
@@ -106,13 +104,13 @@ class ProjectionGroup:
         """Base product, vectors and low rank [T, N]; None where the product is that of a step without vectors."""
         if self.joining is None:
             return apply_one_by_one(self, rows, ctx, step)
-        terms = ctx.found.get(self)
-        if terms is None or terms is False:
+        found = ctx.found.get(self)
+        if not found:
             terms = self.joining.terms(work, ctx.lora, step)
             if terms is None:
                 return None
-            ctx.found[self] = terms
-        return self.joining.product(rows, terms)
+            ctx.found[self] = found = Found(terms, is_all=False)
+        return self.joining.product(rows, found.terms)
 
     def _add_terms(self, y: Tensor, rows: Tensor, work: WorkList, ctx: ForwardContext) -> bool:
         """What comes after low rank, in place; whether there is any."""
