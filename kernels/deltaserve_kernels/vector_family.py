@@ -29,7 +29,8 @@ Rotations = tuple[tuple[int, RotationEntry], ...]
 class VectorEntries(NamedTuple):
     """The vectors of one adapter, as tables take them, and its rotations.
 
-    ``outputs`` and ``inputs`` by linear, ``norms`` by norm. Of ``outputs`` a scale and a bias [out], of ``inputs`` a scale [in]; of ``norms`` differences of gain and shift;
+    ``outputs`` and ``inputs`` by linear, ``norms`` by norm. Of ``outputs`` a scale and a bias [out], of ``inputs`` a
+    scale [in]; of ``norms`` differences of gain and shift, fp32;
     ``in_rotations`` and ``out_rotations`` by linear, in the serving dtype.
     """
 

@@ -1,7 +1,7 @@
 """Tables of vector terms: output scales and biases of linears, gains of norms.
 
-fp32, since a scale near one would lose in 16 bits what the base's own rounding loses. On a CPU vectors of linears may be
-bfloat16 instead, for those that lose nothing by it (zeros and ones, or trained in it): half the bytes to read.
+fp32, since a scale near one would lose in 16 bits what the base's own rounding loses. On a CPU vectors of linears may
+be bfloat16 instead, for those that lose nothing by it (zeros and ones, or trained in it): half the bytes to read.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class VectorEntry(NamedTuple):
 
 
 class VectorTables(PointerTables):
-    """Output scale s and bias b of linears: ``y = (y + D) * s + b``. ``get`` answers (s, b) in fp32, empty where there is
-    none.
+    """Output scale s and bias b of linears: ``y = (y + D) * s + b``. ``get`` answers (s, b) in fp32, empty where there
+    is none.
 
-    pointers: int64 [num_linears, 2, num_slots]  addresses of s and b [N], fp32, or bfloat16 where the number is odd: one
-    more than the address; 0 where there is none
+    pointers: int64 [num_linears, 2, num_slots]  addresses of s and b [N], fp32, or bfloat16 where the number is odd:
+    one more than the address; 0 where there is none
     """
 
     def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:

@@ -21,8 +21,8 @@ def vector_entries(
     is_apart: bool = False,
     is_wide: bool = False,
 ) -> VectorEntries:
-    """By index; ``is_apart``: copies that keep nothing else of the adapter's file in memory; ``is_wide``: all vectors in
-    fp32. ``others``: names whose terms belong to another table (embedding and head).
+    """By index; ``is_apart``: copies that keep nothing else of the adapter's file in memory; ``is_wide``: all vectors
+    in fp32. ``others``: names whose terms belong to another table (embedding and head).
 
     Raises ``ValueError`` for a linear or norm that the base does not have.
     """

@@ -1,6 +1,6 @@
-"""Vector terms of a folded adapter: scales and biases of a linear, differences of a norm. fp32 whatever is served, since
-a scale near one would lose in 16 bits what the base's own rounding loses; but bfloat16 where that loses nothing, as of
-gates that are zero or one and of what was trained in it.
+"""Vector terms of a folded adapter: scales and biases of a linear, differences of a norm. fp32 whatever is served,
+since a scale near one would lose in 16 bits what the base's own rounding loses; but bfloat16 where that loses nothing,
+as of gates that are zero or one and of what was trained in it.
 """
 
 from __future__ import annotations
