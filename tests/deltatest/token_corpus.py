@@ -20,6 +20,12 @@ def name_tokens(texts: list[str]) -> Callable[[Path], None]:
     return write_file("tokens.json", json.dumps({"format": "deltaserve-tokens", "tokens": listed}).encode())
 
 
+def _name_long_tokens(count: int) -> Callable[[Path], None]:
+    """The longest texts that a token may have, in a file that may be as large."""
+    listed = [{"id": NUM_KNOWN + i, "content": f"{i:04}".ljust(256, "x")} for i in range(count)]
+    return write_file("tokenizer.json", json.dumps({"added_tokens": listed}).encode())
+
+
 def _case(kind: str, name: str, spoil: Any, *reasons: tuple[str, str]) -> BadAdapter:
     return BadAdapter(name, kind, spoil, reasons, good=VOCABULARY_GOOD[kind])
 
@@ -33,5 +39,12 @@ TOKEN_CORPUS: tuple[BadAdapter, ...] = (
     ),
     _case(
         "apart", "forty tokens and a head with a bias", name_tokens([f"<{i}>" for i in range(40)]), ("added_tokens", H)
+    ),
+    _case(
+        "rows",
+        "a list longer than the store's own",
+        _name_long_tokens(4096),
+        ("added_tokens", "tokenizer"),
+        ("added_tokens", H),
     ),
 )
