@@ -33,6 +33,7 @@ REASON_CODES: Mapping[str, str] = MappingProxyType(
         "invalid_value": "A field has the wrong type or is out of range.",
         "rank_out_of_range": "A rank below 1, above 1024, or above what the linear or the method has room for.",
         "prefix_too_long": "More virtual tokens than are taken, or than the context of this server has room for.",
+        "conversion_too_large": "The terms that an adapter is converted to, or the work of it, exceed a limit.",
         "unsupported_kind": "A kind of adapter that is not served; the kind is named, with the reason.",
         "unsupported_feature": "A feature that is not served; it is named, with what is served instead.",
         "seed_not_usable": "Tensors that the file leaves out cannot be made again for certain; save them in the file.",

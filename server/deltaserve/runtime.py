@@ -106,7 +106,11 @@ class Runtime:
             proven,
             base_names=(*names, *base.spec.names),
             chat_templates=tuple(templates),
-            conversion_limits=ConversionLimits(rank=config.conversion_rank),
+            conversion_limits=ConversionLimits(
+                rank=config.conversion_rank,
+                max_bytes=min(config.engine.adapter_device_bytes, config.engine.adapter_host_bytes),
+                itemsize=base.dtype.itemsize,
+            ),
             conversion_error=config.conversion_error,
             tokenizer_conflicts=tokenizer.conflicts,
         )

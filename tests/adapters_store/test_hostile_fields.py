@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.findings import Findings
@@ -27,6 +26,7 @@ from deltaserve_store.parsed import LoraDelta
 from deltaserve_store.spec import LinearSpec
 from deltatest.adapter_corpus import CONFIG, corpus_base, edit_config, write_good_lora
 from deltatest.kind_corpus import GOOD_KINDS
+from deltatest.largest import Largest
 
 TABLES: dict[str, Mapping[str, FieldRule]] = {
     "lora": PEFT_LORA_FIELDS,
@@ -116,19 +116,6 @@ def test_a_pattern_is_compiled_once_however_many_linears_there_are(
     monkeypatch.setattr(PatternTable, "__init__", counting)
     read_adapter(folder, corpus_base())
     assert len(compiled) == 50
-
-
-class Largest(TorchDispatchMode):
-    """Most elements of a tensor that an operation has made."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(tensor, torch.Tensor) and not tensor.is_sparse:
-                self.numel = max(self.numel, tensor.numel())
-        return made
 
 
 def _random_parts(reader: VbLora, linear: LinearSpec, count: int) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from deltaserve_store.block_deltas import RowsDelta
 from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.formats import read_adapter
 from deltatest.adapter_corpus import TENSORS, BadAdapter, corpus_base, edit_tensors
+from deltatest.token_corpus import NUM_KNOWN, NUM_ROWS, TOKEN_CORPUS, name_tokens
 from deltatest.vocabulary_corpus import (
     ALONE,
     ALONE_HEAD,
@@ -39,12 +40,19 @@ def test_good_ones_get_in(kind: str, tmp_path: Path) -> None:
     assert parsed.num_parameters == sum(tensor.numel() for tensor in held.values()) - copies
 
 
-@pytest.mark.parametrize("case", VOCABULARY_CORPUS, ids=lambda case: f"{case.kind}: {case.name}")
+@pytest.mark.parametrize("case", VOCABULARY_CORPUS + TOKEN_CORPUS, ids=lambda case: f"{case.kind}: {case.name}")
 def test_refused_with_its_reasons(case: BadAdapter, tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid) as raised:
         read_adapter(case.write(tmp_path / "adapter"), vocabulary_base())
     found = {(reason.code, reason.where) for reason in raised.value.reasons}
     assert found == set(case.reasons) if case.is_exact else found >= set(case.reasons)
+
+
+@pytest.mark.parametrize("kind", ["rows", "apart", "alone"])
+def test_as_many_tokens_get_in_as_the_heads_bias_has_numbers(kind: str, tmp_path: Path) -> None:
+    folder = VOCABULARY_GOOD[kind](tmp_path / "adapter")
+    name_tokens([f"<{i}>" for i in range(NUM_ROWS - NUM_KNOWN)])(folder)
+    assert len(read_adapter(folder, vocabulary_base()).added_tokens) == NUM_ROWS - NUM_KNOWN
 
 
 @pytest.mark.parametrize("kind", VOCABULARY_GOOD)

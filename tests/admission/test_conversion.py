@@ -12,9 +12,11 @@ import torch
 
 from deltaserve.admission.conversion import Conversion, refusal, scale_for
 from deltaserve.admission.evidence import Evidence
+from deltaserve.config import EngineConfig, ServeConfig
 from deltaserve.deltas.fold import dense_delta
 from deltaserve.errors import AdapterRefused
 from deltaserve.model.base import BaseModel
+from deltaserve.runtime import Runtime
 from deltaserve_store.formats import read_adapter
 from deltaserve_store.formats.peft_kinds import low_rank
 from deltaserve_store.formats.peft_kinds.low_rank import ConversionLimits, best, whole
@@ -174,3 +176,28 @@ def test_large_matrices_get_nearly_the_best_term(monkeypatch: pytest.MonkeyPatch
 def test_limits_that_make_no_sense(exact_rank: int, rank: int) -> None:
     with pytest.raises(ValueError, match="rank"):
         ConversionLimits(exact_rank, rank)
+
+
+def test_the_limit_is_what_the_server_holds_of_one_adapter(tmp_path: Path) -> None:
+    engine = EngineConfig(adapter_device_bytes=3000, adapter_host_bytes=2000)
+    runtime = Runtime.open(ServeConfig(store=tmp_path / "store", dtype="bfloat16", engine=engine))
+    try:
+        limits = runtime.admission._conversion_limits
+        assert (limits.max_bytes, limits.itemsize) == (2000, 2)
+    finally:
+        runtime.admission.close()
+        runtime.store.close()
+
+
+def test_terms_that_would_not_fit_are_refused_at_the_door(
+    hf_model: Any, tmp_path: Path, open_door: Callable[..., Rig]
+) -> None:
+    folder = make_kind(hf_model, tmp_path / "vera", "vera")
+    door = open_door(conversion_limits=ConversionLimits(max_bytes=5000, itemsize=4))
+    with pytest.raises(AdapterRefused) as caught:
+        run(door.admit(folder))
+    (reason,) = caught.value.reasons
+    assert (reason.code, reason.where) == ("conversion_too_large", "adapter_config.json")
+    assert "at most 5000 bytes" in reason.allowed
+    assert "--adapter-device-bytes" in reason.allowed
+    assert door.is_clean()

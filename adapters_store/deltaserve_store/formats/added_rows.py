@@ -2,7 +2,8 @@
 
 They come with the rows it has trained, with a matrix that it holds whole, or with the copy of the resized matrix that
 PEFT writes when the vocabulary has grown. What the base's matrix has room for (checkpoints are padded) may be left out;
-beyond that each token needs a row at both ends, and a tied head takes the embedding's.
+beyond that each token needs a row at both ends, and a tied head takes the embedding's. A head with a bias cannot grow:
+what number a new token has there is in some of PEFT's files alone (transformers fills in the mean of the others, or 0).
 """
 
 from __future__ import annotations
@@ -21,6 +22,19 @@ from deltaserve_store.formats.activated_lora import check_alone
 from deltaserve_store.formats.vocabulary_rows import rows_shape, sorted_rows, tied_head
 from deltaserve_store.parsed import Delta, LoraDelta, ParsedAdapter
 from deltaserve_store.spec import BaseSpec
+
+
+def check_head_bias(tokens: Sequence[AddedToken], base: BaseSpec, findings: Findings) -> None:
+    """Tokens beyond the rows of a head with a bias, which has no number for them, are a finding."""
+    head = base.head
+    if not tokens or head is None or not head.has_bias:
+        return
+    room = head.out_features - base.first_added_token
+    if len(tokens) > room:
+        beyond = len(tokens) - max(0, room)
+        found = f"{len(tokens)} added tokens, {beyond} beyond the {head.out_features} numbers of its bias"
+        allowed = f"at most {room} added tokens" if room > 0 else "tokens of the base"
+        findings.add("added_tokens", head.name, found, f"{allowed}: a head with a bias keeps its size")
 
 
 def with_added_tokens(

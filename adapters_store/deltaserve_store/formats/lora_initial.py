@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from deltaserve_store.findings import Findings, refuse
+from deltaserve_store.formats.conversion_cost import check_flops, qr_flops, svd_flops
 from deltaserve_store.formats.peft_fields import MAX_RANK
 from deltaserve_store.parsed import LoraDelta, ResidualDelta
 from deltaserve_store.spec import BaseSpec
@@ -44,13 +45,17 @@ def check_initial(config: Mapping[str, Any], where: str, findings: Findings) -> 
 
 def check_ranks(method: str, ranks: Mapping[str, int], base: BaseSpec, where: str, findings: Findings) -> None:
     """``ranks`` by module. A part of the base has no more directions than its linear, KaSA leaves one, and less that
-    part the delta has twice the rank."""
+    part the delta has twice the rank. And the parts of all linears must be found in reasonable time."""
     for module, rank in ranks.items():
         smaller = min(base.linears[module].in_features, base.linears[module].out_features)
         limit = min(smaller - (method == KASA), MAX_RANK // 2)
         if rank > limit:
             allowed = f"at most {limit}: {module} has {smaller} directions, and the delta twice the rank"
             findings.add("rank_out_of_range", where, rank, allowed)
+    cost = qr_flops if method == "olora" else svd_flops
+    linears = [base.linears[module] for module in ranks]
+    total = sum(cost(linear.out_features, linear.in_features) for linear in linears)
+    check_flops(total, where, len(linears), findings)
 
 
 def residual_delta(delta: LoraDelta, method: str) -> ResidualDelta:

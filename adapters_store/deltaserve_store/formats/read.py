@@ -22,7 +22,7 @@ from deltaserve_store.file_names import (
     role_of,
 )
 from deltaserve_store.findings import Findings, refuse
-from deltaserve_store.formats.added_rows import with_added_tokens
+from deltaserve_store.formats.added_rows import check_head_bias, with_added_tokens
 from deltaserve_store.formats.json_file import read_json_object
 from deltaserve_store.formats.own_formats import parse_own
 from deltaserve_store.formats.peft_kinds.low_rank import DEFAULT_LIMITS, ConversionLimits
@@ -58,6 +58,7 @@ def read_adapter(folder: Path, base: BaseSpec, limits: ConversionLimits = DEFAUL
     findings = Findings()
     names, skipped = _list_files(folder, findings)
     added = read_added_tokens(folder, names, base, findings)
+    check_head_bias(added, base, findings)
     peft, sparse = PEFT_CONFIG in names or PEFT_TENSORS in names, SPARSE_CONFIG in names or SPARSE_TENSORS in names
     if peft and sparse:
         found = ", ".join(sorted(names & {PEFT_CONFIG, PEFT_TENSORS, SPARSE_CONFIG, SPARSE_TENSORS}))

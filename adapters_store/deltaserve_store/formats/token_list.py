@@ -21,7 +21,7 @@ FORMAT = "deltaserve-tokens"
 
 
 def write_token_list(tokens: Sequence[AddedToken]) -> bytes:
-    """The file; equal lists give equal bytes."""
+    """The file; equal lists give equal bytes. ``read_added_tokens`` refuses lists that make it larger than its cap."""
     listed = [{key: value for key, value in asdict(token).items() if value is not False} for token in tokens]
     return json.dumps({"format": FORMAT, "tokens": listed}, sort_keys=True, indent=1).encode() + b"\n"
 

@@ -19,7 +19,7 @@ from deltaserve_store.errors import AdapterInvalid
 from deltaserve_store.file_names import ADDED_TOKENS, TOKEN_LIST, TOKENIZER, TOKENIZER_CONFIG, cap_of
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats.json_file import MAX_NODES, read_json_object
-from deltaserve_store.formats.token_list import check_token_list, listed_tokens
+from deltaserve_store.formats.token_list import check_token_list, listed_tokens, write_token_list
 from deltaserve_store.spec import BaseSpec
 
 MAX_TOKEN_CHARS = 256
@@ -124,6 +124,10 @@ def _check_together(tokens: tuple[AddedToken, ...], first: int, findings: Findin
                 "added_tokens", f"tokenizer:{token.content[:80]}", found, f"{first + place}: ids without a gap"
             )
             return
+    # What stands for these files in the store is read again with every start: it must be one that can be.
+    if (size := len(write_token_list(tokens))) > (limit := cap_of(TOKEN_LIST)):
+        found = f"{len(tokens)} tokens, a list of {size} bytes"
+        findings.add("added_tokens", "tokenizer", found, f"at most {limit} bytes: fewer or shorter tokens")
     contents: dict[str, int] = {}
     for token in tokens:
         if contents.setdefault(token.content, token.id) != token.id:

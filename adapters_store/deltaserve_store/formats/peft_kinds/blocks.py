@@ -80,10 +80,11 @@ class Miss(PeftReader):
                 allowed = f"a divisor of {linear.out_features}, the outputs of {linear.name}"
                 findings.add("invalid_value", f"{self.where}:mini_r", self._width(linear), allowed)
 
-    def rank(self, linear: LinearSpec) -> int:
-        if self._is_bat():
-            return self.conversion.rank_of(linear, min(linear.out_features, linear.in_features))
-        return int(self.config["r"])
+    def bound(self, linear: LinearSpec) -> int | None:
+        return min(linear.out_features, linear.in_features) if self._is_bat() else None
+
+    def rank(self, linear: LinearSpec) -> int | None:
+        return super().rank(linear) if self._is_bat() else int(self.config["r"])
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
         rank = int(self.config["r"])
@@ -114,7 +115,7 @@ class Miss(PeftReader):
                 total[:, start : start + rank] = (torch.bmm(part, block) + block).reshape(-1, rank)
             return total
 
-        return FunctionDelta(linear.name, (block,), self.rank(linear), _bat_delta, term, dense)
+        return FunctionDelta(linear.name, (block,), self.rank(linear) or 1, _bat_delta, term, dense)
 
 
 def _bat_delta(weight: Tensor, block: Tensor) -> Tensor:

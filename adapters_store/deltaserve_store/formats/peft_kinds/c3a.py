@@ -71,8 +71,8 @@ class C3a(PeftReader):
                 allowed = f"a divisor of {linear.in_features} and {linear.out_features}, the sizes of {linear.name}"
                 findings.add("invalid_value", f"{self.where}:block_size", block, allowed)
 
-    def rank(self, linear: LinearSpec) -> int:
-        return self.conversion.rank_of(linear, min(linear.out_features, linear.in_features))
+    def bound(self, linear: LinearSpec) -> int:
+        return min(linear.out_features, linear.in_features)
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
         block = self._block(linear)

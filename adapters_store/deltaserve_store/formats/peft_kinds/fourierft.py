@@ -53,24 +53,21 @@ class FourierFt(PeftReader):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._positions = Positions(int(self.config.get("random_loc_seed", DEFAULT_SEED)))
+        self._counts = {linear.name: count_of(self, linear) for linear in self.linears}
+        self._positions = Positions(int(self.config.get("random_loc_seed", DEFAULT_SEED)), self.linears, self._counts)
 
     def check(self, findings: Findings) -> None:
-        counts = {linear.name: count_of(self, linear) for linear in self.linears}
-        check_positions_of(self.config, self.where, self.linears, counts, findings)
+        check_positions_of(self.config, self.where, self.linears, self._counts, findings)
 
     def _places(self, linear: LinearSpec) -> tuple[Tensor, Tensor]:
-        return self._positions.of(linear, count_of(self, linear))
+        return self._positions.of(linear, self._counts[linear.name])
 
-    def _bound(self, linear: LinearSpec) -> int:
+    def bound(self, linear: LinearSpec) -> int:
         rows, cols = self._places(linear)
         return 2 * min(_num_distinct(rows, linear.out_features), _num_distinct(cols, linear.in_features))
 
-    def rank(self, linear: LinearSpec) -> int:
-        return self.conversion.rank_of(linear, self._bound(linear))
-
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
-        return {"fourierft_spectrum": TensorRule((count_of(self, linear),))}
+        return {"fourierft_spectrum": TensorRule((self._counts[linear.name],))}
 
     def convert(self, linear: LinearSpec, parts: Mapping[str, Tensor], findings: Findings) -> LoraDelta:
         spectrum, (rows, cols) = parts["fourierft_spectrum"].float(), self._places(linear)
@@ -89,7 +86,7 @@ class FourierFt(PeftReader):
             left, right = _waves(spectrum * scaling, cols, rows, (shape[1], shape[0]))
             return right.t().contiguous(), left.t().contiguous()
 
-        return from_factors(linear, self._bound(linear), factors, 1.0, self.conversion, dense)
+        return from_factors(linear, self.bound(linear), factors, 1.0, self.conversion, dense)
 
 
 def _num_distinct(frequencies: Tensor, period: int) -> int:

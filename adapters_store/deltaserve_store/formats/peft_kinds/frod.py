@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deltaserve_store.findings import Findings
+from deltaserve_store.formats.conversion_cost import solve_flops, svd_values_flops
 from deltaserve_store.formats.peft_fields import (
     BIAS,
     COMMON_FIELDS,
@@ -79,8 +80,15 @@ class Frod(PeftReader):
                 allowed = f"{widths[role_of(linear.name)]} inputs, as the others of its role"
                 findings.add("shape_mismatch", linear.name, f"{linear.in_features} inputs", allowed)
 
-    def rank(self, linear: LinearSpec) -> int:
-        return self.conversion.rank_of(linear, min(linear.out_features, linear.in_features))
+    def bound(self, linear: LinearSpec) -> int:
+        return min(linear.out_features, linear.in_features)
+
+    def flops(self, linear: LinearSpec) -> float:
+        """Beside the best term: U of the weight, and once for a role whether its basis has an inverse."""
+        width, role = linear.in_features, role_of(linear.name)
+        is_first = next(other for other in self.linears if role_of(other.name) == role) is linear
+        own = solve_flops(width, linear.out_features) + (svd_values_flops(width, width) if is_first else 0.0)
+        return super().flops(linear) + own
 
     def _count(self, width: int) -> int:
         """Entries of S."""
@@ -146,7 +154,7 @@ class Frod(PeftReader):
             adapted.index_add_(1, columns, unit[:, rows] * values)
             return (adapted @ basis.double().t() - weight.double()).float()
 
-        return FunctionDelta(linear.name, (diagonal, values), self.rank(linear), made, term, dense)
+        return FunctionDelta(linear.name, (diagonal, values), self.rank(linear) or 1, made, term, dense)
 
 
 def role_of(path: str) -> str:

@@ -47,11 +47,12 @@ class Glora(PeftReader):
         "init_weights": FLAG,
     }
 
+    def bound(self, linear: LinearSpec) -> int | None:
+        return min(linear.out_features, linear.in_features) if self.config["config_A_B"] == "lora" else None
+
     def rank(self, linear: LinearSpec) -> int | None:
         path = self.config["config_A_B"]
-        if path == "lora":
-            return self.conversion.rank_of(linear, min(linear.out_features, linear.in_features))
-        return None if path == "none" else 1
+        return super().rank(linear) if path == "lora" else None if path == "none" else 1
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
         out_features, in_features = linear.out_features, linear.in_features

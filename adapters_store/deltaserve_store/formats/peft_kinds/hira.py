@@ -47,8 +47,8 @@ class Hira(PeftReader):
         ),
     }
 
-    def rank(self, linear: LinearSpec) -> int:
-        return self.conversion.rank_of(linear, min(linear.out_features, linear.in_features))
+    def bound(self, linear: LinearSpec) -> int:
+        return min(linear.out_features, linear.in_features)
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
         rank = int(self.config["r"])
@@ -70,7 +70,7 @@ class Hira(PeftReader):
                 total.addcmul_(weight * column[:, None], row[None])
             return total
 
-        return FunctionDelta(linear.name, (b, a), self.rank(linear), _product, term, dense)
+        return FunctionDelta(linear.name, (b, a), self.rank(linear) or 1, _product, term, dense)
 
 
 def _product(weight: Tensor, b: Tensor, a: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltaserve_store.file_names import MAX_TENSOR_FILE_BYTES
+from deltaserve_store.formats.conversion_cost import qr_flops, svd_flops
 from deltaserve_store.formats.peft_fields import MAX_RANK
 from deltaserve_store.parsed import LoraDelta
 from deltaserve_store.spec import LinearSpec
@@ -23,6 +25,7 @@ _OVERSAMPLING = 32
 _ROUNDS = 8
 _WHOLE_SIZE = 1024
 """Up to this many rows or columns the decomposition is computed whole; above, the leading directions alone."""
+_COLUMN_BYTES = 4
 _ROUNDING = 1e-7
 """Of the largest singular value: what float32 leaves of directions that are not there."""
 
@@ -31,10 +34,15 @@ _ROUNDING = 1e-7
 class ConversionLimits:
     """``exact_rank``: the largest rank at which a delta is converted without loss. ``rank``: that of the best term for
     deltas beyond it. Both from 1 to ``MAX_RANK``, ``rank`` at most ``exact_rank``, else ``ValueError``.
+
+    ``max_bytes``: of all terms of an adapter, with numbers of ``itemsize`` bytes: what the server holds of one adapter,
+    or, where nobody says, what a file may have that holds such terms themselves.
     """
 
     exact_rank: int = MAX_RANK
     rank: int = 256
+    max_bytes: int = MAX_TENSOR_FILE_BYTES
+    itemsize: int = 2
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= self.exact_rank <= MAX_RANK:
@@ -47,6 +55,23 @@ class ConversionLimits:
 
     def is_exact(self, linear: LinearSpec, bound: int) -> bool:
         return min(bound, linear.out_features, linear.in_features) <= self.exact_rank
+
+    def bytes_of(self, linear: LinearSpec, rank: int, num_entries: int) -> int:
+        """Of a low-rank term and a sparse one, whose entries have a column each."""
+        numbers = rank * (linear.out_features + linear.in_features)
+        return self.itemsize * numbers + (self.itemsize + _COLUMN_BYTES) * num_entries
+
+    def flops(self, linear: LinearSpec, bound: int) -> float:
+        """Of finding the best term of a delta that has at most rank ``bound``; 0 where it is converted as it is."""
+        if self.is_exact(linear, bound):
+            return 0.0
+        out_features, in_features = linear.out_features, linear.in_features
+        if _is_decomposed_whole(linear.out_features, linear.in_features, self.rank):
+            return svd_flops(out_features, in_features)
+        width = self.rank + _OVERSAMPLING
+        products = 2.0 * (2 * _ROUNDS + 2) * out_features * in_features * width
+        bases = (_ROUNDS + 1) * qr_flops(out_features, width) + _ROUNDS * qr_flops(in_features, width)
+        return products + bases + svd_flops(width, in_features)
 
 
 DEFAULT_LIMITS = ConversionLimits()
@@ -100,7 +125,7 @@ def best(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, bool]:
     Large matrices go through subspace iteration (Halko et al., arXiv:0909.4061) from a fixed start: as good as the
     decomposition but for directions that hardly differ in weight, and the same for the same delta.
     """
-    if min(delta.shape) <= max(_WHOLE_SIZE, 2 * rank):
+    if _is_decomposed_whole(delta.shape[0], delta.shape[1], rank):
         left, weights, right = torch.linalg.svd(delta.double(), full_matrices=False)
     else:
         basis = _leading_directions(delta, rank)
@@ -113,6 +138,10 @@ def best(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, bool]:
     if not kept:  # a delta of zeros
         a, b = torch.zeros(1, delta.shape[1]), torch.zeros(delta.shape[0], 1)
     return a.float().contiguous(), b.float().contiguous(), num_there <= rank
+
+
+def _is_decomposed_whole(rows: int, columns: int, rank: int) -> bool:
+    return min(rows, columns) <= max(_WHOLE_SIZE, 2 * rank)
 
 
 def _leading_directions(delta: Tensor, rank: int) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 
+from deltaserve_store.formats.conversion_cost import MAX_FLOPS
 from deltaserve_store.formats.peft_fields import MAX_RANK, FieldRule
 from deltaserve_store.formats.peft_kinds.low_rank import DEFAULT_LIMITS
+from deltaserve_store.formats.peft_kinds.positions import MAX_DRAWN
 from deltaserve_store.formats.peft_kinds.table import READERS, REFUSED
 from deltaserve_store.formats.peft_prefixes import PREFIX_KINDS
 
@@ -131,6 +133,19 @@ adapter both are taken at a larger strength, where they stand out from rounding.
 part of the stored evidence (`conversion`: `error`, `effect`, `limit`, `scale`, `rank`, `num_linears`). A spectrum that
 hardly falls does not pass: of FourierFT's default, 1000 coefficients, drawn at random on a linear of 4096 x 4096, the
 best 256 directions miss 64 % of the delta's norm and the best 1024 still 11 %.
+
+## What a conversion may cost
+
+A small file may stand for large terms (VeRA's vectors for factors of rank r, FourierFT's coefficients for waves), or
+for a decomposition of every weight (PSOFT, FRoD, PiSSA). Both are told from config and shapes before anything is made,
+and refused as `conversion_too_large`, with what was found and what is allowed:
+
+- The terms of an adapter, in the serving dtype, may take what the server holds of one adapter: the smaller of
+  `--adapter-device-bytes` and `--adapter-host-bytes`.
+- Decompositions may take {MAX_FLOPS:.2g} operations together, by textbook counts: about those of the singular vectors
+  of every linear of a base of 13 billion weights. The proof makes some of them again.
+- Positions that FourierFT and WaveFT draw from a seed are drawn once for all linears of one size, among
+  {MAX_DRAWN} entries together (`seed_not_usable`).
 """
 
 _BESIDE = """

@@ -6,7 +6,7 @@ only where this build's generator gives the numbers that it gave when this was w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from deltaserve_store.spec import LinearSpec
 
 MAX_POSITIONS = 1 << 27
 """Entries of the largest linear: beyond, PyTorch draws from another stretch of its generator, which is not checked."""
+MAX_DRAWN = 1 << 29
+"""Entries of all permutations of one adapter: a linear's size counts once, however many linears have it."""
 _KNOWN_DRAW = (735, 967, 3096)
 """Items 0, 1 and 4099 of a permutation of 5000 with seed 777."""
 
@@ -46,20 +48,29 @@ def is_known_permutation() -> bool:
 
 
 class Positions:
-    """Rows and columns by shape and number, drawn once each: linears of one shape share them."""
+    """Rows and columns of coefficients. Every permutation is drawn once: the number of coefficients only cuts it, so
+    linears of one size share it, whatever their numbers (``counts``, by name)."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, linears: Iterable[LinearSpec], counts: Mapping[str, int]) -> None:
         self._seed = seed
-        self._drawn: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self._most: dict[int, int] = {}
+        for linear in linears:
+            size = _size_of(linear)
+            self._most[size] = max(self._most.get(size, 0), counts[linear.name])
+        self._drawn: dict[int, Tensor] = {}
 
     def of(self, linear: LinearSpec, count: int) -> tuple[Tensor, Tensor]:
         """int64 ``[count]`` each, in the ``[out, in]`` orientation; no position twice."""
-        key = (linear.out_features, linear.in_features, count)
-        if key not in self._drawn:
+        size = _size_of(linear)
+        if size not in self._drawn:
             generator = torch.Generator().manual_seed(self._seed)
-            flat = torch.randperm(linear.out_features * linear.in_features, generator=generator)[:count].clone()
-            self._drawn[key] = flat // linear.in_features, flat % linear.in_features
-        return self._drawn[key]
+            self._drawn[size] = torch.randperm(size, generator=generator)[: self._most[size]].clone()
+        flat = self._drawn[size][:count]
+        return flat // linear.in_features, flat % linear.in_features
+
+
+def _size_of(linear: LinearSpec) -> int:
+    return linear.out_features * linear.in_features
 
 
 def check_positions_of(
@@ -75,8 +86,12 @@ def check_positions_of(
         findings.add(
             "seed_not_usable", f"{where}:random_loc_seed", config.get("random_loc_seed", DEFAULT_SEED), allowed
         )
+    total = sum({_size_of(linear) for linear in linears})
+    if total > MAX_DRAWN:
+        found = f"permutations of {total} entries"
+        findings.add("seed_not_usable", where, found, f"at most {MAX_DRAWN}: target linears of fewer sizes")
     for linear in linears:
-        size = linear.out_features * linear.in_features
+        size = _size_of(linear)
         if size > MAX_POSITIONS:
             findings.add(
                 "seed_not_usable", linear.name, f"{size} entries", f"linears of at most {MAX_POSITIONS} entries"

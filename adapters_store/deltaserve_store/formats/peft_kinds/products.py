@@ -68,8 +68,8 @@ class LoHa(_Product):
     limits = "an error above the limit, where r² exceeds the bound"
     fields: ClassVar[Mapping[str, FieldRule]] = {**_FIELDS, "init_weights": FLAG}
 
-    def rank(self, linear: LinearSpec) -> int:
-        return self.conversion.rank_of(linear, self._own_rank(linear) ** 2)
+    def bound(self, linear: LinearSpec) -> int:
+        return self._own_rank(linear) ** 2
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
         rank = self._own_rank(linear)
@@ -132,12 +132,12 @@ class LoKr(_Product):
         one, two = self._shapes(linear)
         return bool(self.config.get("decompose_both", False)) and rank < max(one) / 2, rank < max(two) / 2
 
-    def rank(self, linear: LinearSpec) -> int:
+    def bound(self, linear: LinearSpec) -> int:
         ranks = [
             self._own_rank(linear) if is_split else min(shape)
             for shape, is_split in zip(self._shapes(linear), self._is_split(linear), strict=True)
         ]
-        return self.conversion.rank_of(linear, ranks[0] * ranks[1])
+        return ranks[0] * ranks[1]
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
         rank = self._own_rank(linear)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from deltaserve_store.findings import Findings, refuse
+from deltaserve_store.formats.conversion_cost import svd_flops
 from deltaserve_store.formats.peft_fields import (
     ALPHA,
     COMMON_FIELDS,
@@ -106,6 +107,9 @@ class Psoft(PeftReader):
 
     def rank(self, linear: LinearSpec) -> int:
         return int(self.config["r"])
+
+    def flops(self, linear: LinearSpec) -> float:
+        return svd_flops(linear.out_features, linear.in_features)
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
         rank = int(self.config["r"])

@@ -98,8 +98,8 @@ class RandLora(PeftReader):
     def _num_bases(self, smaller_side: int) -> int:
         return -(-smaller_side // int(self.config["r"]))
 
-    def rank(self, linear: LinearSpec) -> int:
-        return self.conversion.rank_of(linear, min(linear.out_features, linear.in_features))
+    def bound(self, linear: LinearSpec) -> int:
+        return min(linear.out_features, linear.in_features)
 
     def _is_saved(self) -> bool:
         return bool(self.config.get("save_projection", True))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats.beside import Beside
+from deltaserve_store.formats.conversion_cost import check_flops
 from deltaserve_store.formats.module_match import PatternTable
 from deltaserve_store.formats.peft_config import check_orientation, targets_of
 from deltaserve_store.formats.peft_fields import MAX_RANK, FieldRule, check_fields
@@ -102,10 +103,26 @@ class PeftReader(ABC):
         """``notes``, as far as they are true of this file."""
         return self.notes
 
-    def rank(self, linear: LinearSpec) -> int | None:
-        """The rank of the term that this linear gets; None where the term has none."""
+    def bound(self, linear: LinearSpec) -> int | None:
+        """The largest rank that the delta of this linear may have, where the term need not have as much: what exceeds
+        ``conversion`` becomes the best term. None where there is no such choice."""
         del linear
         return None
+
+    def rank(self, linear: LinearSpec) -> int | None:
+        """The rank of the term that this linear gets; None where the term has none."""
+        bound = self.bound(linear)
+        return None if bound is None else self.conversion.rank_of(linear, bound)
+
+    def num_entries(self, linear: LinearSpec) -> int:
+        """Entries of a sparse term, at most, that are more than the file has numbers."""
+        del linear
+        return 0
+
+    def flops(self, linear: LinearSpec) -> float:
+        """Of the decompositions that the conversion takes."""
+        bound = self.bound(linear)
+        return 0.0 if bound is None else self.conversion.flops(linear, bound)
 
     def shared_layout(self) -> Mapping[str, TensorRule]:
         """Tensors that belong to no linear, by their full name."""
@@ -163,6 +180,8 @@ def read_kind(
         _check_layout(reader, tensors, base, findings, others=beside.names)
     if not findings:  # after the layout: a rank may hang on positions, of which the file bounds the number
         _check_ranks(reader, findings)
+    if not findings:
+        check_flops(sum(reader.flops(linear) for linear in linears), where, len(linears), findings)
     if findings:
         return None
     deltas = tuple(_deltas(reader, tensors, findings))
@@ -185,11 +204,22 @@ def read_kind(
 
 
 def _check_ranks(reader: PeftReader, findings: Findings) -> None:
+    """Those of all terms, and what they take together: nothing has been made of the tensors so far."""
+    total = largest = 0
     for linear in reader.linears:
         rank = reader.rank(linear)
+        total += reader.conversion.bytes_of(linear, rank or 0, reader.num_entries(linear))
+        largest = max(largest, rank or 0)
         if rank is not None and not 1 <= rank <= MAX_RANK and not reader.is_left_alone(linear):
             allowed = f"an exact rank from 1 to {MAX_RANK}; beyond that the delta is as good as dense"
             findings.add("rank_out_of_range", linear.name, f"exact rank {rank}", allowed)
+    if total > (limit := reader.conversion.max_bytes):
+        found = f"terms of {total} bytes in {len(reader.linears)} linears, of rank {largest} at most"
+        allowed = (
+            f"at most {limit} bytes for one adapter: target fewer linears, train a smaller rank, or serve with more "
+            "--adapter-device-bytes and --adapter-host-bytes"
+        )
+        findings.add("conversion_too_large", reader.where, found, allowed)
 
 
 def _names(reader: PeftReader, linear: LinearSpec) -> Mapping[str, tuple[str, TensorRule]]:

@@ -76,8 +76,8 @@ class WaveFt(PeftReader):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._positions = Positions(int(self.config.get("random_loc_seed", DEFAULT_SEED)))
         self._shares = self._counts()
+        self._positions = Positions(int(self.config.get("random_loc_seed", DEFAULT_SEED)), self.linears, self._shares)
 
     def _counts(self) -> Mapping[str, int]:
         """Coefficients by linear. Shares by size add up to what equal ones do, but for rounding; no linear has none."""
@@ -96,16 +96,20 @@ class WaveFt(PeftReader):
             return None
         return low_pass(int(self.config.get("wavelet_family", "db1").removeprefix("db")))
 
-    def _is_sparse(self, linear: LinearSpec) -> bool:
+    def _patch(self) -> int:
+        """Entries that a coefficient adds."""
         low = self._filter()
-        patch = 1 if low is None else len(low) ** 2
-        return low is None or self._shares[linear.name] * patch <= _LARGEST_SHARE * (
-            linear.out_features * linear.in_features
-        )
+        return 1 if low is None else len(low) ** 2
 
-    def rank(self, linear: LinearSpec) -> int | None:
-        narrow = min(linear.out_features, linear.in_features)
-        return None if self._is_sparse(linear) else self.conversion.rank_of(linear, narrow)
+    def _is_sparse(self, linear: LinearSpec) -> bool:
+        most = _LARGEST_SHARE * linear.out_features * linear.in_features
+        return self._filter() is None or self._shares[linear.name] * self._patch() <= most
+
+    def bound(self, linear: LinearSpec) -> int | None:
+        return None if self._is_sparse(linear) else min(linear.out_features, linear.in_features)
+
+    def num_entries(self, linear: LinearSpec) -> int:
+        return self._shares[linear.name] * self._patch() if self._is_sparse(linear) else 0
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
         return {"waveft_spectrum": TensorRule((self._shares[linear.name],))}
