@@ -170,7 +170,7 @@ def _build(path: Path) -> None:
 
     jobs = min(_cores(), len(UNITS))
     logger.info(
-        "building the CPU operators with %s, %d at once (once per machine, some minutes of one core in all)",
+        "building the CPU operators with %s, %d at once (once per machine, some two minutes of one core in all)",
         compiler,
         jobs,
     )
