@@ -146,7 +146,8 @@ def test_what_is_not_carried_is_told_and_provenance_is_kept(done: dict[str, Any]
     [
         (["--budget", "100"], "the least is"),
         (["--budget", "lots"], "512MB"),
-        (["--tuned", "nowhere"], "no folder with a config.json"),
+        (["--tuned", "nowhere"], "--tuned nowhere: no folder with a config.json"),
+        (["--base", "nowhere"], "--base nowhere: no folder with a config.json"),
         (["--dtype", "int4"], "choose one of float16"),
         (["--measure", "answers"], "choose one of outputs, weights"),
         (["--measure", "weights", "--calibration", "text.jsonl"], "no part in --measure weights"),
@@ -175,3 +176,17 @@ def test_what_cannot_be_is_refused(
     assert told in error
     assert "Traceback" not in error
     assert not list((tmp_path / "store").glob("versions/*"))
+
+
+def test_what_the_door_refuses_leaves_all_that_was_measured(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The name is the base's own. The work was done, and a second run is not needed to see it."""
+    given = ("--base", place / "base", "--tuned", place / "tuned", "--budget", BUDGET, "--out", "base")
+    at = ("--text", place / "text.jsonl", "--max-rows", 2, "--run-dir", tmp_path / "run", "--store", tmp_path / "store")
+    with pytest.raises(SystemExit) as stopped:
+        main(["adapters", "extract", *map(str, (*given, *at))])
+    assert stopped.value.code == 1
+    assert "is a name of the base" in capsys.readouterr().err
+    kept = {path.name for path in (tmp_path / "run").iterdir()}
+    assert kept == {"adapter", "extract.json", "curve.png"}

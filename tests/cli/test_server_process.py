@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from deltaserve import tinybase
 from deltaserve.cli import main
+from deltaserve.cli.server_process import bind
+from deltaserve.config import ServeConfig
 from deltaserve.model.identify import identify
 from deltatest.base_specs import spec_of
 from deltatest.peft_adapters import make_sparse
@@ -104,6 +108,25 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert error.startswith("deltaserve: ")
     assert "Traceback" not in error
     return error
+
+
+def test_small_writes_leave_at_once() -> None:
+    """Else the second part of an answer, or the next token of a stream, waits until the client acknowledges the part
+    before it, which clients put off for 40 ms."""
+
+    async def accepted() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def look(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with bind(ServeConfig(port=0)) as listener:
+            async with await asyncio.start_server(look, sock=listener):
+                with socket.create_connection(listener.getsockname()[:2]):
+                    return await asyncio.wait_for(found, 10)
+
+    assert asyncio.run(accepted()), "Nagle's algorithm is on"
 
 
 def test_commands_find_the_server_of_the_store(

@@ -54,8 +54,9 @@ def extract(
     validate_name(out)
     size = parse_bytes(budget)
     place = run_dir or Path("runs") / out
-    if not (tuned / "config.json").is_file():
-        raise ConfigError(f"--tuned {tuned}: no folder with a config.json; give the path of a checkpoint folder.")
+    for option, folder in (("--tuned", tuned), ("--base", base)):
+        if folder is not None and not (Path(folder) / "config.json").is_file():
+            raise ConfigError(f"{option} {folder}: no folder with a config.json; give the path of a checkpoint folder.")
     if dtype not in DTYPES:
         raise InvalidRequest(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.", param="dtype")
     if measure not in MEASURES:
@@ -75,8 +76,9 @@ def extract(
         place.mkdir(parents=True, exist_ok=True)
         _keep(found.folder, place / "adapter")
         (place / "extract.json").write_text(json.dumps(found.to_json(), indent=1) + "\n", "utf-8")
+        plot_curve(found, place / "curve.png", title=f"{out}: {tuned.resolve().name} as an adapter")
+        # Last: what was measured is there whatever the door says.
         admitted = bench.admit(found.folder, out, source="extract")
-    plot_curve(found, place / "curve.png", title=f"{out}: {tuned.resolve().name} as an adapter")
     if as_json:
         typer.echo(json.dumps({"adapter": admitted, "run": str(place), **found.to_json()}))
         return

@@ -32,7 +32,8 @@ def run_server(config: ServeConfig) -> int:
 def bind(config: ServeConfig) -> socket.socket:
     """The listening socket; taken before the base is loaded, so that a used port is told at once."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # With its protocol named: asyncio sends small writes at once only on sockets that say they are TCP.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from deltatest.parity.ensembles import BASE, CASES
 from deltatest.parity.measure import measure
 from deltatest.parity.page import parity_page
 from deltatest.parity.registry import entries
@@ -18,16 +19,17 @@ def main() -> int:
     parser.add_argument("--only", metavar="KIND", help="only the entries of this kind (no whole page then)")
     options = parser.parse_args()
     chosen = [entry for entry in entries() if options.only in (None, entry.kind)]
-    rows = measure(chosen, is_timed=options.timed)
-    page = parity_page(rows)
+    names = {entry.name for entry in chosen} | {BASE}
+    cases = [case for case in CASES if names.issuperset(name for name, _ in case.members)]
+    measured = measure(chosen, cases, is_timed=options.timed)
+    page = parity_page(measured.rows, measured.ensembles)
     if options.write is not None and options.only is None:
         options.write.write_text(page, encoding="utf-8")
     else:
         sys.stdout.write(page)
-    bad = [row.entry.name for row in rows if not row.is_good]
-    if bad:
-        sys.stderr.write(f"not in parity: {', '.join(bad)}\n")
-    return 1 if bad else 0
+    if measured.bad:
+        sys.stderr.write(f"not in parity: {', '.join(measured.bad)}\n")
+    return 1 if measured.bad else 0
 
 
 if __name__ == "__main__":

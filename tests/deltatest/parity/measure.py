@@ -1,5 +1,5 @@
 """Takes every entry through the door of a real runtime and measures it there: alone, in company, at strength 0, again
-after eviction.
+after eviction. Ensembles of them are measured last (``deltatest.parity.ensembles``).
 
 Probes run like requests: scheduler, pages, tables, operators. The mixed batch holds one sequence of each entry and one
 of the base, all in the same steps, which is checked.
@@ -22,21 +22,19 @@ from transformers import AutoModelForCausalLM
 
 from deltaserve.api.activation import start_of
 from deltaserve.config import MIB, EngineConfig
-from deltaserve.core import BASE_BINDING, AdapterState, Binding, BindingPart, Logits
+from deltaserve.core import BASE_BINDING, Binding, BindingPart, Logits
 from deltaserve.engine import scheduler
 from deltaserve.model.base import BaseModel, load_base
-from deltatest.parity.registry import BASE_NAME, Bench, Entry
+from deltatest.parity.ensembles import Adapters, Case, EnsembleRow, measure_ensembles
+from deltatest.parity.registry import BASE_NAME, TOLERANCE, Bench, Entry, evict
 from deltatest.peft_adapters import base_logits
 from deltatest.runtime_factory import TinyRuntime, open_runtime
-from deltatest.tiny_models import build_tiny_model
+from deltatest.tiny_models import save_random, tiny_config
 
 NUM_TOKENS = 24
 NUM_STREAMS = 8
 NUM_DECODED = 40
 NUM_ROUNDS = 4
-TOLERANCE = 1e-4
-"""Of the root mean square of the logits, at least 1: what float32 sums in another order may differ."""
-_PAUSE_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -66,32 +64,52 @@ class Row:
         return near and self.company_bits and self.zero_bits is not False and self.reload_bits
 
 
-def measure(entries: Sequence[Entry], *, is_timed: bool = False) -> list[Row]:
-    """Rows in the order of ``entries``."""
+@dataclass(frozen=True)
+class Measured:
+    rows: list[Row]
+    ensembles: list[EnsembleRow]
+
+    @property
+    def bad(self) -> list[str]:
+        """Names of what is not in parity."""
+        return [row.entry.name for row in self.rows if not row.is_good] + [
+            f"ensemble {row.case.name}" for row in self.ensembles if not row.is_good
+        ]
+
+
+def measure(entries: Sequence[Entry], cases: Sequence[Case] = (), *, is_timed: bool = False) -> Measured:
+    """Rows in the order of ``entries``, and of ``cases``, whose members are among them."""
     with tempfile.TemporaryDirectory() as scratch:
-        return asyncio.run(_measure(entries, Path(scratch), is_timed))
+        return asyncio.run(_measure(entries, cases, Path(scratch), is_timed))
 
 
-async def _measure(entries: Sequence[Entry], scratch: Path, is_timed: bool) -> list[Row]:
-    folder = build_tiny_model("llama", scratch / "base")
+async def _measure(entries: Sequence[Entry], cases: Sequence[Case], scratch: Path, is_timed: bool) -> Measured:
+    config = tiny_config("llama", tie_word_embeddings=True, attention_bias=True)  # linears with biases and without
+    folder = save_random(config, scratch / "base")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     base = load_base(folder, dtype=torch.float32, cache_dir=scratch / "digests")
     bench = Bench(model, base.spec)
     limits = EngineConfig(
         max_model_len=128,
-        max_num_seqs=len(entries) + NUM_STREAMS,
+        max_num_seqs=len(entries) + NUM_STREAMS + sum(len(case.members) for case in cases),
         max_num_batched_tokens=NUM_TOKENS * (len(entries) + 1) + 64,
         kv_cache_bytes=64 * MIB,
         adapter_slots=len(entries) + 2,
     )
     # A step of a server computes the logits of few prompt positions; here one has to hold all probes.
     with mock.patch.object(scheduler, "MAX_ALL_ROWS", 1 << 20):
-        return await _through_the_door(base, bench, entries, scratch, limits, is_timed)
+        return await _through_the_door(base, bench, entries, cases, scratch, limits, is_timed)
 
 
 async def _through_the_door(
-    base: BaseModel, bench: Bench, entries: Sequence[Entry], scratch: Path, limits: EngineConfig, is_timed: bool
-) -> list[Row]:
+    base: BaseModel,
+    bench: Bench,
+    entries: Sequence[Entry],
+    cases: Sequence[Case],
+    scratch: Path,
+    limits: EngineConfig,
+    is_timed: bool,
+) -> Measured:
     options: dict[str, Any] = {"limits": limits, "base_names": (BASE_NAME,), "tokenizer_conflicts": lambda tokens: []}
     async with open_runtime(base, scratch / "store", **options) as runtime:
         folders = {entry.name: entry.write(bench, scratch / entry.name) for entry in entries}
@@ -104,9 +122,12 @@ async def _through_the_door(
         for entry, together in zip(entries, mixed, strict=True):
             row = await _one(runtime, entry, versions[entry.name], bench, folders[entry.name], together)
             rows.append(row)
+        bindings = {entry.name: _binding(entry, versions[entry.name]) for entry in entries}
+        adapters = Adapters({entry.name: entry for entry in entries}, folders, bindings)
+        ensembles = await measure_ensembles(runtime, bench, adapters, cases)
         if is_timed:
             rows = await _timed(runtime, rows)
-    return rows
+    return Measured(rows, ensembles)
 
 
 async def _one(runtime: TinyRuntime, entry: Entry, version: str, bench: Bench, folder: Path, together: Tensor) -> Row:
@@ -121,7 +142,7 @@ async def _one(runtime: TinyRuntime, entry: Entry, version: str, bench: Bench, f
     zero_bits = None
     if entry.has_strength:
         zero_bits = torch.equal(await _probe(engine, known, _binding(entry, version, 0.0)), plain)
-    await _evict(engine, version)
+    await evict(engine, version)
     again = await _probe(engine, ids, _binding(entry, version))
     return Row(
         entry=entry,
@@ -155,17 +176,6 @@ async def _in_one_batch(runtime: TinyRuntime, work: list[tuple[tuple[int, ...], 
     finally:
         runner.execute = execute
     raise AssertionError(f"{len(work) + 1} probes never met in one step; the last round had steps of {sizes}")
-
-
-async def _evict(engine: Any, version: str) -> None:
-    await engine.unload(version)
-    for _ in range(1000):
-        if any(
-            adapter.version == version and adapter.state is AdapterState.STORED for adapter in engine.status().adapters
-        ):
-            return
-        await asyncio.sleep(_PAUSE_SECONDS)
-    raise AssertionError(f"version {version} stays in memory")
 
 
 async def _timed(runtime: TinyRuntime, rows: list[Row]) -> list[Row]:

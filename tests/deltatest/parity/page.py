@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 import torch
 
-from deltatest.parity.measure import NUM_STREAMS, NUM_TOKENS, TOLERANCE, Row
-from deltatest.parity.registry import NOT_MEASURED, Entry
+from deltatest.parity.ensembles import NUM_ANSWERED, Case, EnsembleRow
+from deltatest.parity.measure import NUM_STREAMS, NUM_TOKENS, Row
+from deltatest.parity.registry import NOT_MEASURED, TOLERANCE, Entry
 
 HEAD = (
     "kind",
@@ -22,6 +23,16 @@ HEAD = (
     "evicted, reloaded",
     "bytes",
     "decode step",
+)
+ENSEMBLE_HEAD = (
+    "ensemble",
+    "mix of",
+    "members",
+    "effect",
+    "likeliest tokens",
+    "alone",
+    "in company",
+    "evicted, reloaded",
 )
 COMMAND = "PYTHONPATH=tests python -m deltatest.parity --write docs/parity.md --timed"
 
@@ -50,9 +61,22 @@ float32:
 Everything here is exact. Where a delta of a rank above 1024 is served by its best term, the error is stated at its
 upload ([adapter-kinds.md](adapter-kinds.md#deltas-of-high-rank)).
 """
+_OF_ENSEMBLES = f"""
+## Several models as one
+
+[Ensembles](api.md#several-models-as-one) of adapters of the table above, through requests: greedy answers of
+{NUM_ANSWERED} tokens, each drawn from the mix of all members. The judge is offline: what the members' own judges say of
+the same tokens, one member by itself after the other, mixed in float64 by the members' weights. Differences are the
+largest of any log probability before any token of the answer.
+
+- **likeliest tokens**: how many tokens of the answer are the offline mix's likeliest, after the tokens before them. All
+  of them: it is the answer that members give who are computed one by one in lock-step.
+- **in company**: beside all other ensembles, a sequence of every adapter above and one of the base, in the same steps.
+- **evicted, reloaded**: after every member's adapter left both memory tiers and was loaded again.
+"""
 
 
-def parity_page(rows: Iterable[Row]) -> str:
+def parity_page(rows: Iterable[Row], ensembles: Iterable[EnsembleRow] = ()) -> str:
     """The whole page."""
     rows = list(rows)
     lines = [_INTRO, _setting(), "", f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
@@ -60,6 +84,8 @@ def parity_page(rows: Iterable[Row]) -> str:
     if NOT_MEASURED:
         lines += ["", "Served, but not in this table:", ""]
         lines += [f"- {kind}: {why}" for kind, why in sorted(NOT_MEASURED.items())]
+    lines += [_OF_ENSEMBLES, f"| {' | '.join(ENSEMBLE_HEAD)} |", f"|{' --- |' * len(ENSEMBLE_HEAD)}"]
+    lines += [f"| {' | '.join(_cells_of_ensemble(row))} |" for row in ensembles]
     return "\n".join(lines) + "\n"
 
 
@@ -68,10 +94,14 @@ def names_of(entry: Entry) -> tuple[str, str, str, str]:
     return entry.kind, entry.variant, entry.writer, entry.judge
 
 
-def read_page(text: str) -> list[tuple[str, ...]]:
-    """The cells of the table's rows."""
+def names_of_ensemble(case: Case) -> tuple[str, str, str]:
+    return case.name, case.mix.value, case.told
+
+
+def read_page(text: str, head: tuple[str, ...] = HEAD) -> list[tuple[str, ...]]:
+    """The cells of the rows of the table with this ``head``."""
     lines = text.splitlines()
-    start = lines.index(f"| {' | '.join(HEAD)} |") + 2
+    start = lines.index(f"| {' | '.join(head)} |") + 2
     rows: list[tuple[str, ...]] = []
     for line in lines[start:]:
         if not line.startswith("|"):
@@ -85,7 +115,8 @@ def _setting() -> str:
 
     return (
         f"Measured on {platform.machine()}, on the CPU, with PyTorch {torch.__version__}, transformers "
-        f"{version('transformers')} and PEFT {version('peft')}: a Llama of 2 layers and width 64."
+        f"{version('transformers')} and PEFT {version('peft')}: a Llama of 2 layers and width 64, with biases in "
+        "attention."
     )
 
 
@@ -99,4 +130,15 @@ def _cells(row: Row) -> tuple[str, ...]:
         "same bits" if row.reload_bits else "OTHER BITS",
         f"{row.nbytes:,}",
         "" if row.slowdown is None else f"{row.slowdown:+.0%}",
+    )
+
+
+def _cells_of_ensemble(row: EnsembleRow) -> tuple[str, ...]:
+    return (
+        *names_of_ensemble(row.case),
+        f"{row.effect:.2f}",
+        f"{row.likeliest} of {NUM_ANSWERED}",
+        f"{row.alone:.1e}",
+        f"{row.mixed:.1e}, {'same bits' if row.company_bits else 'OTHER BITS'}",
+        "same bits" if row.reload_bits else "OTHER BITS",
     )

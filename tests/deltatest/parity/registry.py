@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import pkgutil
 import re
@@ -12,9 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
+from deltaserve.core import AdapterState
 from deltatest.peft_adapters import peft_logits
 
 BASE_NAME = "tests/tiny-base"
+TOLERANCE = 1e-4
+"""Of the root mean square of the logits, at least 1: what float32 sums in another order may differ."""
+_PAUSE_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -71,3 +76,15 @@ def entries() -> tuple[Entry, ...]:
     for module in sorted(pkgutil.iter_modules(kinds.__path__), key=lambda info: info.name):
         found += importlib.import_module(f"{kinds.__name__}.{module.name}").ENTRIES
     return tuple(found)
+
+
+async def evict(engine: Any, version: str) -> None:
+    """From both memory tiers; returns when it is only stored."""
+    await engine.unload(version)
+    for _ in range(1000):
+        if any(
+            adapter.version == version and adapter.state is AdapterState.STORED for adapter in engine.status().adapters
+        ):
+            return
+        await asyncio.sleep(_PAUSE_SECONDS)
+    raise AssertionError(f"version {version} stays in memory")
