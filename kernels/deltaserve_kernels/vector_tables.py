@@ -1,7 +1,8 @@
 """Tables of vector terms: output scales and biases of linears, gains of norms.
 
 fp32, since a scale near one would lose in 16 bits what the base's own rounding loses. On a CPU vectors of linears may
-be bfloat16 instead, for those that lose nothing by it (zeros and ones, or trained in it): half the bytes to read.
+be bfloat16 instead, for those that lose nothing by it (zeros and ones, or trained in it): half the bytes to read. Of
+scales in bfloat16 ``1 + (s - 1)`` must be s in fp32, so that at strength 1 nobody need compute it.
 """
 
 from __future__ import annotations

@@ -195,6 +195,11 @@ def test_what_bfloat16_holds_is_kept_in_it_and_widened_for_a_gpu(tmp_path: Path)
             VectorTerm(half.float(), wide, gates.bfloat16()),
         ),
         (VectorDelta("a.up", out_scale=half, in_scale=randn(7)), VectorTerm(half, None, randn(7))),
+        # Next to nothing: 1 + (scale - 1) is another number.
+        (
+            VectorDelta("a.up", out_scale=half * 2**-20, in_scale=gates),
+            VectorTerm(half.float() * 2**-20, None, gates.bfloat16()),
+        ),
     )
     for index, (delta, wanted) in enumerate(cases):
         adapter = folded(delta)

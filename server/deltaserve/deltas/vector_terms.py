@@ -31,7 +31,10 @@ class VectorTerm:
     def narrowed(self) -> VectorTerm:
         """The same numbers, of each side in bfloat16 where that holds them all."""
         outputs, inputs = (self.scale, self.bias), (self.in_scale,)
-        return VectorTerm(*_narrowed(outputs), *_narrowed(inputs))
+        return VectorTerm(
+            *(_narrowed(outputs) if _is_whole(self.scale) else outputs),
+            *(_narrowed(inputs) if _is_whole(self.in_scale) else inputs),
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """By the roles they have in a folded file."""
@@ -65,6 +68,11 @@ def _narrowed(vectors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     pairs = zip(vectors, narrow, strict=True)
     are_equal = all(given is None or held is None or torch.equal(given, held.to(given.dtype)) for given, held in pairs)
     return narrow if are_equal else vectors
+
+
+def _is_whole(scale: Tensor | None) -> bool:
+    """Whether the factor at strength 1, ``1 + (scale - 1)`` in fp32, is the scale: not of scales next to nothing."""
+    return scale is None or torch.equal(1 + (scale.float() - 1), scale.float())
 
 
 def take_vectors(
