@@ -74,8 +74,8 @@ class VectorFamily:
     """
 
     def __init__(self, num_linears: int, num_norms: int, num_slots: int, device: torch.device | str = "cpu") -> None:
-        self.outputs = VectorTables(num_linears, num_slots, device)
-        self.inputs = VectorTables(num_linears, num_slots, device)
+        self.outputs = VectorTables(num_linears, num_slots, device, takes_narrow=True)
+        self.inputs = VectorTables(num_linears, num_slots, device, takes_narrow=True)
         self.norms = VectorTables(num_norms, num_slots, device)
         self.in_rotations = RotationTables(num_linears, num_slots, device)
         self.out_rotations = RotationTables(num_linears, num_slots, device)

@@ -30,12 +30,18 @@ class VectorTables(PointerTables):
 
     pointers: int64 [num_linears, 2, num_slots]  addresses of s and b [N], fp32, or bfloat16 where the number is odd:
     one more than the address; 0 where there is none
+
+    ``takes_narrow``: bfloat16 is allowed, of tables on the host. ``dtype`` says nothing here.
     """
 
-    def __init__(self, num_linears: int, num_slots: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, num_linears: int, num_slots: int, device: torch.device | str = "cpu", *, takes_narrow: bool = False
+    ) -> None:
         super().__init__(num_linears, num_slots, device)
         self.pointers = self._array(2)
-        self._dtypes = (torch.float32, torch.bfloat16) if self.is_on_host else (torch.float32,)
+        self._dtypes = (torch.float32, torch.bfloat16) if takes_narrow and self.is_on_host else (torch.float32,)
+        self.has_narrow = False
+        """Whether bfloat16 vectors were ever put in: operators that know fp32 alone must refuse such a table."""
 
     def get(self, linear: int, slot: int) -> tuple[Tensor, ...] | None:
         held = super().get(linear, slot)
@@ -43,7 +49,7 @@ class VectorTables(PointerTables):
 
     def set(self, linear: int, slot: int, scale: Tensor | None = None, bias: Tensor | None = None) -> None:
         """Point (linear, slot) at vectors [N], replacing what was there; at least one of the two, of one dtype: fp32,
-        on a CPU also bfloat16.
+        or bfloat16 where the table takes it.
 
         Contiguous, 16-byte aligned; the caller must not change them while the entry stands. Raises a KernelError and
         leaves the table as it was.
@@ -72,12 +78,13 @@ class VectorTables(PointerTables):
             return
         none = torch.empty(0, device=self.device)
         kept = [tuple(none if tensor is None else tensor for tensor in entry) for _, entry in entries]
-        addresses = [[_told(tensor) for tensor in tensors] for tensors in kept]
+        addresses = [[_address(tensor) for tensor in tensors] for tensors in kept]
+        self.has_narrow |= any(entry[-1].dtype == torch.bfloat16 or entry[0].dtype == torch.bfloat16 for entry in kept)
         self._put(slot, linears, kept, [(0, width) for width in widths], pointers=addresses)
 
 
-def _told(vector: Tensor) -> int:
-    """How ``pointers`` tell a vector."""
+def _address(vector: Tensor) -> int:
+    """As ``pointers`` hold it."""
     return vector.data_ptr() + (vector.dtype == torch.bfloat16) if vector.numel() else 0
 
 

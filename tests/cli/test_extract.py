@@ -178,6 +178,19 @@ def test_what_cannot_be_is_refused(
     assert not list((tmp_path / "store").glob("versions/*"))
 
 
+def test_without_matplotlib_nothing_is_begun(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("deltaserve.cli.extract.find_spec", lambda name: None if name == "matplotlib" else name)
+    given = ("--base", place / "base", "--tuned", place / "tuned", "--budget", BUDGET, "--out", "x")
+    at = ("--run-dir", tmp_path / "run", "--store", tmp_path / "store")
+    with pytest.raises(SystemExit) as stopped:
+        main(["adapters", "extract", *map(str, (*given, *at))])
+    assert stopped.value.code == 1
+    assert "pip install 'deltaserve[train]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_the_door_refuses_leaves_all_that_was_measured(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

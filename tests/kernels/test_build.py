@@ -131,6 +131,7 @@ def test_any_unit_that_fails_is_quoted_and_leaves_nothing(tmp_path, cache, faili
 @pytest.mark.parametrize("cores", [1, 2, 64])
 def test_compilers_run_side_by_side_and_no_more_than_cores(real_library, tmp_path, cache, monkeypatch, cores):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(build, "CPU_QUOTA", tmp_path / "no quota")
     expected = min(cores, len(build.UNITS))
     (tmp_path / "running").mkdir()
     install_compiler(
@@ -150,6 +151,17 @@ def test_compilers_run_side_by_side_and_no_more_than_cores(real_library, tmp_pat
     build.ensure_built()
     assert len(calls(tmp_path)) == len(build.UNITS) + 1
     assert max(map(int, calls(tmp_path))) == expected
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("max 100000", 4), ("150000 100000", 1), ("50000 100000", 1), ("300000 100000", 3), ("900000 100000", 4), ("", 4)],
+)
+def test_a_container_builds_with_its_share_of_the_cores(tmp_path, monkeypatch, quota, cores):
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(build, "CPU_QUOTA", tmp_path / "cpu.max")
+    assert build._cores() == cores
 
 
 def test_after_a_failure_no_other_unit_is_begun(tmp_path, cache, monkeypatch):

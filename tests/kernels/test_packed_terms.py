@@ -132,7 +132,7 @@ def test_company_is_not_felt_and_rows_without_vectors_have_the_bits_of_the_lora_
 
 def held_in(tables: VectorTables, narrow: set[int]) -> VectorTables:
     """The table with all numbers rounded to bfloat16, of the slots in ``narrow`` kept in it."""
-    made = VectorTables(tables.num_linears, tables.num_slots)
+    made = VectorTables(tables.num_linears, tables.num_slots, takes_narrow=True)
     for linear in range(tables.num_linears):
         for slot in range(tables.num_slots):
             rounded = [None if not t.numel() else t.bfloat16() for t in tables.get(linear, slot) or ()]

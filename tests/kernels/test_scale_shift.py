@@ -67,7 +67,7 @@ def expected(y: Tensor, given: Given, depth: float, gain: Tensor | None = None, 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_vectors_in_bfloat16_give_the_bits_of_the_same_numbers_in_fp32(dtype: torch.dtype, backend: str) -> None:
-    wide, narrow = VectorTables(3, 4), VectorTables(3, 4)
+    wide, narrow = VectorTables(3, 4), VectorTables(3, 4, takes_narrow=True)
     for (linear, slot), vectors in filled()[1].items():
         rounded = [None if vector is None else vector.bfloat16() for vector in vectors]
         narrow.set(linear, slot, *(None if vector is None else afloat(vector, NAN) for vector in rounded))

@@ -12,6 +12,7 @@ from deltaserve_kernels import (
     NotContiguous,
     OutOfRange,
     ShapeMismatch,
+    VectorFamily,
     VectorTables,
     build_work_list,
     lora_vector_linear,
@@ -59,7 +60,7 @@ def test_the_norm_of_base_rows_is_torchs_to_the_bit(dtype: torch.dtype) -> None:
 
 
 def test_vector_tables_refuse_what_does_not_fit() -> None:
-    tables = VectorTables(2, 2)
+    tables = VectorTables(2, 2, takes_narrow=True)
     with pytest.raises(ShapeMismatch, match="a bias or both"):
         tables.set(0, 0)
     with pytest.raises(ShapeMismatch, match="of one size"):
@@ -68,8 +69,9 @@ def test_vector_tables_refuse_what_does_not_fit() -> None:
         tables.set(0, 0, torch.ones(8).half())
     with pytest.raises(DtypeMismatch, match=r"scale is torch\.float32, bias torch\.bfloat16"):
         tables.set(0, 0, torch.ones(8), torch.ones(8).bfloat16())
-    with pytest.raises(DtypeMismatch, match=r"allowed: torch\.float32$"):
-        VectorTables(2, 2, "meta").set(0, 0, torch.ones(8).bfloat16())
+    for wide in (VectorTables(2, 2, "meta", takes_narrow=True), VectorTables(2, 2), VectorFamily(2, 2, 2).norms):
+        with pytest.raises(DtypeMismatch, match=r"allowed: torch\.float32$"):
+            wide.set(0, 0, torch.ones(8).bfloat16())
     with pytest.raises(NotContiguous, match="strides"):
         tables.set(0, 0, torch.ones(16)[::2])
     with pytest.raises(OutOfRange, match="slot 2"):
@@ -82,6 +84,18 @@ def test_vector_tables_refuse_what_does_not_fit() -> None:
     tables.grow(3)
     tables.clear(0)
     assert not tables.pointers.any()
+
+
+def test_kernels_that_read_fp32_alone_refuse_other_vectors() -> None:
+    pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be asked")
+    from deltaserve_kernels.triton_ops import guard
+
+    tables = VectorTables(2, 2, takes_narrow=True)
+    tables.set(0, 0, torch.ones(8))
+    guard.check_wide(tables)
+    tables.set(1, 0, None, torch.ones(8).bfloat16())
+    with pytest.raises(DtypeMismatch, match="read fp32"):
+        guard.check_wide(tables)
 
 
 def test_norm_tables_refuse_what_does_not_fit() -> None:

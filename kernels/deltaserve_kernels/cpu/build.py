@@ -92,6 +92,7 @@ FLAGS = (
 )
 LINK_FLAGS = ("-shared", "-fopenmp", "-ltorch_cpu", "-lc10")
 TIMEOUT_SECONDS = 600  # of each compiler
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # Linux's control group of a container, version 2
 
 
 class BuildFailed(RuntimeError):
@@ -191,8 +192,13 @@ def _build(path: Path) -> None:
 
 
 def _cores() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many processors this process may use, or what a container's share of their time comes to."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        share, period = CPU_QUOTA.read_text(encoding="ascii").split()
+        return max(1, min(cores, int(share) // int(period)))
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or no limit: "max 100000"
+        return cores
 
 
 def _run_all(commands: Sequence[Sequence[str]], jobs: int) -> None:

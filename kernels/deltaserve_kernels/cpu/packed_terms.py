@@ -60,7 +60,7 @@ def group_terms(
 def _lists(
     dtype: torch.dtype, rows: int, work: WorkList, tables: VectorTables | RotationTables | LoraTables
 ) -> list[Tensor]:
-    if not isinstance(tables, VectorTables):  # which are fp32 whatever is multiplied
+    if not isinstance(tables, VectorTables):  # whose numbers are of their own dtypes
         check_dtype(dtype, tables)
     check_rows(rows, work, tables)
     ranks = [tables.ranks] if isinstance(tables, LoraTables) else []

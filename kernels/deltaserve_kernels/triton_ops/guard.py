@@ -14,6 +14,7 @@ from deltaserve_kernels.dense_tables import DenseTables
 from deltaserve_kernels.errors import DtypeMismatch, OutOfRange, ShapeMismatch
 from deltaserve_kernels.module_tables import ModuleTables
 from deltaserve_kernels.tables import FLOAT_DTYPES
+from deltaserve_kernels.vector_tables import VectorTables
 from deltaserve_kernels.worklist import WorkList
 
 
@@ -41,6 +42,12 @@ def check_linear(
             raise OutOfRange(f"linear {linear} has {known_out} outputs; columns {start}:{stop} of {y.shape[1]} differ")
         if known_in and known_in != x.shape[1]:
             raise ShapeMismatch(f"linear {linear} has {known_in} inputs; x has {x.shape[1]}")
+
+
+def check_wide(vectors: VectorTables) -> None:
+    """Raise a DtypeMismatch for tables whose addresses these kernels would misread."""
+    if vectors.has_narrow:
+        raise DtypeMismatch("the tables hold vectors in bfloat16; Triton's kernels read fp32")
 
 
 def check_apart(y: Tensor, x: Tensor, work: WorkList, tables: DenseTables, members: Sequence[Member]) -> None:

@@ -89,6 +89,8 @@ def lora_linear(
     """
     form = form_for(work) if form is None else form
     guard.check_linear(y, x, work, tables, members)
+    if vectors is not None:
+        guard.check_wide(vectors)
     if work.is_empty:
         return
     tiles = row_tiles(work, form.tile_rows)

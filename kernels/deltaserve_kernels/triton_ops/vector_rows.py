@@ -27,6 +27,7 @@ BLOCK = 1024
 
 def _lists(work: WorkList, tables: VectorTables) -> tuple[Tensor | int, ...]:
     """The item of each row and the list's parts, in the order of kernels."""
+    guard.check_wide(tables)
     return (row_items(work), work.item_parts, work.part_slot, work.part_scale, tables.pointers, tables.num_slots)
 
 

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +66,8 @@ def extract(
         raise InvalidRequest("--calibration has no part in --measure weights; leave one out.", param="calibration")
     if max_rows < 1:
         raise InvalidRequest(f"--max-rows is {max_rows}; it must be at least 1.", param="max_rows")
+    if find_spec("matplotlib") is None:
+        raise ConfigError("The curve needs matplotlib, which is not installed: pip install 'deltaserve[train]'.")
     if place.exists() and any(place.iterdir()):
         raise InvalidRequest(f"{place} holds files already; give another --run-dir.", param="run_dir")
     with (

@@ -29,7 +29,7 @@ from deltaserve.errors import AdapterUnavailable
 if TYPE_CHECKING:
     from deltaserve_store.spec import BaseSpec, LinearSpec
 
-FOLD_VERSION = 2
+FOLD_VERSION = 3
 """Version of the maths and layout of folding. Raising it makes every stored folded file stale: it is folded again."""
 
 FOLDED_FILE_NAME = "folded.safetensors"

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     )
 
 
-class Found(NamedTuple):
+class JoinedTerms(NamedTuple):
     """``terms``: what a group's product takes with it; ``is_all``: no operator comes after it."""
 
     terms: Tensor
     is_all: bool
 
 
-GroupsFound = dict[object, Found | Literal[False]]
+GroupsFound = dict[object, JoinedTerms | Literal[False]]
 """Of groups of linears, by themselves; False where no row changes anything of their product."""
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from deltaserve.model.attach import Ends, apply_apart, folded_input, folded_output
 from deltaserve.model.blocks import add_blocks
-from deltaserve.model.context import FoldedContext, ForwardContext, Found, PassContext, current
+from deltaserve.model.context import FoldedContext, ForwardContext, JoinedTerms, PassContext, current
 from deltaserve.model.vector_rows import apply_rows
 from deltaserve.model.vectors import Joining, apply_one_by_one
 from deltaserve.model.weight import BaseWeight
@@ -70,7 +70,7 @@ class ProjectionGroup:
             has_more = self._add_terms(with_vectors, rows, work, ctx)
             found = ctx.found.get(self)
             if found and not has_more and ctx.apart is None:
-                ctx.found[self] = Found(found.terms, is_all=True)
+                ctx.found[self] = JoinedTerms(found.terms, is_all=True)
             if residual is None:
                 return with_vectors
             # All other rows take the product that adds onto the stream: it rounds once, and so do they in any step.
@@ -109,7 +109,7 @@ class ProjectionGroup:
             terms = self.joining.terms(work, ctx.lora, step)
             if terms is None:
                 return None
-            ctx.found[self] = found = Found(terms, is_all=False)
+            ctx.found[self] = found = JoinedTerms(terms, is_all=False)
         return self.joining.product(rows, found.terms)
 
     def _add_terms(self, y: Tensor, rows: Tensor, work: WorkList, ctx: ForwardContext) -> bool:

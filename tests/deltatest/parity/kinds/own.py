@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deltaserve_store.formats.deltaserve_terms import write_terms_adapter
+from deltaserve_store.formats.deltaserve_vectors import write_vector_adapter
 from deltaserve_store.parsed import LoraDelta, SparseDelta
 from deltaserve_store.vector_deltas import NormDelta, VectorDelta
 from deltatest.parity.registry import BASE_NAME, Bench, Entry
@@ -58,8 +59,23 @@ def _bitfit(bench: Bench, folder: Path) -> Path:
     return make_bitfit(bench.spec, folder)
 
 
-def _gates(bench: Bench, folder: Path) -> Path:
+def _scales(bench: Bench, folder: Path) -> Path:
     return make_gates(bench.spec, folder)
+
+
+def _gates(bench: Bench, folder: Path) -> Path:
+    """0 or 1 on both sides of every linear: what is kept in 16 bits."""
+    generator = torch.Generator().manual_seed(5)
+
+    def drawn(size: int) -> Tensor:
+        return (torch.rand(size, generator=generator) < 0.9).float()
+
+    deltas = [
+        VectorDelta(name, out_scale=drawn(linear.out_features), in_scale=drawn(linear.in_features))
+        for name, linear in bench.spec.linears.items()
+    ]
+    write_vector_adapter(folder, deltas, bench.spec.fingerprint, method="finegates")
+    return folder
 
 
 def _terms(bench: Bench, folder: Path) -> Path:
@@ -86,6 +102,7 @@ _OWN: dict[str, Any] = {"writer": "deltaserve", "oracle": edited_logits, "judge"
 ENTRIES = (
     Entry("deltaserve sparse", "", write=_sparse, **_OWN),
     Entry("deltaserve vectors", "biases", write=_bitfit, **_OWN),
-    Entry("deltaserve vectors", "scales and norms", write=_gates, **_OWN),
+    Entry("deltaserve vectors", "scales and norms", write=_scales, **_OWN),
+    Entry("deltaserve vectors", "gates of both sides", write=_gates, **_OWN),
     Entry("deltaserve terms", "", write=_terms, **_OWN),
 )
