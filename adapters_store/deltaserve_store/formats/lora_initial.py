@@ -47,7 +47,7 @@ def check_ranks(method: str, ranks: Mapping[str, int], base: BaseSpec, where: st
     """``ranks`` by module. A part of the base has no more directions than its linear, KaSA leaves one, and less that
     part the delta has twice the rank. And the parts of all linears must be found in reasonable time."""
     for module, rank in ranks.items():
-        smaller = min(base.linears[module].in_features, base.linears[module].out_features)
+        smaller = base.linears[module].narrow
         limit = min(smaller - (method == KASA), MAX_RANK // 2)
         if rank > limit:
             allowed = f"at most {limit}: {module} has {smaller} directions, and the delta twice the rank"

@@ -50,11 +50,11 @@ class ConversionLimits:
 
     def rank_of(self, linear: LinearSpec, bound: int) -> int:
         """The rank of the term for a delta that has at most rank ``bound``, whatever its shape."""
-        bound = min(bound, linear.out_features, linear.in_features)
+        bound = min(bound, linear.narrow)
         return bound if bound <= self.exact_rank else min(self.rank, bound)
 
     def is_exact(self, linear: LinearSpec, bound: int) -> bool:
-        return min(bound, linear.out_features, linear.in_features) <= self.exact_rank
+        return min(bound, linear.narrow) <= self.exact_rank
 
     def bytes_of(self, linear: LinearSpec, rank: int, num_entries: int) -> int:
         """Of a low-rank term and a sparse one, whose entries have a column each."""
@@ -79,11 +79,10 @@ DEFAULT_LIMITS = ConversionLimits()
 
 def converted(linear: LinearSpec, delta: Tensor, limits: ConversionLimits, dense: Callable[[], Tensor]) -> LoraDelta:
     """The term of a delta without structure, float32 ``[out, in]``: whole or the best; ``dense`` is for the proof."""
-    narrow = min(linear.out_features, linear.in_features)
-    if limits.is_exact(linear, narrow):
+    if limits.is_exact(linear, linear.narrow):
         a, b = whole(delta)
         return LoraDelta(linear.name, a, b, 1.0, dense=dense)
-    a, b, is_exact = best(delta, limits.rank_of(linear, narrow))
+    a, b, is_exact = best(delta, limits.rank_of(linear, linear.narrow))
     return LoraDelta(linear.name, a, b, 1.0, dense=dense, is_exact=is_exact)
 
 
@@ -99,7 +98,7 @@ def from_factors(
 
     They are made only where they are the term; a larger rank than the narrower side or the limit is multiplied out.
     """
-    if rank <= min(linear.out_features, linear.in_features, limits.exact_rank):
+    if rank <= min(linear.narrow, limits.exact_rank):
         right, left = factors()
         return LoraDelta(linear.name, right, left, scaling, dense=dense)
     return converted(linear, dense(), limits, dense)
