@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deltaserve_store.file_names import MAX_TENSOR_FILE_BYTES
-from deltaserve_store.formats.conversion_cost import qr_flops, svd_flops
+from deltaserve_store.formats.conversion_cost import MAX_FLOPS, qr_flops, svd_flops
 from deltaserve_store.formats.peft_fields import MAX_RANK
 from deltaserve_store.parsed import LoraDelta
 from deltaserve_store.spec import LinearSpec
@@ -36,13 +36,15 @@ class ConversionLimits:
     deltas beyond it. Both from 1 to ``MAX_RANK``, ``rank`` at most ``exact_rank``, else ``ValueError``.
 
     ``max_bytes``: of all terms of an adapter, with numbers of ``itemsize`` bytes: what the server holds of one adapter,
-    or, where nobody says, what a file may have that holds such terms themselves.
+    or, where nobody says, what a file may have that holds such terms themselves. ``max_flops``: of all decompositions
+    that converting an adapter takes.
     """
 
     exact_rank: int = MAX_RANK
     rank: int = 256
     max_bytes: int = MAX_TENSOR_FILE_BYTES
     itemsize: int = 2
+    max_flops: float = MAX_FLOPS
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= self.exact_rank <= MAX_RANK:
