@@ -32,6 +32,11 @@ class LinearSpec:
         found = _FIRST_NUMBER.search(self.name)
         return int(found.group(1)) if found else None
 
+    @property
+    def narrow(self) -> int:
+        """Size of the narrower side: no delta has a larger rank."""
+        return min(self.out_features, self.in_features)
+
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:

@@ -75,7 +75,8 @@ class ServeConfig:
     names to template files. ``preload`` lists adapter names made resident before the server reports ready.
     ``operators``: which implementation runs adapters and attention; auto is the fastest one proven on the device.
     ``cuda_graphs``: replay decode steps, where the device and the operators can (CUDA, triton). ``conversion_rank``: of
-    the best terms for deltas of a rank above 1024; ``conversion_error``: what those may change, a share of the effect.
+    the best terms for deltas of a rank above 1024; ``conversion_error``: what those may change, a share of the effect;
+    ``conversion_flops``: what the decompositions of one adapter may take.
     """
 
     model: str | None = None
@@ -96,6 +97,7 @@ class ServeConfig:
     api_keys: Path | None = None
     conversion_rank: int = 256
     conversion_error: float = 0.05
+    conversion_flops: float = 2e15
     store_quota_bytes: int | None = None
     max_upload_bytes: int = 2 * GIB
     max_body_bytes: int = 2 * MIB
@@ -131,6 +133,8 @@ class ServeConfig:
             raise ConfigError(f"--conversion-rank is {self.conversion_rank}; it must be between 1 and 1024.")
         if not 0 <= self.conversion_error <= 1:
             raise ConfigError(f"--conversion-error is {self.conversion_error}; it must be between 0 and 1.")
+        if not 0 < self.conversion_flops < math.inf:
+            raise ConfigError(f"--conversion-flops is {self.conversion_flops}; it must be a number greater than 0.")
         if self.store_quota_bytes is not None and self.store_quota_bytes < 1:
             raise ConfigError(f"--store-quota is {self.store_quota_bytes}; it must be at least 1 byte.")
 

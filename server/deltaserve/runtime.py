@@ -110,6 +110,7 @@ class Runtime:
                 rank=config.conversion_rank,
                 max_bytes=min(config.engine.adapter_device_bytes, config.engine.adapter_host_bytes),
                 itemsize=base.dtype.itemsize,
+                max_flops=config.conversion_flops,
             ),
             conversion_error=config.conversion_error,
             tokenizer_conflicts=tokenizer.conflicts,

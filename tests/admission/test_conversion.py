@@ -180,10 +180,13 @@ def test_limits_that_make_no_sense(exact_rank: int, rank: int) -> None:
 
 def test_the_limit_is_what_the_server_holds_of_one_adapter(tmp_path: Path) -> None:
     engine = EngineConfig(adapter_device_bytes=3000, adapter_host_bytes=2000)
-    runtime = Runtime.open(ServeConfig(store=tmp_path / "store", dtype="bfloat16", engine=engine))
+    runtime = Runtime.open(
+        ServeConfig(store=tmp_path / "store", dtype="bfloat16", conversion_flops=5e12, engine=engine)
+    )
     try:
         limits = runtime.admission._conversion_limits
-        assert (limits.max_bytes, limits.itemsize) == (2000, 2)
+        assert limits == ConversionLimits(max_bytes=2000, itemsize=2, max_flops=5e12)
+        assert ServeConfig().conversion_flops == ConversionLimits().max_flops
     finally:
         runtime.admission.close()
         runtime.store.close()

@@ -53,6 +53,7 @@ def test_a_key_is_printed_once_and_kept_as_a_digest(tmp_path: Path, capsys: pyte
         (["serve", "--operators", "magic"], "auto, reference, cpu, triton"),
         (["serve", "--conversion-rank", "2000"], "between 1 and 1024"),
         (["serve", "--conversion-error", "-0.1"], "between 0 and 1"),
+        (["serve", "--conversion-flops", "0"], "--conversion-flops is 0.0"),
         (["serve", "--load-format", "gguf"], "auto or dummy"),
         (["serve", "--kv-cache-bytes", "lots"], "512MB"),
         (["serve", "--max-num-seqs", "0"], "at least 1"),

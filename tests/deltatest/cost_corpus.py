@@ -30,17 +30,22 @@ _PSOFT = {
     "use_cayley_neumann": False,
     "num_cayley_neumann_terms": 5,
 }
+_FLOPS = "target fewer linears, or serve with more --conversion-flops"
+_OTHERWISE = "path_initial_model_for_weight_conversion, or upload the initial factors too, or serve"
+_DRAWS = ("permutations of", "fewer sizes")
 
 
 @dataclass(frozen=True)
 class CostCase:
-    """A config for a base whose linears have these ``shapes``, and the (code, where) of its refusal."""
+    """A config for a base whose linears have these ``shapes``, and what its refusal names: the place, what was
+    found, and a way out."""
 
     name: str
     kind: str
     options: Mapping[str, Any]
     shapes: tuple[tuple[int, int], ...]
-    code: str
+    found: str
+    way_out: str
     where: str = CONFIG
 
     @property
@@ -75,12 +80,17 @@ class CostCase:
         return folder
 
 
-def _bytes(kind: str, options: Mapping[str, Any], shapes: tuple[tuple[int, int], ...] = LARGE) -> CostCase:
-    return CostCase("terms of gigabytes", kind, options, shapes, "conversion_too_large")
+def _bytes(
+    kind: str,
+    options: Mapping[str, Any],
+    shapes: tuple[tuple[int, int], ...] = LARGE,
+    way_out: str = "train a smaller rank",
+) -> CostCase:
+    return CostCase("terms of gigabytes", kind, options, shapes, "terms of", way_out)
 
 
-def _work(kind: str, name: str, options: Mapping[str, Any], where: str = CONFIG) -> CostCase:
-    return CostCase(name, kind, options, LARGE, "conversion_too_large", where)
+def _work(kind: str, name: str, options: Mapping[str, Any], way_out: str, where: str = CONFIG) -> CostCase:
+    return CostCase(name, kind, options, LARGE, "decompositions of", way_out, where)
 
 
 def _lora(**options: Any) -> dict[str, Any]:
@@ -92,14 +102,14 @@ COST_CORPUS: tuple[CostCase, ...] = (
     _bytes("pvera", {"r": 1024, "save_projection": False}),
     _bytes("miss", {"r": 1024, "init_weights": "mini", "mini_r": 1}),
     _bytes("miss", {"r": 4, "init_weights": "bat"}, shapes=((1_024, 1_048_576),) * 2),
-    _bytes("c3a", {"block_size": 40_960}),
+    _bytes("c3a", {"block_size": 40_960}, way_out="a smaller --conversion-rank"),
     _bytes("lokr", {"r": 16, "alpha": 16, "decompose_both": True}),
     _bytes("psoft", {"r": 1024, **_PSOFT}, shapes=((4_096, 524_288),) * 4),
     _bytes("waveft", {"n_frequency": 80_000, "wavelet_family": "db10"}, shapes=FLAT),
-    _work("psoft", "the singular vectors of every weight", {"r": 2, **_PSOFT}),
-    _work("lora", "PiSSA", _lora(init_lora_weights="pissa"), f"{CONFIG}:r"),
-    _work("lora", "OLoRA", _lora(init_lora_weights="olora"), f"{CONFIG}:r"),
-    _work("lora", "KaSA", _lora(kasa_config={}), f"{CONFIG}:r"),
-    CostCase("as many permutations as sizes", "fourierft", {"n_frequency": 1}, MANY_SIZES, "seed_not_usable"),
-    CostCase("as many permutations as sizes", "waveft", {"n_frequency": 1}, MANY_SIZES, "seed_not_usable"),
+    _work("psoft", "the singular vectors of every weight", {"r": 2, **_PSOFT}, _FLOPS),
+    _work("lora", "PiSSA", _lora(init_lora_weights="pissa"), _OTHERWISE, f"{CONFIG}:r"),
+    _work("lora", "OLoRA", _lora(init_lora_weights="olora"), _OTHERWISE, f"{CONFIG}:r"),
+    _work("lora", "KaSA", _lora(kasa_config={}), _FLOPS, f"{CONFIG}:r"),
+    CostCase("as many permutations as sizes", "fourierft", {"n_frequency": 1}, MANY_SIZES, *_DRAWS),
+    CostCase("as many permutations as sizes", "waveft", {"n_frequency": 1}, MANY_SIZES, *_DRAWS),
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from deltaserve_store.findings import Findings
 
 MAX_FLOPS = 2e15
-"""Of all decompositions of one adapter: as much as those of every linear of a base of 13 billion weights."""
+"""Of all decompositions of one adapter: a little more than those of every linear of a base of 32 billion weights."""
 
 
 def svd_flops(rows: int, columns: int) -> float:
@@ -36,9 +36,9 @@ def solve_flops(size: int, columns: int) -> float:
     return 2.0 / 3.0 * size**3 + 2.0 * size**2 * columns
 
 
-def check_flops(total: float, where: str, num_linears: int, findings: Findings) -> None:
-    """Decompositions of more than ``MAX_FLOPS`` together are a finding."""
-    if total > MAX_FLOPS:
-        found = f"decompositions of {total:.2g} operations for {num_linears} linears"
-        allowed = f"at most {MAX_FLOPS:.2g}: target fewer linears, or save as a plain LoRA"
+def check_flops(total: float, limit: float, where: str, instead: str, findings: Findings) -> None:
+    """Decompositions of more than ``limit`` operations together are a finding; ``instead``: what needs fewer."""
+    if total > limit:
+        found = f"decompositions of {total:.3g} operations together"
+        allowed = f"at most {limit:.3g}: {instead}, or serve with more --conversion-flops"
         findings.add("conversion_too_large", where, found, allowed)

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from deltaserve_store.findings import Findings, refuse
-from deltaserve_store.formats.conversion_cost import check_flops, qr_flops, svd_flops
+from deltaserve_store.formats.conversion_cost import MAX_FLOPS, check_flops, qr_flops, svd_flops
 from deltaserve_store.formats.peft_fields import MAX_RANK
 from deltaserve_store.parsed import LoraDelta, ResidualDelta
 from deltaserve_store.spec import BaseSpec
 
 RECOMPUTED = ("pissa", "olora")
 KASA = "kasa"
+_SAVED_OTHERWISE = "save with path_initial_model_for_weight_conversion, or upload the initial factors too"
 _SMALLEST_GAP = 1e-5
 """Of the largest singular value: nearer ones, or columns nearer to each other's span, leave W_0 open."""
 
@@ -43,11 +44,13 @@ def check_initial(config: Mapping[str, Any], where: str, findings: Findings) -> 
     return str(method)
 
 
-def check_ranks(method: str, ranks: Mapping[str, int], base: BaseSpec, where: str, findings: Findings) -> None:
+def check_ranks(
+    method: str, ranks: Mapping[str, int], base: BaseSpec, where: str, findings: Findings, max_flops: float = MAX_FLOPS
+) -> None:
     """``ranks`` by module. A part of the base has no more directions than its linear, KaSA leaves one, and less that
-    part the delta has twice the rank. And the parts of all linears must be found in reasonable time."""
+    part the delta has twice the rank. And the parts of all linears must be found in ``max_flops`` operations."""
     for module, rank in ranks.items():
-        smaller = min(base.linears[module].in_features, base.linears[module].out_features)
+        smaller = base.linears[module].narrow
         limit = min(smaller - (method == KASA), MAX_RANK // 2)
         if rank > limit:
             allowed = f"at most {limit}: {module} has {smaller} directions, and the delta twice the rank"
@@ -55,7 +58,7 @@ def check_ranks(method: str, ranks: Mapping[str, int], base: BaseSpec, where: st
     cost = qr_flops if method == "olora" else svd_flops
     linears = [base.linears[module] for module in ranks]
     total = sum(cost(linear.out_features, linear.in_features) for linear in linears)
-    check_flops(total, where, len(linears), findings)
+    check_flops(total, max_flops, where, "target fewer linears" if method == KASA else _SAVED_OTHERWISE, findings)
 
 
 def residual_delta(delta: LoraDelta, method: str) -> ResidualDelta:
@@ -69,7 +72,7 @@ def residual_delta(delta: LoraDelta, method: str) -> ResidualDelta:
         if gap < _SMALLEST_GAP:
             allowed = f"at least {_SMALLEST_GAP:g} of the largest"
             if method != KASA:
-                allowed += " (save with path_initial_model_for_weight_conversion, or upload the initial factors too)"
+                allowed += f" ({_SAVED_OTHERWISE})"
             raise refuse("seed_not_usable", delta.module, f"{method} part of the base, left open by {gap:.2g}", allowed)
         return right, left * share
 

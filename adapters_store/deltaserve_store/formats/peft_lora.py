@@ -12,6 +12,7 @@ from typing import Any
 from deltaserve_store.findings import Findings
 from deltaserve_store.formats import lora_variants, lora_vocabulary
 from deltaserve_store.formats.activated_lora import check_alone, take_invocation
+from deltaserve_store.formats.conversion_cost import MAX_FLOPS
 from deltaserve_store.formats.lora_beside_initial import beside_initial, in_initial, less_initial
 from deltaserve_store.formats.lora_initial import KASA, check_initial, check_ranks, residual_delta
 from deltaserve_store.formats.lora_variants import LoraVariants
@@ -38,9 +39,10 @@ def parse_peft_lora(
     base: BaseSpec,
     findings: Findings,
     initial: TensorFile | None = None,
+    max_flops: float = MAX_FLOPS,
 ) -> ParsedAdapter | None:
     """None when ``findings`` got a reason. Shapes are settled from the header before a tensor is read. ``initial``:
-    the factors that training took out of the base."""
+    the factors that training took out of the base; ``max_flops``: for finding such a part that is not in a file."""
     given = config if initial is None else beside_initial(config, config_name, findings)
     always, invocation = take_invocation(given, base, config_name, findings)
     plain, options = split_config(always, config_name, findings)
@@ -64,7 +66,7 @@ def parse_peft_lora(
         findings.add("unsupported_feature", f"{config_name}:{variants.field}", "an object", allowed)
     method = KASA if variants.has_diagonal else method
     if method is not None:
-        check_ranks(method, {m: lora.rank_of(m) for m in modules}, base, f"{config_name}:r", findings)
+        check_ranks(method, {m: lora.rank_of(m) for m in modules}, base, f"{config_name}:r", findings, max_flops)
     is_beside_part = method is not None or initial is not None or not variants.is_plain
     vectors = LoraVectors(options, modules, vocabulary.low_rank, base, vocabulary.whole, tensors)
     vectors.check_layout(tensors, findings)

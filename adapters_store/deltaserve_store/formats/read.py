@@ -53,7 +53,7 @@ def read_adapter(folder: Path, base: BaseSpec, limits: ConversionLimits = DEFAUL
 
     Every tensor is accounted for, every config field understood, every value finite, or ``AdapterInvalid`` (its
     subclass ``BaseMismatch`` for another base) is raised with all reasons. Whether a PEFT file's ``base_name`` is a
-    name of this base is the caller's to decide. ``limits``: how large terms of deltas of high rank may be.
+    name of this base is the caller's to decide. ``limits``: what conversions may cost.
     """
     findings = Findings()
     names, skipped = _list_files(folder, findings)
@@ -141,6 +141,8 @@ def _parse_kind(
         return read_kind(READERS[kind], config, PEFT_CONFIG, tensors, base, findings, limits)
     if kind in PREFIX_KINDS:
         return parse_peft_prefix(kind, config, PEFT_CONFIG, tensors, base, findings)
+    if kind == "LORA":
+        return parse_peft_lora(config, PEFT_CONFIG, tensors, base, findings, max_flops=limits.max_flops)
     return PARSERS[kind](config, PEFT_CONFIG, tensors, base, findings)
 
 

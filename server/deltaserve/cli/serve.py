@@ -12,6 +12,8 @@ from deltaserve.config import DEFAULT_STORE, EngineConfig, ServeConfig, parse_by
 from deltaserve.errors import ConfigError
 from deltaserve.openmp import let_threads_sleep
 
+_ONE_ADAPTER = "One adapter, conversions included, must fit the smaller of the device's and the host's."
+
 
 def serve(
     model: Annotated[str | None, typer.Option(help="Checkpoint folder; default: the embedded base.")] = None,
@@ -28,6 +30,7 @@ def serve(
     store_quota: Annotated[str | None, typer.Option(help="Most bytes at rest, e.g. 20GB.")] = None,
     conversion_rank: Annotated[int, typer.Option(help="Rank of terms for deltas beyond rank 1024.")] = 256,
     conversion_error: Annotated[float, typer.Option(help="Share of the effect that those may miss.")] = 0.05,
+    conversion_flops: Annotated[float, typer.Option(help="Operations that converting one adapter may take.")] = 2e15,
     preload: Annotated[list[str] | None, typer.Option(help="Adapter to load before ready (repeatable).")] = None,
     demo_adapters: Annotated[bool, typer.Option(help="Put the demo adapters into an empty store.")] = True,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt plus completion.")] = None,
@@ -36,8 +39,8 @@ def serve(
     max_queue: Annotated[int, typer.Option(help="Requests waiting before 429.")] = 1024,
     max_composed: Annotated[int, typer.Option(help="Adapters one request may compose.")] = 8,
     kv_cache_bytes: Annotated[str, typer.Option(help="Memory of the KV cache.")] = "256MB",
-    adapter_device_bytes: Annotated[str, typer.Option(help="Memory of resident adapters.")] = "1GB",
-    adapter_host_bytes: Annotated[str, typer.Option(help="Host cache of adapters.")] = "2GB",
+    adapter_device_bytes: Annotated[str, typer.Option(help=f"Memory of resident adapters. {_ONE_ADAPTER}")] = "1GB",
+    adapter_host_bytes: Annotated[str, typer.Option(help=f"Host cache of adapters. {_ONE_ADAPTER}")] = "2GB",
     adapter_slots: Annotated[int, typer.Option(help="Adapters resident at once, at most.")] = 1024,
     host: Annotated[str, typer.Option(help="Other than loopback needs --api-keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8000,
@@ -61,6 +64,7 @@ def serve(
         store_quota_bytes=parse_bytes(store_quota) if store_quota else None,
         conversion_rank=conversion_rank,
         conversion_error=conversion_error,
+        conversion_flops=conversion_flops,
         preload=tuple(preload or ()),
         demo_adapters=demo_adapters,
         host=host,

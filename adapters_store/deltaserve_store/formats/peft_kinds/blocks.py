@@ -81,7 +81,7 @@ class Miss(PeftReader):
                 findings.add("invalid_value", f"{self.where}:mini_r", self._width(linear), allowed)
 
     def bound(self, linear: LinearSpec) -> int | None:
-        return min(linear.out_features, linear.in_features) if self._is_bat() else None
+        return linear.narrow if self._is_bat() else None
 
     def rank(self, linear: LinearSpec) -> int | None:
         return super().rank(linear) if self._is_bat() else int(self.config["r"])
@@ -115,7 +115,9 @@ class Miss(PeftReader):
                 total[:, start : start + rank] = (torch.bmm(part, block) + block).reshape(-1, rank)
             return total
 
-        return FunctionDelta(linear.name, (block,), self.rank(linear) or 1, _bat_delta, term, dense)
+        return FunctionDelta(
+            linear.name, (block,), self.conversion.rank_of(linear, linear.narrow), _bat_delta, term, dense
+        )
 
 
 def _bat_delta(weight: Tensor, block: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class C3a(PeftReader):
                 findings.add("invalid_value", f"{self.where}:block_size", block, allowed)
 
     def bound(self, linear: LinearSpec) -> int:
-        return min(linear.out_features, linear.in_features)
+        return linear.narrow
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
         block = self._block(linear)

@@ -81,7 +81,7 @@ class Frod(PeftReader):
                 findings.add("shape_mismatch", linear.name, f"{linear.in_features} inputs", allowed)
 
     def bound(self, linear: LinearSpec) -> int:
-        return min(linear.out_features, linear.in_features)
+        return linear.narrow
 
     def flops(self, linear: LinearSpec) -> float:
         """Beside the best term: U of the weight, and once for a role whether its basis has an inverse."""
@@ -154,7 +154,9 @@ class Frod(PeftReader):
             adapted.index_add_(1, columns, unit[:, rows] * values)
             return (adapted @ basis.double().t() - weight.double()).float()
 
-        return FunctionDelta(linear.name, (diagonal, values), self.rank(linear) or 1, made, term, dense)
+        return FunctionDelta(
+            linear.name, (diagonal, values), self.conversion.rank_of(linear, linear.narrow), made, term, dense
+        )
 
 
 def role_of(path: str) -> str:

@@ -48,7 +48,7 @@ class Glora(PeftReader):
     }
 
     def bound(self, linear: LinearSpec) -> int | None:
-        return min(linear.out_features, linear.in_features) if self.config["config_A_B"] == "lora" else None
+        return linear.narrow if self.config["config_A_B"] == "lora" else None
 
     def rank(self, linear: LinearSpec) -> int | None:
         path = self.config["config_A_B"]
@@ -114,7 +114,9 @@ class Glora(PeftReader):
                 total.addr_(down_b[:, index], up_b[index])
             return total
 
-        return FunctionDelta(linear.name, factors, self.rank(linear) or 1, _scaled_and_shifted, term, dense)
+        return FunctionDelta(
+            linear.name, factors, self.conversion.rank_of(linear, linear.narrow), _scaled_and_shifted, term, dense
+        )
 
 
 def _scaled_and_shifted(weight: Tensor, down_a: Tensor, up_a: Tensor, down_b: Tensor, up_b: Tensor) -> Tensor:

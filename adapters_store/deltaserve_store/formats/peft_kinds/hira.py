@@ -48,7 +48,7 @@ class Hira(PeftReader):
     }
 
     def bound(self, linear: LinearSpec) -> int:
-        return min(linear.out_features, linear.in_features)
+        return linear.narrow
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
         rank = int(self.config["r"])
@@ -70,7 +70,7 @@ class Hira(PeftReader):
                 total.addcmul_(weight * column[:, None], row[None])
             return total
 
-        return FunctionDelta(linear.name, (b, a), self.rank(linear) or 1, _product, term, dense)
+        return FunctionDelta(linear.name, (b, a), self.conversion.rank_of(linear, linear.narrow), _product, term, dense)
 
 
 def _product(weight: Tensor, b: Tensor, a: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deltaserve_store.file_names import MAX_TENSOR_FILE_BYTES
-from deltaserve_store.formats.conversion_cost import qr_flops, svd_flops
+from deltaserve_store.formats.conversion_cost import MAX_FLOPS, qr_flops, svd_flops
 from deltaserve_store.formats.peft_fields import MAX_RANK
 from deltaserve_store.parsed import LoraDelta
 from deltaserve_store.spec import LinearSpec
@@ -36,13 +36,15 @@ class ConversionLimits:
     deltas beyond it. Both from 1 to ``MAX_RANK``, ``rank`` at most ``exact_rank``, else ``ValueError``.
 
     ``max_bytes``: of all terms of an adapter, with numbers of ``itemsize`` bytes: what the server holds of one adapter,
-    or, where nobody says, what a file may have that holds such terms themselves.
+    or, where nobody says, what a file may have that holds such terms themselves. ``max_flops``: of all decompositions
+    that converting an adapter takes.
     """
 
     exact_rank: int = MAX_RANK
     rank: int = 256
     max_bytes: int = MAX_TENSOR_FILE_BYTES
     itemsize: int = 2
+    max_flops: float = MAX_FLOPS
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= self.exact_rank <= MAX_RANK:
@@ -50,11 +52,11 @@ class ConversionLimits:
 
     def rank_of(self, linear: LinearSpec, bound: int) -> int:
         """The rank of the term for a delta that has at most rank ``bound``, whatever its shape."""
-        bound = min(bound, linear.out_features, linear.in_features)
+        bound = min(bound, linear.narrow)
         return bound if bound <= self.exact_rank else min(self.rank, bound)
 
     def is_exact(self, linear: LinearSpec, bound: int) -> bool:
-        return min(bound, linear.out_features, linear.in_features) <= self.exact_rank
+        return min(bound, linear.narrow) <= self.exact_rank
 
     def bytes_of(self, linear: LinearSpec, rank: int, num_entries: int) -> int:
         """Of a low-rank term and a sparse one, whose entries have a column each."""
@@ -79,11 +81,10 @@ DEFAULT_LIMITS = ConversionLimits()
 
 def converted(linear: LinearSpec, delta: Tensor, limits: ConversionLimits, dense: Callable[[], Tensor]) -> LoraDelta:
     """The term of a delta without structure, float32 ``[out, in]``: whole or the best; ``dense`` is for the proof."""
-    narrow = min(linear.out_features, linear.in_features)
-    if limits.is_exact(linear, narrow):
+    if limits.is_exact(linear, linear.narrow):
         a, b = whole(delta)
         return LoraDelta(linear.name, a, b, 1.0, dense=dense)
-    a, b, is_exact = best(delta, limits.rank_of(linear, narrow))
+    a, b, is_exact = best(delta, limits.rank_of(linear, linear.narrow))
     return LoraDelta(linear.name, a, b, 1.0, dense=dense, is_exact=is_exact)
 
 
@@ -99,7 +100,7 @@ def from_factors(
 
     They are made only where they are the term; a larger rank than the narrower side or the limit is multiplied out.
     """
-    if rank <= min(linear.out_features, linear.in_features, limits.exact_rank):
+    if rank <= min(linear.narrow, limits.exact_rank):
         right, left = factors()
         return LoraDelta(linear.name, right, left, scaling, dense=dense)
     return converted(linear, dense(), limits, dense)

@@ -141,11 +141,12 @@ for a decomposition of every weight (PSOFT, FRoD, PiSSA). Both are told from con
 and refused as `conversion_too_large`, with what was found and what is allowed:
 
 - The terms of an adapter, in the serving dtype, may take what the server holds of one adapter: the smaller of
-  `--adapter-device-bytes` and `--adapter-host-bytes`.
-- Decompositions may take {MAX_FLOPS:.2g} operations together, by textbook counts: about those of the singular vectors
-  of every linear of a base of 13 billion weights. The proof makes some of them again.
+  `--adapter-device-bytes` and `--adapter-host-bytes`. Of a delta that gets the nearest term `--conversion-rank` decides
+  how much that is.
+- Decompositions may take {MAX_FLOPS:.2g} operations together (`serve --conversion-flops`), by textbook counts: a little
+  more than the singular vectors of every linear of a base of 32 billion weights. The proof makes some of them again.
 - Positions that FourierFT and WaveFT draw from a seed are drawn once for all linears of one size, among
-  {MAX_DRAWN} entries together (`seed_not_usable`).
+  {MAX_DRAWN} entries together.
 """
 
 _BESIDE = """

@@ -80,7 +80,8 @@ def check_positions_of(
     counts: Mapping[str, int],
     findings: Findings,
 ) -> None:
-    """What no single field shows: a generator that is known, and coefficients that find room in their linears."""
+    """What no single field shows: a generator that is known, permutations that are affordable together, and
+    coefficients that find room in their linears."""
     if not is_known_permutation():
         allowed = "a build of PyTorch whose generator draws the positions that PEFT meant"
         findings.add(
@@ -89,7 +90,7 @@ def check_positions_of(
     total = sum({_size_of(linear) for linear in linears})
     if total > MAX_DRAWN:
         found = f"permutations of {total} entries"
-        findings.add("seed_not_usable", where, found, f"at most {MAX_DRAWN}: target linears of fewer sizes")
+        findings.add("conversion_too_large", where, found, f"at most {MAX_DRAWN}: target linears of fewer sizes")
     for linear in linears:
         size = _size_of(linear)
         if size > MAX_POSITIONS:

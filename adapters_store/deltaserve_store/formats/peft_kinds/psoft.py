@@ -97,7 +97,7 @@ class Psoft(PeftReader):
 
     def check(self, findings: Findings) -> None:
         for linear in self.linears:
-            limit = min(linear.in_features, linear.out_features)
+            limit = linear.narrow
             if self.config["r"] > limit:
                 allowed = f"at most {limit}, the narrower side of {linear.name}"
                 findings.add("rank_out_of_range", f"{self.where}:r", self.config["r"], allowed)

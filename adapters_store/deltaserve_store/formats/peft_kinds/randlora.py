@@ -99,7 +99,7 @@ class RandLora(PeftReader):
         return -(-smaller_side // int(self.config["r"]))
 
     def bound(self, linear: LinearSpec) -> int:
-        return min(linear.out_features, linear.in_features)
+        return linear.narrow
 
     def _is_saved(self) -> bool:
         return bool(self.config.get("save_projection", True))
@@ -132,7 +132,7 @@ class RandLora(PeftReader):
         return {name: TensorRule(shape) for name, shape in zip((SHARED_A, SHARED_B), self._shapes(), strict=True)}
 
     def layout(self, linear: LinearSpec) -> Mapping[str, TensorRule]:
-        narrow = min(linear.out_features, linear.in_features)
+        narrow = linear.narrow
         bases = self._num_bases(narrow)
         rules = {
             "randlora_lambda": TensorRule((int(self.config["r"]), bases)),

@@ -179,9 +179,10 @@ def read_kind(
         beside.check_layout(tensors, findings)
         _check_layout(reader, tensors, base, findings, others=beside.names)
     if not findings:  # after the layout: a rank may hang on positions, of which the file bounds the number
-        _check_ranks(reader, findings)
+        _check_terms(reader, findings)
     if not findings:
-        check_flops(sum(reader.flops(linear) for linear in linears), where, len(linears), findings)
+        total = sum(reader.flops(linear) for linear in linears)
+        check_flops(total, limits.max_flops, where, "target fewer linears", findings)
     if findings:
         return None
     deltas = tuple(_deltas(reader, tensors, findings))
@@ -203,8 +204,8 @@ def read_kind(
     )
 
 
-def _check_ranks(reader: PeftReader, findings: Findings) -> None:
-    """Those of all terms, and what they take together: nothing has been made of the tensors so far."""
+def _check_terms(reader: PeftReader, findings: Findings) -> None:
+    """The ranks of all terms, and the bytes that they take together: nothing has been made of the tensors so far."""
     total = largest = 0
     for linear in reader.linears:
         rank = reader.rank(linear)
@@ -215,11 +216,19 @@ def _check_ranks(reader: PeftReader, findings: Findings) -> None:
             findings.add("rank_out_of_range", linear.name, f"exact rank {rank}", allowed)
     if total > (limit := reader.conversion.max_bytes):
         found = f"terms of {total} bytes in {len(reader.linears)} linears, of rank {largest} at most"
-        allowed = (
-            f"at most {limit} bytes for one adapter: target fewer linears, train a smaller rank, or serve with more "
-            "--adapter-device-bytes and --adapter-host-bytes"
-        )
+        more = "more --adapter-device-bytes and --adapter-host-bytes"
+        if any(_is_cut(reader, linear) for linear in reader.linears):  # whatever rank the file has
+            ways = f"target fewer linears, or serve with a smaller --conversion-rank, or {more}"
+        else:
+            ways = f"target fewer linears, train a smaller rank or fewer coefficients, or serve with {more}"
+        allowed = f"at most {limit} bytes for one adapter: {ways}"
         findings.add("conversion_too_large", reader.where, found, allowed)
+
+
+def _is_cut(reader: PeftReader, linear: LinearSpec) -> bool:
+    """Whether the linear gets the best term, whose rank is the server's choice."""
+    bound = reader.bound(linear)
+    return bound is not None and not reader.conversion.is_exact(linear, bound)
 
 
 def _names(reader: PeftReader, linear: LinearSpec) -> Mapping[str, tuple[str, TensorRule]]:

@@ -87,7 +87,7 @@ class TinyLora(PeftReader):
             check_order(self, "weight_tying", findings)
 
     def rank(self, linear: LinearSpec) -> int:
-        return min(int(self.config["r"]), linear.in_features, linear.out_features)
+        return min(int(self.config["r"]), linear.narrow)
 
     def shared_layout(self) -> Mapping[str, TensorRule]:
         return {f"{VECTOR}.{group}": TensorRule((int(self.config["u"]),)) for group in range(self._num_groups())}

@@ -106,7 +106,7 @@ class WaveFt(PeftReader):
         return self._filter() is None or self._shares[linear.name] * self._patch() <= most
 
     def bound(self, linear: LinearSpec) -> int | None:
-        return None if self._is_sparse(linear) else min(linear.out_features, linear.in_features)
+        return None if self._is_sparse(linear) else linear.narrow
 
     def num_entries(self, linear: LinearSpec) -> int:
         return self._shares[linear.name] * self._patch() if self._is_sparse(linear) else 0
