@@ -68,7 +68,7 @@ def test_a_key_is_printed_once_and_kept_as_a_digest(tmp_path: Path, capsys: pyte
         (["keys", "add", "--file", "file/keys.json"], "file"),
         (["serve", "--chat-template", "plain"], "NAME=FILE"),
         (["serve", "--api-keys", "no-such-file.json"], "does not exist"),
-        (["serve", "--model", "no-such-folder"], "no-such-folder"),
+        (["serve", "--port", "0", "--model", "no-such-folder"], "no-such-folder"),
         (["keys", "add", "--scopes", "root"], "admin, upload, use"),
         (["train", "--data", "x.jsonl", "--name", "../x"], "not a valid name"),
         (["train", "--data", "x.jsonl", "--name", "x", "--method", "magic"], "method"),
