@@ -18,6 +18,7 @@ from deltaserve_kernels import (
     lora_vector_linear,
     rms_norm,
 )
+from deltaserve_kernels.triton_ops import guard
 from deltatest.kernel_cases import Parts, randn
 from deltatest.vector_cases import VectorCase, expected_norm, norm_tables
 
@@ -87,9 +88,6 @@ def test_vector_tables_refuse_what_does_not_fit() -> None:
 
 
 def test_kernels_that_read_fp32_alone_refuse_other_vectors() -> None:
-    pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be asked")
-    from deltaserve_kernels.triton_ops import guard
-
     tables = VectorTables(2, 2, takes_narrow=True)
     tables.set(0, 0, torch.ones(8))
     guard.check_wide(tables)
